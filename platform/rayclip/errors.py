@@ -1,0 +1,16 @@
+"""The error that people cause and can mend."""
+
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Bad input: one clear line that says what was wrong, where, and what is allowed.
+
+    Jobs print the line and exit with code 2; every other exception is a defect and keeps its traceback.
+    """
+
+
+def nearest(name: str, allowed: list[str]) -> str:
+    """A hint for a name that is not allowed: the nearest that is, or the whole list."""
+    close = get_close_matches(name, allowed, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(sorted(allowed))}"
