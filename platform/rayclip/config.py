@@ -1,6 +1,8 @@
 """Every job's settings: pydantic, frozen, unknown keys refused, each key described once, here."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Config(BaseModel):
@@ -36,3 +38,118 @@ class ModelConfig(Config):
     vision: VisionConfig = Field(VisionConfig(), description="the image tower")
     text: TextConfig = Field(TextConfig(), description="the text tower")
     quick_gelu: bool = Field(False, description="x * sigmoid(1.702 x) in place of GELU, as in OpenAI's weights")
+
+
+class DataConfig(Config):
+    """What a training run reads, and how it looks at it."""
+
+    path: str = Field(description="folder of a data set: tar shards and their manifest.parquet")
+    crop_scale: tuple[float, float] = Field((0.9, 1.0), description="share of the picture's area that a crop keeps")
+    shuffle_window: int = Field(8, gt=0, description="chunks fetched together, their samples mixed among each other")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unreadable samples that stops the run")
+
+
+class OptimizerConfig(Config):
+    """AdamW with warm-up and a cosine to zero. Durations count samples seen."""
+
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="decay rates of the two moments")
+    eps: float = Field(1e-6, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.2, ge=0, description="on matrices; gains, biases and the logit scale have none")
+    warmup_samples: int = Field(0, ge=0, description="samples over which the rate rises from zero to its peak")
+    max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm; None does not")
+
+
+class ZeroShotTask(Config):
+    """Classify pictures by their classes' names alone."""
+
+    kind: Literal["zero_shot"] = Field("zero_shot", description="what is measured")
+    path: str = Field(description="data set whose samples have a .cls beside the picture, and classnames.txt")
+    templates: str | tuple[str, ...] = Field("plain", description="a named template set, or templates with one {}")
+
+
+class RetrievalTask(Config):
+    """Find each picture's caption among all, and each caption's picture."""
+
+    kind: Literal["retrieval"] = Field("retrieval", description="what is measured")
+    path: str = Field(description="data set of pictures with captions")
+
+
+Task = Annotated[ZeroShotTask | RetrievalTask, Field(discriminator="kind")]
+
+
+class EvaluationConfig(Config):
+    """What is measured during training and after it."""
+
+    tasks: dict[str, Task] = Field({}, description="measurements by name")
+    every_samples: int | None = Field(None, gt=0, description="how often during training; None measures at the end only")
+    best: str | None = Field(None, description="TASK.METRIC that picks the best checkpoint; None takes the last")
+    batch_size: int = Field(256, gt=0, description="pictures encoded at once")
+
+
+class CheckpointConfig(Config):
+    """When the state of a run is saved."""
+
+    every_samples: int = Field(1_000_000, gt=0, description="samples seen between checkpoints")
+    keep: int = Field(3, gt=0, description="checkpoints kept: the best one and the latest")
+
+
+class TrackingConfig(Config):
+    """Where MLflow keeps runs and versions."""
+
+    uri: str | None = Field(None, description="MLflow server, or None for the embedded database ./mlflow/mlflow.db")
+    experiment: str = Field("rayclip", description="experiment that the run belongs to")
+    register_as: str | None = Field(None, description="model name under which the best checkpoint becomes a version")
+    alias: str = Field("champion", description="alias that is moved to the new version")
+    log_every_samples: int = Field(10_000, gt=0, description="samples seen between logged points")
+
+
+class ClusterConfig(Config):
+    """What a run takes of the cluster."""
+
+    num_workers: int = Field(1, gt=0, description="DDP processes")
+    cpus_per_worker: float = Field(1, gt=0, description="CPU cores of each")
+    use_gpu: bool = Field(False, description="one GPU for each")
+    max_failures: int = Field(3, ge=-1, description="restarts after a crash before the run fails; -1 has no limit")
+
+
+class TrainConfig(Config):
+    """python -m jobs.train"""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's name; its folder is runs/NAME")
+    seed: int = Field(0, ge=0, description="of the weights, the order and the augmentation")
+    model: str | ModelConfig = Field(description="a preset's name, or the model in full")
+    data: DataConfig = Field(description="the training data")
+    epochs: int | None = Field(None, gt=0, description="duration in passes over the data; this or samples")
+    samples: int | None = Field(None, gt=0, description="duration in samples seen, rounded up to whole chunks")
+    batch_size: int = Field(gt=0, description="pairs a step, over all workers; negatives come from all of them")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the optimizer")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is measured")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when state is saved")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="where it is recorded")
+    cluster: ClusterConfig = Field(ClusterConfig(), description="what it runs on")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if (self.epochs is None) == (self.samples is None):
+            raise ValueError("give exactly one of epochs and samples")
+        if self.batch_size % self.cluster.num_workers:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of cluster.num_workers {self.cluster.num_workers}"
+            )
+        best = self.evaluation.best
+        if best is not None and best.split(".")[0] not in self.evaluation.tasks:
+            raise ValueError(f"evaluation.best '{best}' names no task; tasks: {', '.join(self.evaluation.tasks) or '-'}")
+        return self
+
+
+class GlyphsConfig(Config):
+    """Characters drawn from the fonts that matplotlib ships, captioned with their Unicode names."""
+
+    kind: Literal["glyphs"] = "glyphs"
+    size: int = Field(36, ge=16, le=512, description="side of a picture in pixels; some more than the model's crop")
+    letter_renders: int = Field(2, gt=0, description="training pictures of each Latin, Greek or Cyrillic letter a face")
+    symbol_renders: int = Field(1, ge=0, description="training pictures of each other character a face")
+    eval_renders: int = Field(1, gt=0, description="pictures of each class a face in the two evaluation splits")
+    plain_share: float = Field(0.4, ge=0, le=1, description="share of training captions that are the bare name")
+    seed: int = Field(0, ge=0, description="gives every picture and caption, each by its place in the split")

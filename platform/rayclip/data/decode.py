@@ -1,0 +1,118 @@
+"""From a sample's files to pixels and a caption. Pictures stay uint8: the model normalises them on its device."""
+
+import io
+import math
+
+import numpy as np
+from PIL import Image
+
+from rayclip.data.formats.tar import Sample
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+CAUSES = (
+    "fine",
+    "chunk_unreadable",
+    "sample_missing",
+    "no_image",
+    "image_undecodable",
+    "no_caption",
+    "caption_not_utf8",
+    "caption_empty",
+)
+"""Why a sample was skipped; its index in this tuple is the code that travels with the stream."""
+
+Box = tuple[float, float, float, float]
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be trained on; `cause` is one of CAUSES."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+def read_caption(sample: Sample) -> str:
+    """The caption in a sample's `txt`. Raises BadSampleError where there is none, or no text in it."""
+    if "txt" not in sample:
+        raise BadSampleError("no_caption")
+    try:
+        caption = sample["txt"].decode().strip()
+    except UnicodeDecodeError:
+        raise BadSampleError("caption_not_utf8") from None
+    if not caption:
+        raise BadSampleError("caption_empty")
+    return caption
+
+
+def read_image(sample: Sample) -> Image.Image:
+    """The sample's picture, opened but not yet decoded. Raises BadSampleError."""
+    data = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
+    if data is None:
+        raise BadSampleError("no_image")
+    try:
+        return Image.open(io.BytesIO(data))
+    except (OSError, ValueError, Image.DecompressionBombError):
+        raise BadSampleError("image_undecodable") from None
+
+
+def crop_to_array(image: Image.Image, box: Box, size: int) -> np.ndarray:
+    """Decode, cut `box` (left, upper, right, lower) out and resize it, uint8 [size, size, 3].
+
+    A JPEG is decoded at the smallest scale that still covers the crop. Raises BadSampleError.
+    """
+    try:
+        if image.format == "JPEG":
+            # draft() halves the picture while it stays at least as large as asked for; the box shrinks with it.
+            wide = image.width
+            share = size / max(1.0, min(box[2] - box[0], box[3] - box[1]))
+            image.draft("RGB", (math.ceil(image.width * share), math.ceil(image.height * share)))
+            scale = image.width / wide
+            left, upper, right, lower = (edge * scale for edge in box)
+            box = (left, upper, min(right, image.width), min(lower, image.height))
+        image = to_rgb(image)
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise BadSampleError("image_undecodable") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture as RGB; what is transparent goes on white."""
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def random_box(width: int, height: int, scale: tuple[float, float], draws: np.ndarray) -> Box:
+    """The box of a random resized crop: its share of the area within `scale`, its aspect ratio within 3/4 to 4/3.
+
+    `draws` are four numbers in [0, 1): area, ratio, left, upper. A box that would not fit is cut to the picture.
+    """
+    area = width * height * (scale[0] + (scale[1] - scale[0]) * draws[0])
+    ratio = math.exp((2 * draws[1] - 1) * math.log(4 / 3))
+    box_width = min(width, math.sqrt(area * ratio))
+    box_height = min(height, math.sqrt(area / ratio))
+    left, upper = (width - box_width) * draws[2], (height - box_height) * draws[3]
+    return left, upper, left + box_width, upper + box_height
+
+
+def eval_array(image: Image.Image, size: int) -> np.ndarray:
+    """CLIP's reference preprocess: shorter side to `size` by PIL's bicubic, then the middle, uint8 [size, size, 3].
+
+    Raises BadSampleError.
+    """
+    try:
+        image = to_rgb(image)
+        short = min(image.size)
+        # The longer side is cut down to whole pixels, as torchvision's Resize does.
+        image = image.resize(
+            (int(size * image.width / short), int(size * image.height / short)), Image.Resampling.BICUBIC
+        )
+        left, upper = round((image.width - size) / 2), round((image.height - size) / 2)
+        return np.asarray(image.crop((left, upper, left + size, upper + size)))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise BadSampleError("image_undecodable") from None

@@ -1,0 +1,128 @@
+"""The residual block that both towers share, over packed sequences.
+
+Shape suffixes: T all tokens of a batch, sequence after sequence; B sequences; S sequences of one group;
+N their length; W width; H heads; D width of a head.
+
+Sequences are never padded: their tokens lie one after another in one [T, W] tensor, sequences of equal length
+side by side. `groups` says how: pairs (number of sequences, their length), in the order of the rows.
+"""
+# ruff: noqa: N803, N806  (shape suffixes)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Groups = list[tuple[int, int]]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each packed sequence; parameters named as in nn.MultiheadAttention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x_TW: Tensor, groups: Groups, causal: bool) -> Tensor:
+        """Attend from every token. -> [T, W]"""
+        qkv = F.linear(x_TW, self.in_proj_weight, self.in_proj_bias)
+        # One split has one backward (a concatenation); slices would each fill a [T, 3W] of zeros.
+        parts = qkv.split([count * length for count, length in groups])
+        attended = []
+        for (count, length), part in zip(groups, parts, strict=True):
+            q, k, v = (
+                part.view(count, length, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
+            )  # [S, H, N, D]
+            out_SHND = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            attended.append(out_SHND.transpose(1, 2).reshape(count * length, x_TW.shape[1]))
+        return self.out_proj(_join(attended))
+
+    def read(self, x_TW: Tensor, rows_B: Tensor, groups: Groups) -> Tensor:
+        """Attend from one token of each sequence, at `rows_B`, to its whole sequence. -> [B, W]"""
+        width = x_TW.shape[1]
+        q_weight, kv_weight = self.in_proj_weight.split([width, 2 * width])
+        q_bias, kv_bias = self.in_proj_bias.split([width, 2 * width])
+        q_parts = F.linear(x_TW.index_select(0, rows_B), q_weight, q_bias).split([count for count, _ in groups])
+        kv_parts = F.linear(x_TW, kv_weight, kv_bias).split([count * length for count, length in groups])
+        attended = []
+        for (count, length), q_part, kv_part in zip(groups, q_parts, kv_parts, strict=True):
+            q = q_part.view(count, 1, self.heads, self.head_width).transpose(1, 2)  # [S, H, 1, D]
+            k, v = (
+                kv_part.view(count, length, 2, self.heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
+            )  # [S, H, N, D]
+            attended.append(F.scaled_dot_product_attention(q, k, v).reshape(count, width))
+        return self.out_proj(_join(attended))
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU, or QuickGELU, between them."""
+
+    def __init__(self, width: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+        self.activation = _quick_gelu if quick_gelu else F.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, width: int, heads: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, quick_gelu)
+
+    def forward(self, x_TW: Tensor, groups: Groups, causal: bool) -> Tensor:
+        x_TW = x_TW + self.attn(self.ln_1(x_TW), groups, causal)
+        return x_TW + self.mlp(self.ln_2(x_TW))
+
+    def read(self, x_TW: Tensor, rows_B: Tensor, groups: Groups) -> Tensor:
+        x_BW = x_TW.index_select(0, rows_B) + self.attn.read(self.ln_1(x_TW), rows_B, groups)
+        return x_BW + self.mlp(self.ln_2(x_BW))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks of which one row a sequence is read.
+
+    Because nothing else of the last block's output is used, that block computes its queries, its output
+    projection and its MLP for those rows only: the same result for about a sixth of the block's work.
+    """
+
+    def __init__(self, width: int, layers: int, heads: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
+
+    def forward(self, x_TW: Tensor, rows_B: Tensor, groups: Groups, causal: bool) -> Tensor:
+        """Run the blocks.
+
+        Args:
+            x_TW: packed tokens, [T, W].
+            rows_B: int64 [B], the row of x_TW to read for each sequence, in packed order. Where `causal`, it
+                must be the sequence's last.
+            groups: how sequences lie in x_TW; never empty (an empty batch is one group of no sequences).
+            causal: a token sees only itself and what precedes it.
+
+        Returns:
+            [B, W], in packed order.
+        """
+        for block in self.resblocks[:-1]:
+            x_TW = block(x_TW, groups, causal)
+        return self.resblocks[-1].read(x_TW, rows_B, groups)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    # x * sigmoid(1.702 x), written so that autograd keeps one tensor and not three.
+    return F.silu(1.702 * x) / 1.702

@@ -1,0 +1,76 @@
+"""The image tower: a Vision Transformer read at its class token.
+
+Shape suffixes: B pictures; P patches a picture; W width; T = B * (1 + P) tokens; C colour channels.
+"""
+# ruff: noqa: N803, N806  (shape suffixes)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rayclip.config import VisionConfig
+from rayclip.models.transformer import Transformer
+
+# Statistics of the pictures that OpenAI trained CLIP on, RGB, for pixels in 0..1.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisionTransformer(nn.Module):
+    """ViT with a class token, a layer norm before the blocks, and a projection to the shared space."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool) -> None:
+        super().__init__()
+        width, patch = config.width, config.patch_size
+        self.image_size, self.patch_size = config.image_size, patch
+        scale = width**-0.5
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + (config.image_size // patch) ** 2, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, config.layers, config.heads, quick_gelu)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+        self.register_buffer("mean", 255 * torch.tensor(IMAGE_MEAN).view(3, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(IMAGE_STD).view(3, 1), persistent=False)
+
+    def forward(self, image_BHWC: Tensor) -> Tensor:
+        """Pictures in the shared space, not yet normalised. -> [B, embed_dim]"""
+        return self.pool(image_BHWC) @ self.proj
+
+    def pool(self, image_BHWC: Tensor) -> Tensor:
+        """Features before the projection, which linear probes use.
+
+        Args:
+            image_BHWC: [B, image_size, image_size, 3] RGB; uint8, or floating and already normalised.
+
+        Returns:
+            [B, width]
+
+        Raises:
+            ValueError: pictures of another shape.
+        """
+        patches_BPW = F.linear(self._patches(image_BHWC), self.conv1.weight.flatten(1))
+        batch, num_patches, width = patches_BPW.shape
+        first = self.class_embedding.expand(batch, 1, width)
+        x_BNW = torch.cat([first, patches_BPW], dim=1) + self.positional_embedding
+        length = 1 + num_patches
+        x_TW = self.ln_pre(x_BNW).view(batch * length, width)
+        rows_B = torch.arange(0, batch * length, length, device=x_TW.device)
+        return self.ln_post(self.transformer(x_TW, rows_B, [(batch, length)], causal=False))
+
+    def _patches(self, image_BHWC: Tensor) -> Tensor:
+        """Cut into normalised patches, flattened as conv1's weight is. -> [B, P, 3 * patch * patch]"""
+        side, patch = self.image_size, self.patch_size
+        if tuple(image_BHWC.shape[1:]) != (side, side, 3):
+            raise ValueError(f"pictures must be [B, {side}, {side}, 3]; these are {list(image_BHWC.shape)}")
+        batch, grid = image_BHWC.shape[0], side // patch
+        # The shuffle runs on uint8 where it can: a quarter of the memory traffic.
+        x = image_BHWC.view(batch, grid, patch, grid, patch, 3).permute(0, 1, 3, 5, 2, 4)
+        x_BPCpp = x.reshape(batch, grid * grid, 3, patch * patch)
+        if not x_BPCpp.is_floating_point():
+            x_BPCpp = (x_BPCpp.float() - self.mean) / self.std
+        return x_BPCpp.flatten(2).to(self.conv1.weight.dtype)

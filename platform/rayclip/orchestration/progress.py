@@ -1,0 +1,55 @@
+"""One calm line of progress for people: it rewrites itself on a terminal, and elsewhere is printed now and then."""
+
+import sys
+import time
+from typing import TextIO
+
+
+class ProgressLine:
+    """`samples 12,800/100,000  1,204/s  eta 1:12` and whatever else the caller shows beside it."""
+
+    def __init__(
+        self, total: int, unit: str = "samples", start: int = 0, stream: TextIO = sys.stderr, every_s: float = 10.0
+    ) -> None:
+        self.total, self.unit, self.stream = total, unit, stream
+        self._terminal = stream.isatty()
+        self._every_s = 0.2 if self._terminal else every_s
+        self._first = (time.monotonic(), start)
+        self._shown_at = float("-inf")
+        self._last = ""
+
+    def update(self, done: int, rate: float | None = None, **shown: str) -> None:
+        """Show `done` of the total. `rate` in units a second; measured from the start where not given."""
+        started_at, start = self._first
+        now = time.monotonic()
+        if rate is None:
+            rate = (done - start) / max(now - started_at, 1e-9)
+        eta = _duration((self.total - done) / rate) if rate > 0 else "?"
+        parts = [f"{self.unit} {done:,}/{self.total:,}", f"{rate:,.0f}/s", *(f"{k} {v}" for k, v in shown.items())]
+        self._last = "  ".join([*parts, f"eta {eta}"])
+        if now - self._shown_at >= self._every_s:
+            self._shown_at = now
+            self._write()
+
+    def note(self, text: str) -> None:
+        """A line of its own that stays above the progress."""
+        print(f"\r\x1b[K{text}" if self._terminal else text, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the last state standing."""
+        if self._last:
+            self._write()
+            if self._terminal:
+                print(file=self.stream, flush=True)
+
+    def _write(self) -> None:
+        if self._terminal:
+            print(f"\r\x1b[K{self._last}", end="", file=self.stream, flush=True)
+        else:
+            print(self._last, file=self.stream, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,110 @@
+"""A checkpoint: one folder that holds all a run needs to go on, and all a reader needs to use the model.
+
+    model.safetensors       weights
+    optimizer.safetensors   both moments and the step count of every parameter, and torch's random state
+    state.json              what has been trained on: samples seen, the ledger, what was skipped
+    config.json             the resolved config of the run, the code version
+    metrics.json            what was measured when it was written
+
+It is written under another name and renamed when it is whole. No pickle anywhere.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rayclip.config import ModelConfig
+from rayclip.errors import UserError
+from rayclip.models.clip import CLIP
+
+_RANDOM_STATE = "torch_random_state"
+
+
+@dataclass
+class RunState:
+    """How far a run is. `ledger` and `skipped` cover exactly the samples that the weights have seen."""
+
+    samples_seen: int = 0
+    steps: int = 0
+    train_time_s: float = 0.0
+    data_wait_s: float = 0.0
+    skipped: dict[str, int] = field(default_factory=dict)
+    ledger: dict[str, object] = field(default_factory=lambda: {"cursor": 0, "partial": {}})
+    manifest_digest: str = ""
+
+
+def write_checkpoint(
+    folder: Path, model: CLIP, optimizer: Optimizer, state: RunState, config: dict[str, Any], metrics: dict[str, Any]
+) -> None:
+    """Write a checkpoint folder, whole and then named; one of that name is replaced."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: p.contiguous() for name, p in model.state_dict().items()}, partial / "model.safetensors")
+    save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+    for name, content in (("state", vars(state)), ("config", config), ("metrics", metrics)):
+        (partial / f"{name}.json").write_text(json.dumps(content, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def read_state(folder: Path) -> RunState:
+    """How far the run was. Raises UserError where the folder is no checkpoint."""
+    return RunState(**_read_json(folder, "state"))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved config that the run had. Raises UserError where the folder is no checkpoint."""
+    return _read_json(folder, "config")
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What was measured at this checkpoint. Raises UserError where the folder is no checkpoint."""
+    return _read_json(folder, "metrics")
+
+
+def restore(folder: Path, model: CLIP, optimizer: Optimizer) -> RunState:
+    """Load weights, optimizer and random state in place, and say how far the run was."""
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    tensors = load_file(folder / "optimizer.safetensors")
+    torch.set_rng_state(tensors.pop(_RANDOM_STATE))
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, slot = key.rpartition("|")
+        moments.setdefault(name, {})[slot] = tensor
+    for name, parameter in model.named_parameters():
+        if name in moments:
+            on_device = {k: v if k == "step" else v.to(parameter.device) for k, v in moments[name].items()}
+            optimizer.state[parameter] = on_device
+    return read_state(folder)
+
+
+def load_model(folder: str | Path) -> CLIP:
+    """The model of a checkpoint, on the CPU. Raises UserError where the folder is no checkpoint."""
+    folder = Path(folder)
+    model = CLIP(ModelConfig.model_validate(read_config(folder)["model"]))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model
+
+
+def _optimizer_tensors(model: CLIP, optimizer: Optimizer) -> dict[str, Tensor]:
+    tensors = {_RANDOM_STATE: torch.get_rng_state()}
+    for name, parameter in model.named_parameters():
+        for slot, value in optimizer.state[parameter].items() if parameter in optimizer.state else ():
+            tensors[f"{name}|{slot}"] = value.contiguous()
+    return tensors
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / f"{name}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"'{folder}' is not a checkpoint: no readable {path.name} in it") from None

@@ -1,0 +1,147 @@
+"""The training loop: plain torch, one process or many. Where batches come from and where results go is not its matter.
+
+What has to happen on all ranks together (a checkpoint, an evaluation, a stop) is decided from numbers that all ranks
+share.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from rayclip.config import OptimizerConfig
+from rayclip.data.decode import CAUSES
+from rayclip.data.ledger import Ledger
+from rayclip.data.stream import Batch
+from rayclip.errors import UserError
+from rayclip.models.clip import CLIP
+from rayclip.training.checkpoint import RunState
+from rayclip.training.collective import gather_rows, world_size
+from rayclip.training.meter import Meter
+from rayclip.training.schedule import warmup_cosine
+from rayclip.training.step import StepResult, train_step
+
+Metrics = dict[str, Any]
+
+_FEW_SAMPLES = 1_000  # below this many, a fraction of bad ones says little
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is and how often it stops to look. All in samples seen; `evaluate_every` None is at the end only."""
+
+    optimizer: OptimizerConfig
+    total_samples: int
+    log_every: int
+    checkpoint_every: int
+    evaluate_every: int | None
+    max_bad_fraction: float
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls, each on every rank.
+
+    `step` gets the metrics of every step; `log` those of a point to be recorded. `evaluate` measures the model as it is.
+    `save` makes a checkpoint of the state, with what was measured (nothing, where nothing was), and gets the samples
+    that were skipped since the last one, int64 [n, 3] of (position, row, index into CAUSES).
+    """
+
+    step: Callable[[Metrics, RunState], None]
+    log: Callable[[Metrics, RunState], None]
+    evaluate: Callable[[], Metrics]
+    save: Callable[[RunState, Metrics, np.ndarray], None]
+
+
+class Trainer:
+    """Trains `model` from `state` on; `ledger` holds the samples that the weights have seen already."""
+
+    def __init__(
+        self, plan: Plan, model: CLIP, optimizer: Optimizer, state: RunState, ledger: Ledger, hooks: Hooks
+    ) -> None:
+        self.plan, self.model, self.optimizer, self.hooks = plan, model, optimizer, hooks
+        self.state, self.ledger = state, ledger
+        self._net = _data_parallel(model)
+        self._meter = Meter(state)
+        self._num_skipped = sum(state.skipped.values())
+        self._unsaved: list[np.ndarray] = []
+
+    def run(self, batches: Iterable[Batch]) -> RunState:
+        """Train to the end of `batches`, evaluate, save, and return the final state.
+
+        Raises UserError, on all ranks, for a loss that is not finite and for too many unreadable samples.
+        """
+        evaluated = False
+        self.model.train()
+        for batch in self._meter.timed(batches):
+            before = self.state.samples_seen
+            self._step(batch, before)
+            evaluated = self._due(before, self.plan.evaluate_every)
+            if evaluated or self._due(before, self.plan.checkpoint_every):
+                self._checkpoint(evaluate=evaluated)
+        if not evaluated:
+            self._checkpoint(evaluate=True)
+        return self.state
+
+    def _step(self, batch: Batch, before: int) -> None:
+        settings = self.plan.optimizer
+        lr = warmup_cosine(before, settings.lr, settings.warmup_samples, self.plan.total_samples)
+        result = train_step(self._net, self.model, self.optimizer, batch, lr, settings.max_grad_norm)
+        self._account(batch, result)
+        metrics = {"loss": result.loss, "learning_rate": lr, "logit_scale": result.logit_scale}
+        self.hooks.step(metrics, self.state)
+        if self._due(before, self.plan.log_every):
+            self.hooks.log(metrics | self._meter.rates(), self.state)
+            self._meter.start_window()
+
+    def _account(self, batch: Batch, result: StepResult) -> None:
+        given = np.stack([batch[name].astype(np.int64) for name in ("position", "row", "cause")], axis=1)
+        self._unsaved.append(given[given[:, 0] >= 0])
+        self.state.samples_seen += result.num_trained
+        self.state.steps += result.num_trained > 0
+        self._num_skipped += result.num_skipped
+        given_so_far = self.state.samples_seen + self._num_skipped
+        allowed = self.plan.max_bad_fraction * max(given_so_far, min(_FEW_SAMPLES, self.plan.total_samples))
+        if self._num_skipped > allowed:
+            raise UserError(self._too_many_bad(given_so_far))
+
+    def _checkpoint(self, evaluate: bool) -> None:
+        started = time.perf_counter()
+        seen = self._gather_unsaved()
+        self.ledger.add(seen[:, 0], seen[:, 1])
+        skipped = seen[seen[:, 2] > 0]
+        counts = Counter(self.state.skipped) + Counter(CAUSES[cause] for cause in skipped[:, 2].tolist())
+        self.state.skipped, self.state.ledger = dict(counts), self.ledger.to_dict()
+        self._unsaved = []
+        metrics = self.hooks.evaluate() if evaluate else {}
+        self.model.train()
+        self.hooks.save(self.state, metrics, skipped)
+        self._meter.pause(time.perf_counter() - started)
+
+    def _gather_unsaved(self) -> np.ndarray:
+        mine = np.concatenate([np.empty((0, 3), dtype=np.int64), *self._unsaved])
+        return gather_rows(mine, self.model.logit_scale.device)
+
+    def _too_many_bad(self, given_so_far: int) -> str:
+        seen = self._gather_unsaved()
+        causes = Counter(self.state.skipped) + Counter(CAUSES[cause] for cause in seen[seen[:, 2] > 0, 2].tolist())
+        shown = ", ".join(f"{cause} {count:,}" for cause, count in causes.most_common())
+        return (
+            f"{self._num_skipped:,} of {given_so_far:,} samples could not be read ({shown}); "
+            f"data.max_bad_fraction allows {self.plan.max_bad_fraction:g}"
+        )
+
+    def _due(self, before: int, every: int | None) -> bool:
+        return every is not None and before // every < self.state.samples_seen // every
+
+
+def _data_parallel(model: CLIP) -> nn.Module:
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -1,0 +1,73 @@
+"""One optimizer step on one global batch."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from rayclip.data.stream import Batch
+from rayclip.errors import UserError
+from rayclip.models.clip import CLIP
+from rayclip.training.collective import gather_counts, gather_rows, sum_over_ranks, world_size
+from rayclip.training.loss import info_nce
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, over all ranks."""
+
+    loss: float
+    num_trained: int
+    num_skipped: int
+    logit_scale: float
+
+
+def train_step(
+    net: nn.Module, model: CLIP, optimizer: Optimizer, batch: Batch, lr: float, max_grad_norm: float | None
+) -> StepResult:
+    """Forward, backward and update on this rank's part of a global batch.
+
+    `net` is `model`, or `model` wrapped for data parallelism. Raises UserError, on every rank, where the loss is not
+    finite; the weights are then those before the step.
+    """
+    device = model.logit_scale.device
+    real = np.flatnonzero(batch["num_tokens"])
+    num_given = int((batch["position"] >= 0).sum())
+    counts = gather_counts([len(real), num_given - len(real)], device)
+    batch_sizes = [trained for trained, _ in counts]
+    num_trained, num_skipped = sum(batch_sizes), sum(skipped for _, skipped in counts)
+    if not num_trained:
+        return StepResult(math.nan, 0, num_skipped, model.logit_scale.exp().item())
+
+    image, text, logit_scale = net(*(_to(batch[name], real, device) for name in ("image", "tokens")),
+                                   torch.from_numpy(batch["num_tokens"][real]))
+    loss = info_nce(image, text, logit_scale, batch_sizes)
+    optimizer.zero_grad(set_to_none=True)
+    # Data parallelism averages gradients over ranks; shares of one loss must be summed.
+    (loss * world_size()).backward()
+    total_loss = sum_over_ranks(loss).item()
+    if not math.isfinite(total_loss):
+        raise UserError(f"the loss is {total_loss}: {_identity(batch, device)}")
+    if max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    model.clamp_logit_scale_()
+    return StepResult(total_loss, num_trained, num_skipped, logit_scale.item())
+
+
+def _to(array: np.ndarray, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    # Most batches have nothing to leave out, and then nothing is copied.
+    array = array if len(rows) == len(array) else array[rows]
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def _identity(batch: Batch, device: torch.device) -> str:
+    mine = np.stack([batch["position"], batch["row"].astype(np.int64)], axis=1)[batch["num_tokens"] > 0]
+    everyone = gather_rows(mine, device)
+    positions = sorted({int(p) for p in everyone[:, 0]})
+    return f"the batch holds {len(everyone)} samples of stream positions {', '.join(map(str, positions))}"
