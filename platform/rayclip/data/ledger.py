@@ -13,7 +13,9 @@ import numpy as np
 class Ledger:
     """Finished samples by (position, row). `rows_at(position)` is the number of rows that a position has."""
 
-    def __init__(self, rows_at: Callable[[int], int], cursor: int = 0, partial: Mapping[int, int] | None = None) -> None:
+    def __init__(
+        self, rows_at: Callable[[int], int], cursor: int = 0, partial: Mapping[int, int] | None = None
+    ) -> None:
         self._rows_at = rows_at
         self.cursor = cursor
         self._partial = dict(partial or {})
@@ -48,9 +50,9 @@ class Ledger:
             return rows
         return rows[[not done >> row & 1 for row in rows.tolist()]]
 
-    def remaining(self, end: int) -> int:
-        """How many samples are left before position `end`, looked at position by position beyond the cursor."""
-        return sum(len(self.remaining_rows(position)) for position in range(self.cursor, end))
+    def num_done_beyond_cursor(self) -> int:
+        """How many samples at or after the cursor have been trained on."""
+        return sum(done.bit_count() for done in self._partial.values())
 
     def to_dict(self) -> dict[str, object]:
         """As JSON can hold it: the cursor, and each position beyond it with the hexadecimal mask of its done rows."""

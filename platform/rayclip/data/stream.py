@@ -66,6 +66,15 @@ class Stream:
         self.spec = spec
         self._ledger = dict(ledger or {"cursor": 0, "partial": {}})
 
+    @classmethod
+    def position_at(cls, manifest: Manifest, seed: int, samples: int) -> int:
+        """The first position of the stream with at least `samples` samples before it."""
+        epochs, rest = divmod(samples, manifest.total_samples)
+        order = Order(seed, len(manifest))
+        start = epochs * len(manifest)
+        counts = manifest.num_samples[order.chunks(np.arange(start, start + len(manifest)))]
+        return start + int(np.searchsorted(counts.cumsum(), rest)) + 1 if rest else start
+
     @property
     def manifest(self) -> Manifest:
         """The data set's manifest, read once a process."""
@@ -86,9 +95,19 @@ class Stream:
 
     def windows(self) -> range:
         """The windows that hold anything the ledger lacks."""
-        cursor = self._ledger["cursor"]
-        assert isinstance(cursor, int)
-        return range(cursor // self.spec.window, -(-self.spec.end // self.spec.window))
+        return range(self.ledger().cursor // self.spec.window, -(-self.spec.end // self.spec.window))
+
+    def num_remaining(self) -> int:
+        """How many samples the ledger lacks."""
+        ledger = self.ledger()
+        before_end, before_cursor = (self.samples_before(p) for p in (self.spec.end, ledger.cursor))
+        return before_end - before_cursor - ledger.num_done_beyond_cursor()
+
+    def samples_before(self, position: int) -> int:
+        """How many samples stand before a position of the stream."""
+        epochs, slots = divmod(position, len(self.manifest))
+        last = self.order.chunks(np.arange(position - slots, position))
+        return epochs * self.manifest.total_samples + int(self.manifest.num_samples[last].sum())
 
     def read(self, window: int) -> Batch:
         """All samples of one window that the ledger lacks, in the window's order."""

@@ -1,15 +1,14 @@
-"""CLIP's byte-pair tokenizer: Hugging Face `tokenizers` splits words into the pairs of bpe_merges.txt.gz.
+"""CLIP's byte-pair tokenizer: Hugging Face `tokenizers` applies the merges in bpe_merges.txt.gz.
 
 Token for token the same as open_clip's default tokenizer. One exception: characters that entered Unicode after
 the tables of the `tokenizers` build are not known as letters or digits, and may be split in other places.
 
-Captions repeat their words, so each word's ids are kept; plain ASCII, which most captions are, then takes one
-regular expression and a dictionary, several times faster than the library's own batch encoding on one core.
+No token spans white space and captions repeat their words, so each word's ids are kept. On one core that is
+several times faster than the library's batch encoding of whole captions.
 """
 
 import gzip
 import html
-import re
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
@@ -26,16 +25,12 @@ VOCAB_SIZE = 49_408
 # CLIP takes these, spelled out in a caption, for the special tokens themselves.
 START, END = "<start_of_text>", "<end_of_text>"
 
-_WORDS_KEPT = 1 << 17
-
 # Contractions, runs of letters, single digits, runs of anything else. CLIP matches without regard to case and
 # under that rule the long s equals s; text is lowered beforehand, so it is the one letter to be spelled out.
-_WORD = r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_ascii_words = re.compile(
-    _WORD.replace(r"\p{L}+", "[a-z]+").replace(r"|\p{N}|", "|[0-9]|").replace(r"\p{L}\p{N}", "a-z0-9")
-).findall
-# Text that repairing mojibake and resolving HTML entities cannot change.
-_is_plain = re.compile(r"[ -%'-~\t\n\r]*").fullmatch
+_PIECES = r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+# Bounds on what is kept: some 30 MB a process. Longer "words" are links and text without spaces.
+_MOST_WORDS, _LONGEST_WORD = 1 << 17, 24
 
 
 class Tokenizer:
@@ -67,15 +62,15 @@ class Tokenizer:
         num_tokens = np.fromiter(map(len, rows), dtype=np.int32, count=len(rows))
         tokens = np.zeros((len(rows), self.context_length), dtype=np.int32)
         real = np.arange(self.context_length) < num_tokens[:, None]
-        tokens[real] = np.fromiter(chain.from_iterable(rows), dtype=np.int32)
+        tokens[real] = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(num_tokens.sum()))
         return tokens, num_tokens
 
     def __reduce__(self) -> tuple[Any, ...]:
         return get_tokenizer, (self.context_length,)
 
     def _encode(self, text: str) -> list[int]:
-        ids = list(self._ids[START])
-        for word in split(text):
+        ids = [*self._ids[START]]
+        for word in clean(text).split()[: self.context_length]:
             ids += self._ids[word]
         del ids[self.context_length - 1 :]
         ids += self._ids[END]
@@ -88,31 +83,31 @@ def get_tokenizer(context_length: int = 77) -> Tokenizer:
     return Tokenizer(context_length)
 
 
-def split(text: str) -> list[str]:
-    """A caption's words as the byte-pair model wants them: lower case, each byte of UTF-8 a printable letter."""
-    if _is_plain(text):
-        return _ascii_words(text.lower())
-    return [word for word, _ in _splitter().pre_tokenize_str(clean(text))]
-
-
 def clean(text: str) -> str:
-    """Repair mojibake, resolve HTML entities twice, collapse white space, lower: what CLIP does before splitting."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    """Repair mojibake, resolve HTML entities twice, lower: what CLIP does before it splits."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # where it is, neither changes anything
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return text.lower()
 
 
 class _WordIds(dict[str, tuple[int, ...]]):
-    """Ids of words, worked out when first asked for. Stops remembering when full: rare words are not worth it."""
+    """Ids of words, worked out when first asked for."""
 
-    def __init__(self, pairs: models.BPE, special: dict[str, int]) -> None:
+    def __init__(self, splitter: pre_tokenizers.PreTokenizer, pairs: models.BPE, special: dict[str, int]) -> None:
         super().__init__({word: (number,) for word, number in special.items()})
-        self._pairs = pairs
+        self._splitter, self._pairs, self._special = splitter, pairs, special
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple(token.id for token in self._pairs.tokenize(word))
-        if len(self) < _WORDS_KEPT:
+        pieces = (piece for piece, _ in self._splitter.pre_tokenize_str(word))
+        ids = tuple(chain.from_iterable(map(self._piece_ids, pieces)))
+        if len(self) < _MOST_WORDS and len(word) <= _LONGEST_WORD:
             self[word] = ids
         return ids
+
+    def _piece_ids(self, piece: str) -> list[int]:
+        if piece in self._special:
+            return [self._special[piece]]
+        return [token.id for token in self._pairs.tokenize(piece)]
 
 
 @cache
@@ -123,14 +118,10 @@ def _word_ids() -> _WordIds:
     letters = _byte_letters()
     vocabulary = letters + [letter + "</w>" for letter in letters] + [first + second for first, second in merges]
     ids = {token: number for number, token in enumerate(vocabulary)}
-    pairs = models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>", cache_capacity=0)
-    return _WordIds(pairs, {START: len(ids), END: len(ids) + 1})
-
-
-@cache
-def _splitter() -> pre_tokenizers.PreTokenizer:
-    words = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
-    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True)
+    splitter = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    pairs = models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>")
+    return _WordIds(splitter, pairs, {START: len(ids), END: len(ids) + 1})
 
 
 def _byte_letters() -> list[str]:

@@ -49,6 +49,8 @@ def pack(num_tokens_B: Tensor, columns: int, device: torch.device) -> Packing:
     position = torch.arange(int(ends[-1])) - (ends - lengths).repeat_interleave(lengths)
     source = position + (order * columns).repeat_interleave(lengths)
     parts = [source, position, ends - 1, order.argsort()]
-    packed = torch.cat(parts).to(device, non_blocking=True).split([part.numel() for part in parts])
+    moved = torch.cat(parts).to(device, non_blocking=True).split([part.numel() for part in parts])
+    source, position, ends, unsort = moved
     distinct, counts = lengths.unique_consecutive(return_counts=True)
-    return Packing(*packed, groups=list(zip(counts.tolist(), distinct.tolist(), strict=True)))
+    groups = list(zip(counts.tolist(), distinct.tolist(), strict=True))
+    return Packing(source, position, ends, unsort, groups)

@@ -27,22 +27,23 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x_TW: Tensor, groups: Groups, causal: bool) -> Tensor:
-        """Attend from every token. -> [T, W]"""
+    def forward(self, x_TW: Tensor, groups: Groups, causal: bool, rows_B: Tensor | None = None) -> Tensor:
+        """Attend from every token, -> [T, W], or from one token of each sequence, at `rows_B`, -> [B, W]."""
+        return self._every(x_TW, groups, causal) if rows_B is None else self._one(x_TW, groups, rows_B)
+
+    def _every(self, x_TW: Tensor, groups: Groups, causal: bool) -> Tensor:
         qkv = F.linear(x_TW, self.in_proj_weight, self.in_proj_bias)
         # One split has one backward (a concatenation); slices would each fill a [T, 3W] of zeros.
         parts = qkv.split([count * length for count, length in groups])
         attended = []
         for (count, length), part in zip(groups, parts, strict=True):
-            q, k, v = (
-                part.view(count, length, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
-            )  # [S, H, N, D]
+            q, k, v = self._heads(part, 3, count, length)
             out_SHND = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
             attended.append(out_SHND.transpose(1, 2).reshape(count * length, x_TW.shape[1]))
         return self.out_proj(_join(attended))
 
-    def read(self, x_TW: Tensor, rows_B: Tensor, groups: Groups) -> Tensor:
-        """Attend from one token of each sequence, at `rows_B`, to its whole sequence. -> [B, W]"""
+    def _one(self, x_TW: Tensor, groups: Groups, rows_B: Tensor) -> Tensor:
+        # No mask: causal sequences are read at their last token, which sees them whole.
         width = x_TW.shape[1]
         q_weight, kv_weight = self.in_proj_weight.split([width, 2 * width])
         q_bias, kv_bias = self.in_proj_bias.split([width, 2 * width])
@@ -50,12 +51,14 @@ class Attention(nn.Module):
         kv_parts = F.linear(x_TW, kv_weight, kv_bias).split([count * length for count, length in groups])
         attended = []
         for (count, length), q_part, kv_part in zip(groups, q_parts, kv_parts, strict=True):
-            q = q_part.view(count, 1, self.heads, self.head_width).transpose(1, 2)  # [S, H, 1, D]
-            k, v = (
-                kv_part.view(count, length, 2, self.heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
-            )  # [S, H, N, D]
+            (q,) = self._heads(q_part, 1, count, 1)
+            k, v = self._heads(kv_part, 2, count, length)
             attended.append(F.scaled_dot_product_attention(q, k, v).reshape(count, width))
         return self.out_proj(_join(attended))
+
+    def _heads(self, x: Tensor, num: int, count: int, length: int) -> tuple[Tensor, ...]:
+        """[S * N, num * W] -> num times [S, H, N, D], all of them views."""
+        return x.view(count, length, num, self.heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class MLP(nn.Module):
@@ -81,13 +84,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, quick_gelu)
 
-    def forward(self, x_TW: Tensor, groups: Groups, causal: bool) -> Tensor:
-        x_TW = x_TW + self.attn(self.ln_1(x_TW), groups, causal)
-        return x_TW + self.mlp(self.ln_2(x_TW))
-
-    def read(self, x_TW: Tensor, rows_B: Tensor, groups: Groups) -> Tensor:
-        x_BW = x_TW.index_select(0, rows_B) + self.attn.read(self.ln_1(x_TW), rows_B, groups)
-        return x_BW + self.mlp(self.ln_2(x_BW))
+    def forward(self, x_TW: Tensor, groups: Groups, causal: bool, rows_B: Tensor | None = None) -> Tensor:
+        """-> [T, W], or, at `rows_B` only, [B, W]."""
+        attended = self.attn(self.ln_1(x_TW), groups, causal, rows_B)
+        x = attended + (x_TW if rows_B is None else x_TW.index_select(0, rows_B))
+        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
@@ -114,9 +115,10 @@ class Transformer(nn.Module):
         Returns:
             [B, W], in packed order.
         """
-        for block in self.resblocks[:-1]:
+        *blocks, last = self.resblocks
+        for block in blocks:
             x_TW = block(x_TW, groups, causal)
-        return self.resblocks[-1].read(x_TW, rows_B, groups)
+        return last(x_TW, groups, causal, rows_B)
 
 
 def _join(parts: list[Tensor]) -> Tensor:

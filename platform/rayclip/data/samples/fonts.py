@@ -27,7 +27,7 @@ class Face(NamedTuple):
 
     @property
     def style(self) -> str:
-        """"bold italic sans-serif": the words of a caption."""
+        """The words of a caption: "bold italic sans-serif"."""
         return " ".join(["bold"] * self.bold + ["italic"] * self.italic + [self.family])
 
 
@@ -57,7 +57,7 @@ _LEAST_MARK_COMBINATIONS = 5
 
 
 def name_of(char: str) -> str:
-    """"latin small letter e with acute"; empty for a character without a name."""
+    """As in "latin small letter e with acute"; empty for a character without a name."""
     return unicodedata.name(char, "").lower()
 
 
@@ -70,7 +70,7 @@ def is_letter(char: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def load_font(face: str, pixels: int) -> ImageFont.FreeTypeFont:
-    """A face at `pixels` to the em. The basic layout engine is always there and places one glyph the same everywhere."""
+    """A face at `pixels` to the em, laid out by the engine that every Pillow has."""
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / _ALL_FACES[face].file

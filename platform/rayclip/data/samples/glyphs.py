@@ -15,8 +15,8 @@ function of (seed, split, index) and of nothing else.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -42,7 +42,9 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "brown": (120, 70, 30),
 }
 TEMPLATES = ("the character {}", "a picture of {}", "a glyph: {}", "one {}", "the symbol {}")
-_STYLE_WORDS = frozenset("bold italic script fraktur sans-serif monospace double-struck heavy light".split())
+_STYLE_WORDS = frozenset(
+    ("bold", "italic", "script", "fraktur", "sans-serif", "monospace", "double-struck", "heavy", "light")
+)
 
 _SUPERSAMPLE = 4
 _LEAST_CONTRAST = 4.0
@@ -51,7 +53,8 @@ _BASELINE = 0.72  # of the side, from above: leaves room for two marks over a ca
 _NUM_DRAWS = 16
 
 
-class Item(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Item:
     """One picture to draw. `cls` is the class's index in an evaluation split, None in training."""
 
     split: str
@@ -61,11 +64,6 @@ class Item(NamedTuple):
     cls: int | None
     plain_share: float
     seed: int
-
-    @property
-    def key(self) -> str:
-        """A name for the sample that is its own in the split."""
-        return f"{self.index:06}"
 
 
 def build(split: str, config: GlyphsConfig) -> list[Item]:

@@ -1,0 +1,1 @@
+"""What a cluster runs: `python -m jobs` lists it."""

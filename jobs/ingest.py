@@ -1,0 +1,27 @@
+"""Turn pictures and captions into a data set: python -m jobs.ingest CONFIG key=value ..."""
+
+from pathlib import Path
+from typing import Any
+
+from rayclip.config import IngestConfig
+from rayclip.orchestration.ingest import ingest
+
+from jobs.cli import run_job
+
+
+def main(config: IngestConfig) -> dict[str, Any]:
+    """Write the data set, or what an interrupted run left of it; returns what it holds."""
+    summary = ingest(config)
+    print(f"{summary['output']} {'was complete already' if summary['complete'] else 'is complete'}")
+    print(f"{'split':<20}  {'samples':>11}  {'classes':>7}  {'shards':>7}  {'MB':>9}  skipped")
+    for name, split in summary["splits"].items():
+        skipped = ", ".join(f"{count:,} {cause}" for cause, count in split["skipped"].items())
+        print(
+            f"{name:<20}  {split['samples']:>11,}  {split['classes'] or '-':>7}  {split['shards']:>7,}  "
+            f"{split['bytes'] / 1e6:>9,.1f}  {skipped or '-'}"
+        )
+    return summary
+
+
+if __name__ == "__main__":
+    run_job(main, IngestConfig, lambda config: Path(config.output) / "summary.json")

@@ -1,0 +1,54 @@
+"""Source `folder`: pictures with a caption beside each, `cat.jpg` with `cat.txt` or `cat.json`."""
+
+import json
+import os
+from pathlib import Path
+
+from rayclip.config import FolderConfig
+from rayclip.data.decode import BadSampleError
+from rayclip.data.sources.base import Record, Split
+from rayclip.errors import UserError
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def splits(config: FolderConfig, cache: Path) -> dict[str, Split]:
+    """Every picture below the folder, by path. Raises UserError for no folder, or none with pictures."""
+    root = Path(config.path).resolve()
+    if not root.is_dir():
+        raise UserError(f"source.path '{config.path}' is not a folder")
+    found = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
+    paths = sorted(str(path) for path in found if path.suffix.lower() in PICTURES)
+    if not paths:
+        raise UserError(f"source.path '{config.path}' has no pictures ({', '.join(PICTURES)})")
+    return {"train": Split(paths)}
+
+
+def read(item: str, config: FolderConfig) -> Record:
+    """One picture's bytes and its caption. Raises BadSampleError."""
+    path = Path(item)
+    caption = _caption(path, config.caption_key)
+    return Record(read_picture(path), caption)
+
+
+def read_picture(path: Path) -> bytes:
+    """A file's bytes. Raises BadSampleError where there is none to read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        raise BadSampleError("no_image") from None
+
+
+def _caption(picture: Path, key: str) -> str:
+    beside = next((p for p in (picture.with_suffix(".txt"), picture.with_suffix(".json")) if p.is_file()), None)
+    if beside is None:
+        raise BadSampleError("no_caption")
+    try:
+        text = beside.read_text(encoding="utf-8")
+        if beside.suffix == ".txt":
+            return text
+        return json.loads(text)[key] or ""
+    except UnicodeDecodeError:
+        raise BadSampleError("caption_not_utf8") from None
+    except (ValueError, KeyError, TypeError):
+        raise BadSampleError("no_caption") from None

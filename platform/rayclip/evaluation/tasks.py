@@ -1,0 +1,144 @@
+"""Measuring a model on data sets, on all workers: each reads its share of the chunks, the counts are summed.
+
+A data set for zero-shot has a class index in each sample's `cls` and the classes' names, a line each, in
+`classnames.txt` beside the shards; one for retrieval has captions.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from rayclip.config import RetrievalTask, Task, ZeroShotTask
+from rayclip.data.decode import BadSampleError, eval_array, read_caption, read_image
+from rayclip.data.formats.tar import Sample, read_samples
+from rayclip.data.manifest import Manifest
+from rayclip.errors import UserError
+from rayclip.evaluation.contact_sheet import write_contact_sheet
+from rayclip.evaluation.retrieval import caption_ids, recall_on_all_workers
+from rayclip.evaluation.zero_shot import ZeroShotCounts, check_labels
+from rayclip.inference.encoder import Encoder
+from rayclip.inference.zero_shot import class_matrix, zero_shot_probabilities
+
+_SHEET_SAMPLES = 512
+_SHOWN_ANSWERS = 5
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Runs tasks by name. `image_size` is the model's; `batch_size` pictures are encoded at once."""
+
+    tasks: Mapping[str, Task]
+    image_size: int
+    batch_size: int
+
+    def check(self) -> None:
+        """Raise UserError, before any training, for a task whose data set cannot be used."""
+        for name, task in self.tasks.items():
+            Manifest.load(task.path).check_shards()
+            if isinstance(task, ZeroShotTask) and not class_names(task.path):
+                raise UserError(f"task '{name}': '{task.path}/classnames.txt' names no classes")
+
+    def run(self, encoder: Encoder, pictures: Path | None = None) -> dict[str, dict[str, Any]]:
+        """Every task's metrics by task, the same on all workers, which must all call this.
+
+        Where `pictures` is a folder, the first worker writes `TASK.png` there for each zero-shot task: right and
+        wrong answers.
+        """
+        return {name: self._run(encoder, task, pictures and pictures / f"{name}.png") for name, task in self.tasks.items()}
+
+    def _run(self, encoder: Encoder, task: Task, sheet: Path | None) -> dict[str, Any]:
+        if isinstance(task, RetrievalTask):
+            return _run_retrieval(encoder, self._batches(task.path))
+        return _run_zero_shot(encoder, task, self._batches(task.path), sheet)
+
+    def _batches(self, folder: str) -> Iterator["Batch"]:
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return read_batches(Manifest.load(folder), self.image_size, self.batch_size, rank, world_size)
+
+
+class Batch(NamedTuple):
+    """Pictures uint8 [B, S, S, 3] as the reference preprocess gives them, and their samples, [B]."""
+
+    images: np.ndarray
+    samples: list[Sample]
+
+
+def read_batches(manifest: Manifest, image_size: int, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
+    """This worker's share of a data set, in order. Raises UserError for a sample that cannot be read: what is measured
+    must be the same for every model."""
+    images: list[np.ndarray] = []
+    samples: list[Sample] = []
+    for chunk in range(rank, len(manifest), world_size):
+        for sample in read_samples(manifest.read_chunk(chunk)):
+            try:
+                images.append(eval_array(read_image(sample), image_size))
+            except BadSampleError as error:
+                key = sample["__key__"].decode()
+                raise UserError(f"'{manifest.folder}': sample '{key}' cannot be evaluated: {error.cause}") from None
+            samples.append(sample)
+            if len(samples) == batch_size:
+                yield Batch(np.stack(images), samples)
+                images, samples = [], []
+    if samples:
+        yield Batch(np.stack(images), samples)
+
+
+def class_names(folder: str) -> list[str]:
+    """The classes of a data set, in order of their index. Raises UserError where there is no list."""
+    path = Path(folder) / "classnames.txt"
+    if not path.is_file():
+        raise UserError(f"no 'classnames.txt' in '{folder}': zero-shot needs the classes' names, a line each")
+    return path.read_text().splitlines()
+
+
+def _label(sample: Sample, num_classes: int) -> int:
+    try:
+        label = int(sample["cls"])
+    except (KeyError, ValueError):
+        raise UserError(f"sample '{sample['__key__'].decode()}' has no class index in a .cls file") from None
+    check_labels(torch.tensor([label]), num_classes)
+    return label
+
+
+def _run_zero_shot(encoder: Encoder, task: ZeroShotTask, batches: Iterator[Batch], sheet: Path | None) -> dict[str, Any]:
+    names = class_names(task.path)
+    classes = class_matrix(encoder, names, task.templates)
+    counts = ZeroShotCounts(classes)
+    shown: list[tuple[np.ndarray, ...]] = []
+    for images, samples in batches:
+        labels = torch.tensor([_label(sample, len(names)) for sample in samples])
+        features = encoder.encode_images(images, len(images))
+        counts.update(features, labels.to(features.device))
+        if sheet is not None and sum(len(batch[0]) for batch in shown) < _SHEET_SAMPLES:
+            best = zero_shot_probabilities(features, classes, encoder.logit_scale).topk(min(_SHOWN_ANSWERS, len(names)))
+            shown.append((images, labels.numpy(), best.indices.cpu().numpy(), best.values.cpu().numpy()))
+    if sheet is not None and shown and (not dist.is_initialized() or dist.get_rank() == 0):
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        images_N, labels_N, top_NK, probabilities_NK = (np.concatenate(column) for column in zip(*shown, strict=True))
+        write_contact_sheet(sheet, images_N, labels_N, top_NK, probabilities_NK, names)
+    return counts.reduce().metrics()
+
+
+def _run_retrieval(encoder: Encoder, batches: Iterator[Batch]) -> dict[str, Any]:
+    # A worker that has no share still takes part, with no rows.
+    features = [encoder.encode_images(np.empty((0, 1, 1, 3), dtype=np.uint8))]
+    captions: list[str] = []
+    for images, samples in batches:
+        features.append(encoder.encode_images(images, len(images)))
+        captions += [_caption(sample) for sample in samples]
+    image_features = torch.cat(features)
+    text_features = encoder.encode_texts(captions)
+    own = torch.arange(len(captions), device=image_features.device)
+    return recall_on_all_workers(image_features, text_features, own, caption_ids(captions).to(own.device))
+
+
+def _caption(sample: Sample) -> str:
+    try:
+        return read_caption(sample)
+    except BadSampleError as error:
+        raise UserError(f"sample '{sample['__key__'].decode()}' cannot be evaluated: {error.cause}") from None

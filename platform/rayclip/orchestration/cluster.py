@@ -1,0 +1,65 @@
+"""Starting Ray, or joining it, without noise; and asking what it has before something waits for it forever."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rayclip.errors import UserError
+
+_ROOT = Path(__file__).resolve().parents[3]
+
+RUNTIME_ENV: dict[str, Any] = {"working_dir": ".", "py_modules": ["platform/rayclip"]}
+"""What a job ships to a cluster: the tree, and the library where it can be found without an installation."""
+
+
+def connect(local_cpus: int = 0) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; do nothing where that is done.
+
+    A Ray of our own gets at least `local_cpus` logical cores: workers that wait for each other must all be placed, also
+    on a laptop with fewer cores. Ray's own messages go to its log files.
+    """
+    _quieten()
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        return
+    ray.init(
+        address="local",
+        num_cpus=max(local_cpus, os.cpu_count() or 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": _worker_environment()},
+    )
+
+
+def check_resources(needed: dict[str, float], what: str) -> None:
+    """Raise UserError where the cluster could never place `needed`, in total."""
+    has = ray.cluster_resources()
+    short = {name: amount for name, amount in needed.items() if has.get(name, 0) < amount}
+    if short:
+        wants = ", ".join(f"{amount:g} {name}" for name, amount in needed.items() if amount)
+        holds = ", ".join(f"{has.get(name, 0):g} {name}" for name in needed)
+        raise UserError(f"{what} needs {wants}; the cluster has {holds} in all")
+
+
+def _worker_environment() -> dict[str, str]:
+    # Workers import jobs/ from the repository root and the library from its source.
+    paths = [str(_ROOT), str(_ROOT / "platform"), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
+
+
+def _quieten() -> None:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False

@@ -1,0 +1,52 @@
+"""The stream as one Ray Data execution over all epochs: windows -> ranged reads -> decode -> batches of arrays."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import ray
+import ray.train
+
+from rayclip.data.stream import Batch, Stream, StreamSpec
+from rayclip.training.checkpoint import read_state
+
+
+def remaining_dataset(spec: StreamSpec, checkpoints: str, num_workers: int) -> ray.data.Dataset:
+    """What the latest checkpoint's ledger lacks, as a Ray dataset of batches' columns.
+
+    Ray Train calls this, in its controller, whenever it starts the workers: with the checkpoint that they are about to
+    restore. A ledger from anywhere else could belong to other weights.
+    """
+    folder = latest_checkpoint(checkpoints)
+    stream = Stream(spec, read_state(folder).ledger if folder else None)
+    windows = stream.windows()
+    # Ray splits the stream into equal parts and drops a remainder; rows that stand for no sample leave it none.
+    padding = -stream.num_remaining() % num_workers
+    read = partial(_read, stream=stream, first=windows.start, last=windows.stop - 1, padding=padding)
+    return ray.data.range(len(windows), override_num_blocks=max(1, len(windows))).map_batches(
+        read, batch_size=1, num_cpus=1
+    )
+
+
+def latest_checkpoint(checkpoints: str) -> Path | None:
+    """The checkpoint folder that a restart of the workers restores, None before the first."""
+    if not (Path(checkpoints) / "checkpoint_manager_snapshot.json").exists():
+        return None
+    checkpoint = ray.train.Result.from_path(checkpoints).checkpoint
+    return Path(checkpoint.path) if checkpoint else None
+
+
+def batches(shard: ray.data.DataIterator, batch_size: int) -> Iterator[Batch]:
+    """A worker's part of the stream."""
+    yield from shard.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2, drop_last=False)
+
+
+def _read(row: dict[str, np.ndarray], stream: Stream, first: int, last: int, padding: int) -> Batch:
+    window = first + int(row["id"][0])
+    block = stream.read(window)
+    if window == last and padding:
+        rest = stream.padding(padding)
+        block = {name: np.concatenate([block[name], rest[name]]) for name in block}
+    return block
+

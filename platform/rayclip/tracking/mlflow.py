@@ -1,0 +1,133 @@
+"""MLflow: one run per training run, whatever restarts happen.
+
+The driver opens the run and hands its id over; the first worker logs to it. A worker that starts anew repeats steps that
+a crash rolled back: those are in the run already and are not logged twice.
+"""
+
+import json
+import logging
+import math
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+from rayclip.errors import UserError
+
+STEP_METRIC = "train/loss"
+_SERVER_TIMEOUT_S = 5
+
+
+def resolve_uri(uri: str | None) -> str:
+    """The tracking URI: as given, or the embedded database under ./mlflow, as an absolute path."""
+    if uri is not None:
+        return uri
+    return f"sqlite:///{Path('mlflow/mlflow.db').absolute()}"
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client, once something answers there. Raises UserError where nothing does."""
+    for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if uri.startswith(("http://", "https://")):
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_SERVER_TIMEOUT_S).close()
+        except (OSError, urllib.error.URLError, ValueError) as error:
+            raise UserError(f"no MLflow server answers at {uri}: {getattr(error, 'reason', error)}") from None
+    elif uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(uri)
+    return MlflowClient(uri)
+
+
+def open_run(
+    uri: str, experiment: str, name: str, config: Mapping[str, Any], tags: Mapping[str, str], run_id: str | None
+) -> str:
+    """The id of the training run's MLflow run: `run_id` where that exists, else a new one with its config as params."""
+    client = connect(uri)
+    if run_id is not None:
+        try:
+            client.set_terminated(run_id, "RUNNING")
+            return run_id
+        except MlflowException:
+            raise UserError(f"the run's MLflow run {run_id} is not in {uri}: was its database moved?") from None
+    run = client.create_run(_experiment_id(client, uri, experiment), run_name=name)
+    params = [Param(key, json.dumps(value)[:6000]) for key, value in flatten(config).items()]
+    for start in range(0, len(params), 100):
+        client.log_batch(run.info.run_id, params=params[start : start + 100])
+    client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    client.log_dict(run.info.run_id, dict(config), "config.json")
+    return run.info.run_id
+
+
+def close_run(uri: str, run_id: str, succeeded: bool) -> None:
+    """Say that the run has ended."""
+    MlflowClient(uri).set_terminated(run_id, "FINISHED" if succeeded else "FAILED")
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+class MlflowTracker:
+    """Logs to an open run from one process. A server that does not answer delays points, it does not stop a run."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self._client = connect(uri)
+        self._run_id = run_id
+        history = self._client.get_metric_history(run_id, STEP_METRIC)
+        self._last_step: dict[str, int] = {STEP_METRIC: max((point.step for point in history), default=-1)}
+        self._unsent: list[Metric] = []
+        self._monitor = SystemMetricsMonitor(run_id, sampling_interval=5, resume_logging=bool(history))
+        self._monitor.start()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Numbers at a step (samples seen). What the run has from that step on already is left out."""
+        now = int(time.time() * 1000)
+        for key, value in metrics.items():
+            if step > self._last(key) and math.isfinite(value):
+                self._unsent.append(Metric(key, float(value), now, step))
+                self._last_step[key] = step
+        try:
+            self._client.log_batch(self._run_id, metrics=self._unsent[:1000])
+        except MlflowException as error:
+            logging.getLogger(__name__).warning("MLflow did not take a point, trying again with the next: %s", error)
+        else:
+            self._unsent = self._unsent[1000:]
+
+    def log_picture(self, path: Path) -> None:
+        """Keep a file with the run, under `pictures/`."""
+        self._client.log_artifact(self._run_id, str(path), "pictures")
+
+    def close(self) -> None:
+        """Send what is left, and stop watching the machine."""
+        self.log({}, 0)
+        self._monitor.finish()
+
+    def _last(self, key: str) -> int:
+        if key not in self._last_step:
+            history = self._client.get_metric_history(self._run_id, key)
+            self._last_step[key] = max((point.step for point in history), default=-1)
+        return self._last_step[key]
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return experiment.experiment_id
+    location = None
+    if uri.startswith("sqlite:///"):
+        location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / name).as_uri()
+    return client.create_experiment(name, artifact_location=location)
