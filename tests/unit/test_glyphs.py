@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-
 from rayclip.config import GlyphsConfig
 from rayclip.data.samples import fonts, glyphs
 from rayclip.errors import UserError
@@ -111,5 +110,5 @@ def test_characters_are_drawable_and_named():
 
 
 def test_a_split_that_there_is_not():
-    with pytest.raises(UserError, match="held_out_fonts.*held_out_font"):
+    with pytest.raises(UserError, match=r"held_out_fonts.*held_out_font"):
         glyphs.build("held_out_fonts", CONFIG)

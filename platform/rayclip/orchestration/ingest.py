@@ -103,6 +103,7 @@ def _run(tasks: Sequence[Task], work: Callable[[Task], Result]) -> Iterator[Resu
 
     A UserError of a task is raised here as it is; Ray would wrap it in a traceback.
     """
+
     def do(row: dict[str, bytes]) -> dict[str, bytes]:
         try:
             return {"done": pickle.dumps(work(pickle.loads(row["task"])))}

@@ -20,13 +20,12 @@ def remaining_dataset(spec: StreamSpec, checkpoints: str, num_workers: int) -> r
     """
     folder = latest_checkpoint(checkpoints)
     stream = Stream(spec, read_state(folder).ledger if folder else None)
-    windows = stream.windows()
+    windows = stream.windows() or range(1)  # a run that has ended still needs a stream to find that out
+    num_remaining = stream.num_remaining()
     # Ray splits the stream into equal parts and drops a remainder; rows that stand for no sample leave it none.
-    padding = -stream.num_remaining() % num_workers
+    padding = -num_remaining % num_workers if num_remaining else num_workers
     read = partial(_read, stream=stream, first=windows.start, last=windows.stop - 1, padding=padding)
-    return ray.data.range(len(windows), override_num_blocks=max(1, len(windows))).map_batches(
-        read, batch_size=1, num_cpus=1
-    )
+    return ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(read, batch_size=1, num_cpus=1)
 
 
 def latest_checkpoint(checkpoints: str) -> Path | None:

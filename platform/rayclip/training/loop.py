@@ -95,7 +95,7 @@ class Trainer:
         result = train_step(self._net, self.model, self.optimizer, batch, lr, settings.max_grad_norm)
         self._account(batch, result)
         metrics = {"loss": result.loss, "learning_rate": lr, "logit_scale": result.logit_scale}
-        self.hooks.step(metrics, self.state)
+        self.hooks.step(metrics | {"rates": self._meter.rates()}, self.state)
         if self._due(before, self.plan.log_every):
             self.hooks.log(metrics | self._meter.rates(), self.state)
             self._meter.start_window()

@@ -1,0 +1,211 @@
+"""Training on a Ray cluster: the driver's side. `worker.py` is what runs on each worker.
+
+The driver checks everything that can be wrong before anything is started, opens the MLflow run, lets Ray Train keep
+the workers alive, shows how far they are, and registers the best checkpoint at the end.
+"""
+
+import subprocess
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from rayclip import __version__
+from rayclip.config import ModelConfig, TrainConfig
+from rayclip.data.manifest import Manifest
+from rayclip.data.stream import Stream, StreamSpec
+from rayclip.errors import UserError
+from rayclip.evaluation.tasks import Evaluator
+from rayclip.models.presets import preset
+from rayclip.orchestration.cluster import check_resources, connect
+from rayclip.orchestration.progress import ProgressLine
+from rayclip.orchestration.run_folder import RunFolder
+from rayclip.orchestration.stream import latest_checkpoint, remaining_dataset
+from rayclip.orchestration.worker import Job, Monitor, train_worker
+from rayclip.tracking import mlflow as tracking
+from rayclip.tracking.registry import link_checkpoint, register
+from rayclip.training.checkpoint import read_state
+
+_POLL_S = 0.5
+
+
+def run_training(config: TrainConfig) -> dict[str, Any]:
+    """Train, or go on with a run that was interrupted, and return its summary.
+
+    Raises UserError for everything that a user can mend.
+    """
+    config = resolve(config)
+    folder = RunFolder(Path("runs").absolute() / config.name)
+    spec, total_samples = plan_stream(config)
+    Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
+    record = folder.read_record()
+    if record is not None:
+        folder.check_same(record, config.model_dump(mode="json"))
+    uri = tracking.resolve_uri(config.tracking.uri)
+    tracking.connect(uri)
+
+    workers = config.cluster
+    # One core beside the workers reads ahead for them.
+    connect(local_cpus=int(workers.num_workers * workers.cpus_per_worker) + 1)
+    needed = {"CPU": workers.num_workers * workers.cpus_per_worker + 1, "GPU": workers.num_workers * workers.use_gpu}
+    check_resources({k: v for k, v in needed.items() if v}, f"a run with {workers.num_workers} workers and a reader")
+
+    run_id = _open_mlflow_run(config, uri, folder, record, spec)
+    job = Job(config, spec, total_samples, str(folder.path), uri, run_id, Monitor.remote())
+    succeeded = False
+    try:
+        _fit(job, folder)
+        succeeded = True
+    finally:
+        tracking.close_run(uri, run_id, succeeded)
+    return _finish(config, folder, uri, run_id)
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The config with its model in full. Raises UserError for a model that there is not."""
+    model = preset(config.model) if isinstance(config.model, str) else config.model
+    return config.model_copy(update={"model": model})
+
+
+def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
+    """The stream of a run, and the number of samples in it. Raises UserError where the data does not fit the run."""
+    model = config.model
+    assert isinstance(model, ModelConfig)
+    path = Path(config.data.path).absolute()
+    manifest = Manifest.load(path)
+    manifest.check_shards()
+    if config.batch_size > manifest.total_samples:
+        raise UserError(
+            f"batch_size {config.batch_size:,} is larger than the data set in '{config.data.path}', "
+            f"which has {manifest.total_samples:,} samples"
+        )
+    samples = config.samples or (config.epochs or 0) * manifest.total_samples
+    spec = StreamSpec(
+        folder=str(path),
+        digest=manifest.digest,
+        seed=config.seed,
+        end=Stream.position_at(manifest, config.seed, samples),
+        window=config.data.shuffle_window,
+        image_size=model.vision.image_size,
+        context_length=model.text.context_length,
+        crop_scale=config.data.crop_scale,
+    )
+    return spec, Stream(spec).num_remaining()
+
+
+def code_version() -> str:
+    """The commit that the code is at, marked where it was changed since; the package's version outside git."""
+    root = Path(__file__).parent
+    try:
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return __version__
+
+
+def _open_mlflow_run(
+    config: TrainConfig, uri: str, folder: RunFolder, record: dict[str, Any] | None, spec: StreamSpec
+) -> str:
+    resolved = config.model_dump(mode="json")
+    tags = {"code_version": code_version(), "manifest_digest": spec.digest, "data": spec.folder}
+    known = record and record["mlflow_run_id"]
+    run_id = tracking.open_run(uri, config.tracking.experiment, config.name, resolved, tags, known)
+    folder.write_record(resolved, run_id)
+    return run_id
+
+
+def _fit(job: Job, folder: RunFolder) -> None:
+    config = job.config
+    workers = config.cluster
+    found = latest_checkpoint(str(folder.checkpoints))
+    line = ProgressLine(job.total_samples, start=read_state(found).samples_seen if found else 0)
+    if found:
+        line.note(f"going on with run '{config.name}' from {read_state(found).samples_seen:,} samples")
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.checkpoints.name,
+            storage_path=str(folder.path),
+            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=config.checkpoint.keep, checkpoint_score_attribute="score"
+            ),
+        ),
+        datasets={"train": partial(remaining_dataset, job.spec, str(folder.checkpoints), workers.num_workers)},
+        dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
+    )
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(job.monitor, line, done), daemon=True)
+    watcher.start()
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise UserError(f"training failed after {workers.max_failures} restarts: {_last_line(error)}") from error
+    finally:
+        done.set()
+        watcher.join()
+        line.close()
+    stopped = ray.get(job.monitor.error.remote())
+    if stopped:
+        raise UserError(stopped)
+
+
+def _watch(monitor: Any, line: ProgressLine, done: threading.Event) -> None:  # noqa: ANN401
+    last: dict[str, Any] = {}
+    while not done.is_set():
+        state = ray.get(monitor.state.remote())
+        for note in state.pop("notes"):
+            line.note(note)
+        if state and state != last:
+            shown = {key: f"{state[key]:{form}}" for key, form in (("loss", ".3f"), ("data_wait_share", ".0%"))}
+            line.update(state["samples_seen"], state["samples_per_s"], **shown)
+            last = state
+        time.sleep(_POLL_S)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _finish(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> dict[str, Any]:
+    """Register the best checkpoint and sum the run up."""
+    evaluated = [(path, metrics) for path, metrics in folder.evaluated_checkpoints() if metrics["measured"]]
+    best, metrics = max(evaluated, key=lambda pair: (pair[1]["score"], pair[0].name))
+    state, best_state = read_state(evaluated[-1][0]), read_state(best)
+    version = None
+    if config.tracking.register_as:
+        client = tracking.connect(uri)
+        model = link_checkpoint(client, run_id, best, best_state.samples_seen, metrics["tasks"])
+        version = register(client, model, best, config.tracking.register_as, config.tracking.alias)
+    by_kind: dict[str, dict[str, Any]] = {}
+    for name, measured in metrics["tasks"].items():
+        by_kind.setdefault(config.evaluation.tasks[name].kind, {})[name] = measured
+    return {
+        "name": config.name,
+        **by_kind,
+        "samples_seen": state.samples_seen,
+        "steps": state.steps,
+        "train_time_s": round(state.train_time_s, 1),
+        "samples_per_s": round(state.samples_seen / max(state.train_time_s, 1e-9), 1),
+        "data_wait_share": round(state.data_wait_s / max(state.train_time_s, 1e-9), 4),
+        "skipped": state.skipped,
+        "checkpoint": str(best),
+        "checkpoint_samples_seen": best_state.samples_seen,
+        "mlflow_run_id": run_id,
+        "registered_model": config.tracking.register_as,
+        "model_version": version,
+        "manifest_digest": state.manifest_digest,
+        "code_version": code_version(),
+    }

@@ -1,0 +1,231 @@
+"""Training on a Ray cluster: what runs on each worker. It adapts Ray Train's stream and reports to the pure loop."""
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.actor import ActorHandle
+
+from rayclip.config import ModelConfig, TrainConfig
+from rayclip.data.decode import CAUSES
+from rayclip.data.stream import Stream, StreamSpec
+from rayclip.data.tokenizer import get_tokenizer
+from rayclip.errors import UserError
+from rayclip.evaluation.tasks import Evaluator
+from rayclip.inference.encoder import Encoder
+from rayclip.models.clip import CLIP
+from rayclip.orchestration.run_folder import RunFolder
+from rayclip.orchestration.stream import batches
+from rayclip.tracking.mlflow import MlflowTracker, connect, flatten
+from rayclip.tracking.registry import link_checkpoint
+from rayclip.training.checkpoint import RunState, read_metrics, restore, write_checkpoint
+from rayclip.training.loop import Hooks, Metrics, Plan, Trainer
+from rayclip.training.optimizer import RowAdamW, build_optimizer
+
+_PROGRESS_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know."""
+
+    config: TrainConfig
+    spec: StreamSpec
+    total_samples: int
+    folder: str
+    tracking_uri: str
+    mlflow_run_id: str
+    monitor: ActorHandle
+
+
+@ray.remote(num_cpus=0)
+class Monitor:
+    """What the first worker last said of itself, for the driver to show."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] = {}
+        self._notes: list[str] = []
+        self._error: str | None = None
+
+    def update(self, state: dict[str, Any]) -> None:
+        """Replace the state."""
+        self._state = state
+
+    def note(self, text: str) -> None:
+        """Something to tell once."""
+        self._notes.append(text)
+
+    def stop(self, error: str) -> None:
+        """The run has ended for a reason that a restart would meet again."""
+        self._error = error
+
+    def state(self) -> dict[str, Any]:
+        """The state, and the notes since the last call."""
+        notes, self._notes = self._notes, []
+        return self._state | {"notes": notes}
+
+    def error(self) -> str | None:
+        """Why the run was stopped, if it was."""
+        return self._error
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Ray Train's entry point on each worker."""
+    job: Job = config["job"]
+    worker = Worker(job)
+    try:
+        worker.run()
+    except UserError as error:
+        # Raised on all workers alike; an exception here would only make Ray try the same again.
+        if worker.is_first:
+            ray.get(job.monitor.stop.remote(str(error)))
+    finally:
+        worker.close()
+
+
+class Worker:
+    """One process of the run: model, optimizer and hooks around the pure loop."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.config = job, job.config
+        self.folder = RunFolder(Path(job.folder))
+        context = ray.train.get_context()
+        self.is_first = context.get_world_rank() == 0
+        self.world_size = context.get_world_size()
+        self.tracker = MlflowTracker(job.tracking_uri, job.mlflow_run_id) if self.is_first else None
+        self._told_at = 0.0
+
+    def run(self) -> None:
+        """Train from the latest checkpoint to the end of the stream."""
+        assert isinstance(self.config.model, ModelConfig)
+        torch.manual_seed(self.config.seed)
+        self.model = CLIP(self.config.model).to(ray.train.torch.get_device())
+        self.optimizer: RowAdamW = build_optimizer(self.model, self.config.optimizer)
+        state = self._restore()
+        ledger = Stream(self.job.spec, state.ledger).ledger()
+        hooks = Hooks(self._step, self._log, self._evaluate, self._save)
+        trainer = Trainer(self._plan(), self.model, self.optimizer, state, ledger, hooks)
+        shard = ray.train.get_dataset_shard("train")
+        trainer.run(batches(shard, self.config.batch_size // self.world_size))
+
+    def close(self) -> None:
+        """Send what is left to MLflow."""
+        if self.tracker:
+            self.tracker.close()
+
+    def _plan(self) -> Plan:
+        config = self.config
+        return Plan(
+            optimizer=config.optimizer,
+            total_samples=self.job.total_samples,
+            log_every=config.tracking.log_every_samples,
+            checkpoint_every=config.checkpoint.every_samples,
+            evaluate_every=config.evaluation.every_samples,
+            max_bad_fraction=config.data.max_bad_fraction,
+        )
+
+    def _restore(self) -> RunState:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            state = RunState(manifest_digest=self.job.spec.digest)
+        else:
+            with checkpoint.as_directory() as path:
+                state = restore(Path(path), self.model, self.optimizer)
+            if self.is_first:
+                self._link(Path(checkpoint.path), state.samples_seen)
+        if state.manifest_digest != self.job.spec.digest:
+            raise UserError(f"the data set in '{self.job.spec.folder}' is not the one this run began with")
+        if self.is_first:
+            _forget_quarantined_after(self.folder.quarantine, state.samples_seen)
+        return state
+
+    def _step(self, metrics: Metrics, state: RunState) -> None:
+        if not self.is_first or time.monotonic() - self._told_at < _PROGRESS_EVERY_S:
+            return
+        self._told_at = time.monotonic()
+        shown = {"samples_seen": state.samples_seen, "loss": metrics["loss"], **metrics["rates"]}
+        self.job.monitor.update.remote(shown)
+
+    def _log(self, metrics: Metrics, state: RunState) -> None:
+        if self.tracker:
+            self.tracker.log({f"train/{key}": value for key, value in metrics.items()}, state.samples_seen)
+
+    def _evaluate(self) -> Metrics:
+        config = self.config
+        assert isinstance(config.model, ModelConfig)
+        encoder = Encoder(self.model, get_tokenizer(config.model.text.context_length), self.model.logit_scale.device)
+        evaluator = Evaluator(config.evaluation.tasks, config.model.vision.image_size, config.evaluation.batch_size)
+        return evaluator.run(encoder, self.folder.pictures if self.is_first else None)
+
+    def _save(self, state: RunState, metrics: Metrics, skipped: np.ndarray) -> None:
+        name = f"samples-{state.samples_seen:012}"
+        measured = bool(metrics) or not self.config.evaluation.tasks
+        content = {"measured": measured, "score": self._score(state, metrics), "tasks": metrics}
+        if not self.is_first:
+            ray.train.report({"score": content["score"]}, checkpoint_dir_name=name)
+            return
+        self._quarantine(skipped, state.samples_seen)
+        config = self.config.model_dump(mode="json")
+        with tempfile.TemporaryDirectory() as scratch:
+            write_checkpoint(Path(scratch) / name, self.model, self.optimizer, state, config, content)
+            checkpoint = ray.train.Checkpoint.from_directory(str(Path(scratch) / name))
+            ray.train.report({"score": content["score"]}, checkpoint=checkpoint, checkpoint_dir_name=name)
+        self._link(self.folder.checkpoints / name, state.samples_seen)
+        if metrics:
+            self._show(metrics, state)
+
+    def _score(self, state: RunState, metrics: Metrics) -> float:
+        """What checkpoints are compared by: the metric that `evaluation.best` names, else how late they are."""
+        best = self.config.evaluation.best
+        if best is None:
+            return float(state.samples_seen)
+        flat = flatten(metrics)
+        if metrics and best not in flat:
+            raise UserError(f"evaluation.best '{best}' is not measured; measured: {', '.join(flat)}")
+        return float(flat.get(best, -1.0))
+
+    def _link(self, folder: Path, step: int) -> None:
+        link_checkpoint(connect(self.job.tracking_uri), self.job.mlflow_run_id, folder, step, read_metrics(folder)["tasks"])
+
+    def _show(self, metrics: Metrics, state: RunState) -> None:
+        assert self.tracker
+        self.tracker.log(
+            {f"evaluation/{key}": value for key, value in flatten(metrics).items()},
+            state.samples_seen,
+        )
+        for picture in self.folder.pictures.glob("*.png") if self.folder.pictures.is_dir() else ():
+            self.tracker.log_picture(picture)
+        shown = [
+            f"{name} {key} {value:.1%}"
+            for name, measured in metrics.items()
+            for key, value in measured.items()
+            if key in ("top1", "top5", "image_to_text.recall_at_1", "image_to_text.recall_at_5")
+        ]
+        self.job.monitor.note.remote(f"at {state.samples_seen:,} samples: {', '.join(shown)}")
+
+    def _quarantine(self, skipped: np.ndarray, samples_seen: int) -> None:
+        stream = Stream(self.job.spec)
+        lines = []
+        for position, row, cause in skipped.tolist():
+            chunk = int(stream.order.chunks(np.array([position]))[0])
+            shard = stream.manifest.shards[stream.manifest.shard[chunk]]
+            lines.append({"cause": CAUSES[cause], "shard": shard, "offset": int(stream.manifest.offset[chunk]),
+                          "row": row, "position": position, "samples_seen": samples_seen})  # fmt: skip
+        if lines:
+            with self.folder.quarantine.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _forget_quarantined_after(path: Path, samples_seen: int) -> None:
+    """Drop what was written for a checkpoint that was never finished; the stream meets those samples again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["samples_seen"] <= samples_seen]
+        path.write_text("".join(line + "\n" for line in lines))

@@ -1,0 +1,161 @@
+"""Planning and writing a data set without Ray: the same bytes however often it was interrupted."""
+
+import json
+
+import pytest
+from PIL import Image
+from rayclip.config import FolderConfig, IngestConfig
+from rayclip.data import ingest
+from rayclip.data.formats.tar import read_samples
+from rayclip.data.manifest import Manifest
+from rayclip.data.sources import SOURCES
+from rayclip.errors import UserError
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Twenty-five pictures, three of them bad in different ways."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for i in range(25):
+        Image.new("RGB", (6, 6), (i, 0, 0)).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(f"picture {i}")
+    (folder / "03.txt").unlink()
+    (folder / "11.png").write_bytes(b"broken")
+    (folder / "17.txt").write_text(" ")
+    return IngestConfig(
+        source=FolderConfig(path=str(folder)),
+        output=str(tmp_path / "out"),
+        shard_samples=10,
+        chunk_samples=4,
+        max_bad_fraction=0.2,
+    )
+
+
+def begin(config):
+    splits = SOURCES[config.source.kind].splits(config.source, None)
+    tasks = ingest.plan(config, splits)
+    ingest.begin(config, splits)
+    return tasks
+
+
+def write(config):
+    tasks = begin(config)
+    for task in ingest.missing(config, tasks):
+        ingest.write_one_shard(config, task)
+    return ingest.finish(config, tasks)
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def captions_of(folder):
+    manifest = Manifest.load(folder)
+    chunks = [read_samples(manifest.read_chunk(i)) for i in range(len(manifest))]
+    return [sample["txt"].decode() for chunk in chunks for sample in chunk]
+
+
+def test_a_data_set_holds_every_good_pair_once(config, tmp_path):
+    summary = write(config)
+    captions = captions_of(tmp_path / "out/train")
+    assert sorted(captions) == sorted(f"picture {i}" for i in range(25) if i not in (3, 11, 17))
+    assert captions != sorted(captions)
+    assert summary["splits"]["train"]["samples"] == 22
+    assert summary["splits"]["train"]["skipped"] == {"no_caption": 1, "image_undecodable": 1, "caption_empty": 1}
+    lines = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    assert {(line["item"][-6:], line["cause"]) for line in lines} == {
+        ("03.png", "no_caption"),
+        ("11.png", "image_undecodable"),
+        ("17.png", "caption_empty"),
+    }
+    assert not (tmp_path / "out/.ingest").exists()
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_an_interrupted_run_ends_with_the_same_bytes(config, tmp_path, written):
+    write(config.model_copy(update={"output": str(tmp_path / "whole")}))
+    tasks = begin(config)
+    for task in tasks[:written]:
+        ingest.write_one_shard(config, task)
+    (tmp_path / "out/train/000001.tar.partial-dead").write_bytes(b"half")
+    assert not ingest.is_complete(config)
+    assert len(list(ingest.missing(config, begin(config)))) == 3 - written
+    write(config)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert ingest.is_complete(config)
+
+
+def test_a_shard_without_its_record_is_written_again(config, tmp_path):
+    tasks = begin(config)
+    (tmp_path / "out/train/000000.tar").write_bytes(b"named, but its record was never written")
+    assert len(list(ingest.missing(config, tasks))) == 3
+    write(config)
+    assert len(captions_of(tmp_path / "out/train")) == 22
+
+
+def test_killed_while_tidying_up(config, tmp_path):
+    write(config)
+    before = files_of(tmp_path / "out")
+    (tmp_path / "out/.ingest").mkdir()
+    assert not ingest.is_complete(config)
+    write(config)
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"source": FolderConfig(path="elsewhere")}, "source.path is"),
+        ({"image_format": "jpg"}, "image_format is 'keep' there and 'jpg' here"),
+    ],
+)
+def test_other_settings_are_refused(config, keys, said):
+    write(config)
+    with pytest.raises(UserError, match=said):
+        ingest.is_complete(config.model_copy(update=keys))
+
+
+def test_settings_that_change_no_bytes_are_not(config):
+    write(config)
+    assert ingest.is_complete(config.model_copy(update={"max_bad_fraction": 0.5}))
+
+
+def test_a_source_that_changed_between_two_runs_is_refused(config, tmp_path):
+    begin(config)
+    Image.new("RGB", (6, 6)).save(tmp_path / "source/new.png")
+    with pytest.raises(UserError, match="the source has changed"):
+        begin(config)
+
+
+def test_a_folder_of_something_else_is_refused(config, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert not ingest.is_complete(config)
+    (tmp_path / "out/thesis.doc").touch()
+    with pytest.raises(UserError, match="not empty"):
+        ingest.is_complete(config)
+    with pytest.raises(UserError, match="is a file"):
+        ingest.is_complete(config.model_copy(update={"output": str(tmp_path / "out/thesis.doc")}))
+
+
+def test_too_many_bad_pairs_stop_the_run_and_may_be_allowed(config):
+    with pytest.raises(UserError, match=r"3 of 25 pairs cannot be used \(.*\), the first being .*max_bad_fraction"):
+        write(config.model_copy(update={"max_bad_fraction": 0.1}))
+    assert write(config)["splits"]["train"]["samples"] == 22
+
+
+def test_nothing_usable(config, tmp_path):
+    for path in (tmp_path / "source").glob("*.txt"):
+        path.unlink()
+    with pytest.raises(UserError, match="has no usable pair: 25 no_caption"):
+        write(config.model_copy(update={"max_bad_fraction": 1.0}))
+
+
+def test_the_order_is_a_function_of_the_seed(config, tmp_path):
+    write(config)
+    other = config.model_copy(update={"seed": 1, "output": str(tmp_path / "other")})
+    write(other)
+    one, two = captions_of(tmp_path / "out/train"), captions_of(tmp_path / "other/train")
+    assert one != two
+    assert sorted(one) == sorted(two)
