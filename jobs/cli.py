@@ -11,7 +11,9 @@ from rayclip.config_file import describe, load
 from rayclip.errors import UserError
 
 
-def run_job(main: Callable[[Any], dict[str, Any]], schema: type[Config], summary_path: Callable[[Any], Path]) -> NoReturn:
+def run_job(
+    main: Callable[[Any], dict[str, Any]], schema: type[Config], summary_path: Callable[[Any], Path]
+) -> NoReturn:
     """Parse the command line, run the job, write its summary, and exit: 0, or 2 with one line for a user's error."""
     try:
         sys.exit(_run(sys.argv[1:], main, schema, summary_path))
@@ -24,7 +26,10 @@ def run_job(main: Callable[[Any], dict[str, Any]], schema: type[Config], summary
 
 
 def _run(
-    arguments: list[str], main: Callable[[Any], dict[str, Any]], schema: type[Config], summary_path: Callable[[Any], Path]
+    arguments: list[str],
+    main: Callable[[Any], dict[str, Any]],
+    schema: type[Config],
+    summary_path: Callable[[Any], Path],
 ) -> int:
     job = Path(sys.argv[0]).stem
     if not arguments or "--help" in arguments or "-h" in arguments:

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from jobs.cli import run_job
 from rayclip.config import IndexConfig
 from rayclip.orchestration.ingest import index_folder
-
-from jobs.cli import run_job
 
 
 def main(config: IndexConfig) -> dict[str, Any]:

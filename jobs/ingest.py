@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from jobs.cli import run_job
 from rayclip.config import IngestConfig
 from rayclip.orchestration.ingest import ingest
-
-from jobs.cli import run_job
 
 
 def main(config: IngestConfig) -> dict[str, Any]:

@@ -21,19 +21,27 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     """The short table at the end, and what to do next."""
     print()
     print_table(list(_rows(summary)))
-    print(f"\nnext:\n  make ui                          the run in MLflow\n  {folder.pictures}/   right and wrong answers")
+    print(
+        f"\nnext:\n  make ui                          the run in MLflow\n  {folder.pictures}/   right and wrong answers"
+    )
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
-        (name, f"top-1 {m['top1']:.1%}, top-5 {m['top5']:.1%} of {m['num_classes']:,} classes (chance {m['chance_top1']:.2%})")
+        (
+            name,
+            f"top-1 {m['top1']:.1%}, top-5 {m['top5']:.1%} of {m['num_classes']:,} classes (chance {m['chance_top1']:.2%})",
+        )
         for name, m in summary.get("zero_shot", {}).items()
     ]
     for name, m in summary.get("retrieval", {}).items():
         recalls = ", ".join(f"{m[f'image_to_text.recall_at_{k}']:.1%}" for k in (1, 5, 10))
         rows.append((name, f"recall@1, 5, 10 of captions: {recalls} among {m['num_texts']:,}"))
     rows += [
-        ("samples seen", f"{summary['samples_seen']:,} in {summary['train_time_s']:.0f} s, {summary['samples_per_s']:,.0f}/s"),
+        (
+            "samples seen",
+            f"{summary['samples_seen']:,} in {summary['train_time_s']:.0f} s, {summary['samples_per_s']:,.0f}/s",
+        ),
         ("data wait", f"{summary['data_wait_share']:.1%} of the time"),
         ("skipped", ", ".join(f"{cause} {count:,}" for cause, count in summary["skipped"].items()) or "none"),
         ("checkpoint", summary["checkpoint"]),

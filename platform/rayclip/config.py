@@ -99,7 +99,9 @@ class EvaluationConfig(Config):
     """What is measured during training and after it."""
 
     tasks: dict[str, Task] = Field({}, description="measurements by name")
-    every_samples: int | None = Field(None, gt=0, description="how often during training; None measures at the end only")
+    every_samples: int | None = Field(
+        None, gt=0, description="how often during training; None measures at the end only"
+    )
     best: str | None = Field(None, description="TASK.METRIC that picks the best checkpoint; None takes the last")
     batch_size: int = Field(256, gt=0, description="pictures encoded at once")
 
@@ -156,7 +158,9 @@ class TrainConfig(Config):
             )
         best = self.evaluation.best
         if best is not None and best.split(".")[0] not in self.evaluation.tasks:
-            raise ValueError(f"evaluation.best '{best}' names no task; tasks: {', '.join(self.evaluation.tasks) or '-'}")
+            raise ValueError(
+                f"evaluation.best '{best}' names no task; tasks: {', '.join(self.evaluation.tasks) or '-'}"
+            )
         return self
 
 

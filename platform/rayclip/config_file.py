@@ -105,7 +105,7 @@ def _tags(model: type[Config]) -> tuple[Any, ...]:
     return get_args(kind.annotation) if kind else ()
 
 
-def _models(annotation: Any) -> list[type[Config]]:  # noqa: ANN401
+def _models(annotation: Any) -> list[type[Config]]:
     """The settings classes that a field's type may hold."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
@@ -127,5 +127,3 @@ def _default(field: FieldInfo, nested: bool) -> str:
     if field.default is PydanticUndefined or (nested and field.default is not None):
         return ""
     return "none" if field.default is None else str(field.default)
-
-

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from jobs import index as index_job
+from jobs import ingest as ingest_job
 from rayclip.config import FolderConfig, IndexConfig, IngestConfig
 from rayclip.data import ingest as plan
 from rayclip.data.manifest import Manifest
 from rayclip.data.sources import SOURCES
 from rayclip.errors import UserError
-
-from jobs import index as index_job
-from jobs import ingest as ingest_job
 
 ROOT = Path(__file__).resolve().parents[2]
 

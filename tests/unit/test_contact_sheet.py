@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+
 from rayclip.errors import UserError
 from rayclip.evaluation import contact_sheet
 from rayclip.evaluation.contact_sheet import write_contact_sheet

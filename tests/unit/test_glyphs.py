@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from rayclip.config import GlyphsConfig
 from rayclip.data.samples import fonts, glyphs
 from rayclip.errors import UserError

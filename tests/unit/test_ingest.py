@@ -4,6 +4,7 @@ import json
 
 import pytest
 from PIL import Image
+
 from rayclip.config import FolderConfig, IngestConfig
 from rayclip.data import ingest
 from rayclip.data.formats.tar import read_samples

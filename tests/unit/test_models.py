@@ -3,12 +3,13 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
+
 from rayclip.config import ModelConfig, TextConfig, VisionConfig
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.models.presets import PRESETS, preset
 from rayclip.models.vision import IMAGE_MEAN, IMAGE_STD
-from torch import nn
 
 START, END, VOCAB = 198, 199, 200
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
 from rayclip.errors import UserError
 from rayclip.evaluation.collect import all_gather_rows, reduce_counts, row_offset
 from rayclip.evaluation.retrieval import caption_ids, recall_at_k, recall_on_all_workers

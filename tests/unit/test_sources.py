@@ -7,6 +7,7 @@ import tarfile
 
 import pytest
 from PIL import Image
+
 from rayclip.config import EmojiConfig, FolderConfig, GlyphsConfig, IngestConfig, TableConfig
 from rayclip.data.decode import BadSampleError
 from rayclip.data.encode import encode_image, to_sample

@@ -4,6 +4,7 @@ import io
 import tarfile
 
 import pytest
+
 from rayclip.data.formats.tar import Span, check_key, list_spans, read_samples, split_name, write_shard
 from rayclip.data.index import find_shards, index_shard
 from rayclip.data.manifest import Manifest

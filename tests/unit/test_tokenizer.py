@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from rayclip.data import tokenizer as tokenizer_module
 from rayclip.data.tokenizer import VOCAB_SIZE, Tokenizer, get_tokenizer
 from rayclip.errors import UserError

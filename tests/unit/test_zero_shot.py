@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from rayclip.config import ModelConfig, TextConfig, VisionConfig
 from rayclip.errors import UserError
 from rayclip.evaluation.zero_shot import ZeroShotCounts, evaluate_zero_shot, top_k_correct

@@ -2,7 +2,6 @@
 
 These are collectives: every worker calls them, in the same order.
 """
-# ruff: noqa: N803  (shape suffixes)
 
 import math
 

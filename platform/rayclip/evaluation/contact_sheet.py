@@ -2,7 +2,6 @@
 
 Shapes: N pictures, K best classes.
 """
-# ruff: noqa: N803, N806  (shape suffixes)
 
 from collections.abc import Sequence
 from pathlib import Path

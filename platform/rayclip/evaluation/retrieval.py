@@ -2,7 +2,6 @@
 
 Shapes: N pictures, M captions, D embedding, P most different captions of one picture; n and m: those of a tile.
 """
-# ruff: noqa: N803, N806, N815  (shape suffixes)
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

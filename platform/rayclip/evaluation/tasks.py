@@ -49,7 +49,9 @@ class Evaluator:
         Where `pictures` is a folder, the first worker writes `TASK.png` there for each zero-shot task: right and
         wrong answers.
         """
-        return {name: self._run(encoder, task, pictures and pictures / f"{name}.png") for name, task in self.tasks.items()}
+        return {
+            name: self._run(encoder, task, pictures and pictures / f"{name}.png") for name, task in self.tasks.items()
+        }
 
     def _run(self, encoder: Encoder, task: Task, sheet: Path | None) -> dict[str, Any]:
         if isinstance(task, RetrievalTask):
@@ -105,7 +107,9 @@ def _label(sample: Sample, num_classes: int) -> int:
     return label
 
 
-def _run_zero_shot(encoder: Encoder, task: ZeroShotTask, batches: Iterator[Batch], sheet: Path | None) -> dict[str, Any]:
+def _run_zero_shot(
+    encoder: Encoder, task: ZeroShotTask, batches: Iterator[Batch], sheet: Path | None
+) -> dict[str, Any]:
     names = class_names(task.path)
     classes = class_matrix(encoder, names, task.templates)
     counts = ZeroShotCounts(classes)

@@ -2,7 +2,6 @@
 
 Shapes: N pictures, C classes, D embedding.
 """
-# ruff: noqa: N803, N806  (shape suffixes)
 
 from collections.abc import Sequence
 

@@ -2,7 +2,6 @@
 
 Shapes: B pictures, C classes, T templates, E embedding.
 """
-# ruff: noqa: N803, N806  (shape suffixes)
 
 from collections.abc import Sequence
 

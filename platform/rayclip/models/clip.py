@@ -5,7 +5,6 @@ T real tokens of all captions.
 
 Parameters have the names and shapes of OpenAI's state dict, which are open_clip's too.
 """
-# ruff: noqa: N803, N806  (shape suffixes)
 
 import math
 

@@ -6,7 +6,6 @@ The tower is causal and read at the end token, so what follows the end token cha
 exact. Captions are sorted by length, which puts equal lengths side by side: attention then needs no padding, no
 mask and no gathering, only views.
 """
-# ruff: noqa: N803, N815  (shape suffixes)
 
 from typing import NamedTuple
 

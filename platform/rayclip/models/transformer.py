@@ -6,7 +6,6 @@ N their length; W width; H heads; D width of a head.
 Sequences are never padded: their tokens lie one after another in one [T, W] tensor, sequences of equal length
 side by side. `groups` says how: pairs (number of sequences, their length), in the order of the rows.
 """
-# ruff: noqa: N803, N806  (shape suffixes)
 
 import torch
 import torch.nn.functional as F

@@ -2,7 +2,6 @@
 
 Shape suffixes: B pictures; P patches a picture; W width; T = B * (1 + P) tokens; C colour channels.
 """
-# ruff: noqa: N803, N806  (shape suffixes)
 
 import torch
 import torch.nn.functional as F

@@ -48,4 +48,3 @@ def _read(row: dict[str, np.ndarray], stream: Stream, first: int, last: int, pad
         rest = stream.padding(padding)
         block = {name: np.concatenate([block[name], rest[name]]) for name in block}
     return block
-

@@ -161,7 +161,7 @@ def _fit(job: Job, folder: RunFolder) -> None:
         raise UserError(stopped)
 
 
-def _watch(monitor: Any, line: ProgressLine, done: threading.Event) -> None:  # noqa: ANN401
+def _watch(monitor: Any, line: ProgressLine, done: threading.Event) -> None:
     last: dict[str, Any] = {}
     while not done.is_set():
         state = ray.get(monitor.state.remote())

@@ -193,7 +193,9 @@ class Worker:
         return float(flat.get(best, -1.0))
 
     def _link(self, folder: Path, step: int) -> None:
-        link_checkpoint(connect(self.job.tracking_uri), self.job.mlflow_run_id, folder, step, read_metrics(folder)["tasks"])
+        link_checkpoint(
+            connect(self.job.tracking_uri), self.job.mlflow_run_id, folder, step, read_metrics(folder)["tasks"]
+        )
 
     def _show(self, metrics: Metrics, state: RunState) -> None:
         assert self.tracker

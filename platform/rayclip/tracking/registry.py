@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mlflow
-from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.entities.logged_model_status import LoggedModelStatus
 
+import mlflow
+from mlflow import MlflowClient
 from rayclip.tracking.mlflow import flatten
 
 MODEL_FILES = ("model.safetensors", "config.json", "metrics.json")

@@ -56,7 +56,9 @@ class RowAdamW(torch.optim.AdamW):
         rows = state["used"].nonzero().squeeze(1)
         dense_grad = parameter.new_zeros(len(rows), parameter.shape[1])
         dense_grad[torch.searchsorted(rows, touched)] = grad.values()
-        weight, exp_avg, exp_avg_sq = (t.index_select(0, rows) for t in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+        weight, exp_avg, exp_avg_sq = (
+            t.index_select(0, rows) for t in (parameter, state["exp_avg"], state["exp_avg_sq"])
+        )
         beta1, beta2 = group["betas"]
         torch._fused_adamw_(
             [weight], [dense_grad], [exp_avg], [exp_avg_sq], [], [state["step"].add_(1)],

@@ -42,8 +42,9 @@ def train_step(
     if not num_trained:
         return StepResult(math.nan, 0, num_skipped, model.logit_scale.exp().item())
 
-    image, text, logit_scale = net(*(_to(batch[name], real, device) for name in ("image", "tokens")),
-                                   torch.from_numpy(batch["num_tokens"][real]))
+    image, text, logit_scale = net(
+        *(_to(batch[name], real, device) for name in ("image", "tokens")), torch.from_numpy(batch["num_tokens"][real])
+    )
     loss = info_nce(image, text, logit_scale, batch_sizes)
     optimizer.zero_grad(set_to_none=True)
     # Data parallelism averages gradients over ranks; shares of one loss must be summed.
