@@ -10,36 +10,49 @@ from rayclip.config import Config
 from rayclip.config_file import describe, load
 from rayclip.errors import UserError
 
+Main = Callable[[Any], dict[str, Any]]
+
 
 def run_job(
-    main: Callable[[Any], dict[str, Any]], schema: type[Config], summary_path: Callable[[Any], Path]
+    main: Main, schema: type[Config], summary_path: Callable[[Any], Path], positional: tuple[str, ...] = ()
 ) -> NoReturn:
-    """Parse the command line, run the job, write its summary, and exit: 0, or 2 with one line for a user's error."""
+    """Parse the command line, run the job, write its summary, and exit: 0, or 2 with one line for a user's error.
+
+    A job starts from a YAML file, or, where `positional` names keys, from their values.
+    """
     try:
-        sys.exit(_run(sys.argv[1:], main, schema, summary_path))
+        sys.exit(_run(sys.argv[1:], main, schema, summary_path, positional))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from where it was", file=sys.stderr)
         sys.exit(130)
 
 
 def _run(
     arguments: list[str],
-    main: Callable[[Any], dict[str, Any]],
+    main: Main,
     schema: type[Config],
     summary_path: Callable[[Any], Path],
+    positional: tuple[str, ...],
 ) -> int:
-    job = Path(sys.argv[0]).stem
+    wanted = positional or ("config.yaml",)
     if not arguments or "--help" in arguments or "-h" in arguments:
-        print(f"usage: python -m jobs.{job} CONFIG.yaml [key=value ...] [--json PATH]\n\n{describe(schema)}")
+        usage = " ".join([f"python -m jobs.{Path(sys.argv[0]).stem}", *(name.upper() for name in wanted)])
+        print(f"usage: {usage} [key=value ...] [--json PATH]\n\n{describe(schema)}")
         return 0 if arguments else 2
     arguments, json_path = _take_option(arguments, "--json")
-    config = load(schema, arguments[0], arguments[1:])
+    if len(arguments) < len(wanted):
+        raise UserError(
+            f"give {' and '.join(name.upper() for name in wanted[len(arguments) :])}; --help shows every key"
+        )
+    given, overrides = arguments[: len(wanted)], arguments[len(wanted) :]
+    if positional:
+        overrides = [f"{key}={value}" for key, value in zip(positional, given, strict=True)] + overrides
+    config = load(schema, None if positional else given[0], overrides)
     summary = main(config)
-    path = Path(json_path) if json_path else summary_path(config)
-    write_json(path, summary)
+    write_json(Path(json_path) if json_path else summary_path(config), summary)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Write the manifest of tar shards that exist already: python -m jobs.index CONFIG path=FOLDER"""
+"""Write the manifest of tar shards that exist already: python -m jobs.index FOLDER"""
 
 from pathlib import Path
 from typing import Any
@@ -20,4 +20,4 @@ def main(config: IndexConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_job(main, IndexConfig, lambda config: Path(config.path) / "summary.json")
+    run_job(main, IndexConfig, lambda config: Path(config.path) / "index.json", ("path",))

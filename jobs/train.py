@@ -27,13 +27,10 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [
-        (
-            name,
-            f"top-1 {m['top1']:.1%}, top-5 {m['top5']:.1%} of {m['num_classes']:,} classes (chance {m['chance_top1']:.2%})",
-        )
-        for name, m in summary.get("zero_shot", {}).items()
-    ]
+    rows = []
+    for name, m in summary.get("zero_shot", {}).items():
+        among = f"{m['num_classes']:,} classes (chance {m['chance_top1']:.2%})"
+        rows.append((name, f"top-1 {m['top1']:.1%}, top-5 {m['top5']:.1%} among {among}"))
     for name, m in summary.get("retrieval", {}).items():
         recalls = ", ".join(f"{m[f'image_to_text.recall_at_{k}']:.1%}" for k in (1, 5, 10))
         rows.append((name, f"recall@1, 5, 10 of captions: {recalls} among {m['num_texts']:,}"))

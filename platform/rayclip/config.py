@@ -62,6 +62,7 @@ class DataConfig(Config):
 
     path: str = Field(description="folder of a data set: tar shards and their manifest.parquet")
     crop_scale: tuple[float, float] = Field((0.9, 1.0), description="share of the picture's area that a crop keeps")
+    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="a crop's width over its height")
     shuffle_window: int = Field(8, gt=0, description="chunks fetched together, their samples mixed among each other")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unreadable samples that stops the run")
 

@@ -15,19 +15,19 @@ from rayclip.errors import UserError, nearest
 Schema = TypeVar("Schema", bound=Config)
 
 
-def load(schema: type[Schema], path: str | Path, overrides: list[str]) -> Schema:
-    """The settings: defaults, then the YAML file, then the overrides in order.
+def load(schema: type[Schema], path: str | Path | None, overrides: list[str]) -> Schema:
+    """The settings: defaults, then the YAML file where one is given, then the overrides in order.
 
     Raises UserError for a file that is missing or no YAML mapping, an unknown key (with the nearest one that exists),
     and a value of the wrong type.
     """
-    values = _read_yaml(Path(path))
+    values = _read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"'{override}' is not of the form key=value")
         _set(values, key.split("."), yaml.safe_load(text), override)
-    return validate(schema, values, str(path))
+    return validate(schema, values, str(path or "command line"))
 
 
 def validate(schema: type[Schema], values: dict[str, Any], source: str) -> Schema:

@@ -87,15 +87,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def random_box(width: int, height: int, scale: tuple[float, float], draws: np.ndarray) -> Box:
-    """The box of a random resized crop: its share of the area within `scale`, its aspect ratio within 3/4 to 4/3.
+def random_box(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], draws: np.ndarray
+) -> Box:
+    """The box of a random resized crop: its share of the area within `scale`, its width over height within `ratio`.
 
     `draws` are four numbers in [0, 1): area, ratio, left, upper. A box that would not fit is cut to the picture.
     """
     area = width * height * (scale[0] + (scale[1] - scale[0]) * draws[0])
-    ratio = math.exp((2 * draws[1] - 1) * math.log(4 / 3))
-    box_width = min(width, math.sqrt(area * ratio))
-    box_height = min(height, math.sqrt(area / ratio))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = math.exp(low + (high - low) * draws[1])
+    box_width = min(width, math.sqrt(area * aspect))
+    box_height = min(height, math.sqrt(area / aspect))
     left, upper = (width - box_width) * draws[2], (height - box_height) * draws[3]
     return left, upper, left + box_width, upper + box_height
 

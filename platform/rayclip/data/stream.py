@@ -44,6 +44,7 @@ class StreamSpec:
     image_size: int
     context_length: int
     crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
 
 
 @lru_cache(maxsize=4)
@@ -177,5 +178,5 @@ class Stream:
             raise BadSampleError("sample_missing")
         caption = read_caption(samples[row])
         image = read_image(samples[row])
-        box = random_box(image.width, image.height, self.spec.crop_scale, draws)
+        box = random_box(image.width, image.height, self.spec.crop_scale, self.spec.crop_ratio, draws)
         return crop_to_array(image, box, self.spec.image_size), caption

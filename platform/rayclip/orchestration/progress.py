@@ -9,10 +9,10 @@ class ProgressLine:
     """`samples 12,800/100,000  1,204/s  eta 1:12` and whatever else the caller shows beside it."""
 
     def __init__(
-        self, total: int, unit: str = "samples", start: int = 0, stream: TextIO = sys.stderr, every_s: float = 10.0
+        self, total: int, unit: str = "samples", start: int = 0, stream: TextIO | None = None, every_s: float = 10.0
     ) -> None:
-        self.total, self.unit, self.stream = total, unit, stream
-        self._terminal = stream.isatty()
+        self.total, self.unit, self.stream = total, unit, stream or sys.stderr
+        self._terminal = self.stream.isatty()
         self._every_s = 0.2 if self._terminal else every_s
         self._first = (time.monotonic(), start)
         self._shown_at = float("-inf")

@@ -56,7 +56,7 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
     check_resources({k: v for k, v in needed.items() if v}, f"a run with {workers.num_workers} workers and a reader")
 
     run_id = _open_mlflow_run(config, uri, folder, record, spec)
-    job = Job(config, spec, total_samples, str(folder.path), uri, run_id, Monitor.remote())
+    job = Job(config, spec, total_samples, str(folder.path), uri, run_id, Monitor.remote())  # type: ignore[attr-defined]
     succeeded = False
     try:
         _fit(job, folder)
@@ -67,17 +67,22 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """The config with its model in full. Raises UserError for a model that there is not."""
+    """The config with its model in full, and paths that hold in any folder. Raises UserError for an unknown model."""
     model = preset(config.model) if isinstance(config.model, str) else config.model
-    return config.model_copy(update={"model": model})
+    data = config.data.model_copy(update={"path": str(Path(config.data.path).absolute())})
+    tasks = {
+        name: task.model_copy(update={"path": str(Path(task.path).absolute())})
+        for name, task in config.evaluation.tasks.items()
+    }
+    evaluation = config.evaluation.model_copy(update={"tasks": tasks})
+    return config.model_copy(update={"model": model, "data": data, "evaluation": evaluation})
 
 
 def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
     """The stream of a run, and the number of samples in it. Raises UserError where the data does not fit the run."""
     model = config.model
     assert isinstance(model, ModelConfig)
-    path = Path(config.data.path).absolute()
-    manifest = Manifest.load(path)
+    manifest = Manifest.load(config.data.path)
     manifest.check_shards()
     if config.batch_size > manifest.total_samples:
         raise UserError(
@@ -86,7 +91,7 @@ def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
         )
     samples = config.samples or (config.epochs or 0) * manifest.total_samples
     spec = StreamSpec(
-        folder=str(path),
+        folder=config.data.path,
         digest=manifest.digest,
         seed=config.seed,
         end=Stream.position_at(manifest, config.seed, samples),
@@ -94,6 +99,7 @@ def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
         image_size=model.vision.image_size,
         context_length=model.text.context_length,
         crop_scale=config.data.crop_scale,
+        crop_ratio=config.data.crop_ratio,
     )
     return spec, Stream(spec).num_remaining()
 
@@ -113,7 +119,7 @@ def _open_mlflow_run(
 ) -> str:
     resolved = config.model_dump(mode="json")
     tags = {"code_version": code_version(), "manifest_digest": spec.digest, "data": spec.folder}
-    known = record and record["mlflow_run_id"]
+    known: str | None = record["mlflow_run_id"] if record else None
     run_id = tracking.open_run(uri, config.tracking.experiment, config.name, resolved, tags, known)
     folder.write_record(resolved, run_id)
     return run_id
@@ -156,7 +162,7 @@ def _fit(job: Job, folder: RunFolder) -> None:
         done.set()
         watcher.join()
         line.close()
-    stopped = ray.get(job.monitor.error.remote())
+    stopped: Any = ray.get(job.monitor.error.remote())
     if stopped:
         raise UserError(stopped)
 

@@ -1,7 +1,7 @@
 """MLflow: one run per training run, whatever restarts happen.
 
-The driver opens the run and hands its id over; the first worker logs to it. A worker that starts anew repeats steps that
-a crash rolled back: those are in the run already and are not logged twice.
+The driver opens the run and hands its id over; the first worker logs to it. A worker that starts anew repeats steps
+that a crash rolled back: those are in the run already and are not logged twice.
 """
 
 import json

@@ -34,7 +34,7 @@ _FEW_SAMPLES = 1_000  # below this many, a fraction of bad ones says little
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is and how often it stops to look. All in samples seen; `evaluate_every` None is at the end only."""
+    """How long a run is and how often it stops to look, in samples seen; `evaluate_every` None is at the end only."""
 
     optimizer: OptimizerConfig
     total_samples: int
@@ -48,9 +48,9 @@ class Plan:
 class Hooks:
     """What the loop calls, each on every rank.
 
-    `step` gets the metrics of every step; `log` those of a point to be recorded. `evaluate` measures the model as it is.
-    `save` makes a checkpoint of the state, with what was measured (nothing, where nothing was), and gets the samples
-    that were skipped since the last one, int64 [n, 3] of (position, row, index into CAUSES).
+    `step` gets the metrics of every step, `log` those of a point to be recorded. `evaluate` measures the model as it
+    is. `save` makes a checkpoint of the state, with what was measured (nothing, where nothing was), and gets the
+    samples that were skipped since the last one, int64 [n, 3] of (position, row, index into CAUSES).
     """
 
     step: Callable[[Metrics, RunState], None]

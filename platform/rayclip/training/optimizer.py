@@ -56,14 +56,13 @@ class RowAdamW(torch.optim.AdamW):
         rows = state["used"].nonzero().squeeze(1)
         dense_grad = parameter.new_zeros(len(rows), parameter.shape[1])
         dense_grad[torch.searchsorted(rows, touched)] = grad.values()
-        weight, exp_avg, exp_avg_sq = (
-            t.index_select(0, rows) for t in (parameter, state["exp_avg"], state["exp_avg_sq"])
-        )
+        wholes = (parameter, state["exp_avg"], state["exp_avg_sq"])
+        weight, exp_avg, exp_avg_sq = parts = [whole.index_select(0, rows) for whole in wholes]
         beta1, beta2 = group["betas"]
         torch._fused_adamw_(
             [weight], [dense_grad], [exp_avg], [exp_avg_sq], [], [state["step"].add_(1)],
             lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
             amsgrad=False, maximize=False,
         )  # fmt: skip
-        for whole, part in ((parameter, weight), (state["exp_avg"], exp_avg), (state["exp_avg_sq"], exp_avg_sq)):
+        for whole, part in zip(wholes, parts, strict=True):
             whole.index_copy_(0, rows, part)
