@@ -2,9 +2,16 @@
 
 import importlib
 import importlib.util
+import io
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from rayclip.config import ModelConfig, TextConfig, VisionConfig
+from rayclip.data.formats.tar import write_shard
+from rayclip.data.manifest import Manifest
 
 _TORCHVISION_OPS = ("nms", "qnms")
 
@@ -19,3 +26,62 @@ def open_clip():
     for name in _TORCHVISION_OPS:
         torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
     return importlib.import_module("open_clip")
+
+
+@pytest.fixture
+def one_thread():
+    """One torch thread, which tiny models are fastest with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A model of a few thousand weights beside its token embedding, which has CLIP's whole vocabulary."""
+    return ModelConfig(
+        embed_dim=16,
+        vision=VisionConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2),
+        text=TextConfig(context_length=16, width=16, layers=1, heads=2),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_samples():
+    """Samples with a random PNG of its own size each, a caption, and a class index."""
+
+    def make(count, seed=0, num_classes=3):
+        generator = np.random.default_rng(seed)
+        samples = []
+        for i in range(count):
+            file = io.BytesIO()
+            height, width = generator.integers(17, 40, 2)
+            Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file, "PNG")
+            caption, label = f"picture number {i} of {i * i}", str(i % num_classes)
+            key = f"{i:06}"
+            samples.append(
+                {"__key__": key.encode(), "png": file.getvalue(), "txt": caption.encode(), "cls": label.encode()}
+            )
+        return samples
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_dataset():
+    """Writes samples as a data set into a folder, and gives its manifest."""
+
+    def write(folder, samples, shard_samples=12, chunk_samples=5):
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = []
+        for start in range(0, len(samples), shard_samples):
+            name = f"{len(shards):06}.tar"
+            with (folder / name).open("wb") as file:
+                spans = write_shard(file, samples[start : start + shard_samples], chunk_samples)
+            shards.append((name, (folder / name).stat().st_size, spans))
+        manifest = Manifest.from_spans(folder, shards)
+        manifest.save()
+        return manifest
+
+    return write

@@ -111,7 +111,10 @@ class CheckpointConfig(Config):
     """When the state of a run is saved."""
 
     every_samples: int = Field(1_000_000, gt=0, description="samples seen between checkpoints")
-    keep: int = Field(3, gt=0, description="checkpoints kept: the best one and the latest")
+    keep: int = Field(3, gt=0, description="how many of the best checkpoints are kept, beside the latest")
+    record_samples: bool = Field(
+        False, description="keep samples.npy in each: (position, row, cause) of every sample since the one before"
+    )
 
 
 class TrackingConfig(Config):

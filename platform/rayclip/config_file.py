@@ -26,7 +26,11 @@ def load(schema: type[Schema], path: str | Path | None, overrides: list[str]) ->
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"'{override}' is not of the form key=value")
-        _set(values, key.split("."), yaml.safe_load(text), override)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"'{override}': the value is not YAML: {' '.join(str(error).split())}") from None
+        _set(values, key.split("."), value, override)
     return validate(schema, values, str(path or "command line"))
 
 
@@ -87,9 +91,14 @@ def _locate(schema: type[Config], location: tuple[int | str, ...]) -> tuple[type
 
     Pydantic's locations also name the member of a union that was tried, which is no key.
     """
-    candidates, key = [schema], []
+    candidates, key, named = [schema], [], False
     for depth, part in enumerate(location):
+        if named:  # what people chose as a name is no field and no tag, even where it is spelled like one
+            key.append(str(part))
+            named = False
+            continue
         fields = [model.model_fields[str(part)] for model in candidates if str(part) in model.model_fields]
+        named = any(get_origin(field.annotation) is dict for field in fields)
         chosen = [model for model in candidates if part == model.__name__ or part in _tags(model)]
         if fields and depth < len(location) - 1:
             candidates = [model for field in fields for model in _models(field.annotation)] or candidates

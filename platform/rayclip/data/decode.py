@@ -64,10 +64,11 @@ def crop_to_array(image: Image.Image, box: Box, size: int) -> np.ndarray:
     try:
         if image.format == "JPEG":
             # draft() halves the picture while it stays at least as large as asked for; the box shrinks with it.
-            wide = image.width
             share = size / max(1.0, min(box[2] - box[0], box[3] - box[1]))
-            image.draft("RGB", (math.ceil(image.width * share), math.ceil(image.height * share)))
-            scale = image.width / wide
+            wide, high = image.size
+            drafted = image.draft("RGB", (math.ceil(wide * share), math.ceil(high * share)))
+            # By the exact factor, 1/2, 1/4 or 1/8: the drafted picture's size is rounded up.
+            scale = drafted[1][2] / wide if drafted else 1.0
             left, upper, right, lower = (edge * scale for edge in box)
             box = (left, upper, min(right, image.width), min(lower, image.height))
         image = to_rgb(image)

@@ -20,7 +20,7 @@ from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 from rayclip.evaluation.contact_sheet import write_contact_sheet
 from rayclip.evaluation.retrieval import caption_ids, recall_on_all_workers
-from rayclip.evaluation.zero_shot import ZeroShotCounts, check_labels
+from rayclip.evaluation.zero_shot import ZeroShotCounts
 from rayclip.inference.encoder import Encoder
 from rayclip.inference.zero_shot import class_matrix, zero_shot_probabilities
 
@@ -103,7 +103,11 @@ def _label(sample: Sample, num_classes: int) -> int:
         label = int(sample["cls"])
     except (KeyError, ValueError):
         raise UserError(f"sample '{sample['__key__'].decode()}' has no class index in a .cls file") from None
-    check_labels(torch.tensor([label]), num_classes)
+    if not 0 <= label < num_classes:
+        raise UserError(
+            f"sample '{sample['__key__'].decode()}' has class {label}, but classnames.txt names {num_classes}: "
+            f"0 to {num_classes - 1}"
+        )
     return label
 
 

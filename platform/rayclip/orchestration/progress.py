@@ -16,7 +16,7 @@ class ProgressLine:
         self._every_s = 0.2 if self._terminal else every_s
         self._first = (time.monotonic(), start)
         self._shown_at = float("-inf")
-        self._last = ""
+        self._last = self._written = ""
 
     def update(self, done: int, rate: float | None = None, **shown: str) -> None:
         """Show `done` of the total. `rate` in units a second; measured from the start where not given."""
@@ -34,15 +34,18 @@ class ProgressLine:
     def note(self, text: str) -> None:
         """A line of its own that stays above the progress."""
         print(f"\r\x1b[K{text}" if self._terminal else text, file=self.stream, flush=True)
+        if self._terminal:
+            self._written = ""  # it took the progress line's place
 
     def close(self) -> None:
         """Leave the last state standing."""
-        if self._last:
+        if self._last != self._written:
             self._write()
-            if self._terminal:
-                print(file=self.stream, flush=True)
+        if self._last and self._terminal:
+            print(file=self.stream, flush=True)
 
     def _write(self) -> None:
+        self._written = self._last
         if self._terminal:
             print(f"\r\x1b[K{self._last}", end="", file=self.stream, flush=True)
         else:

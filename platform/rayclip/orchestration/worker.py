@@ -165,17 +165,19 @@ class Worker:
         evaluator = Evaluator(config.evaluation.tasks, config.model.vision.image_size, config.evaluation.batch_size)
         return evaluator.run(encoder, self.folder.pictures if self.is_first else None)
 
-    def _save(self, state: RunState, metrics: Metrics, skipped: np.ndarray) -> None:
+    def _save(self, state: RunState, metrics: Metrics, seen: np.ndarray) -> None:
         name = f"samples-{state.samples_seen:012}"
         measured = bool(metrics) or not self.config.evaluation.tasks
         content = {"measured": measured, "score": self._score(state, metrics), "tasks": metrics}
         if not self.is_first:
             ray.train.report({"score": content["score"]}, checkpoint_dir_name=name)
             return
-        self._quarantine(skipped, state.samples_seen)
+        self._quarantine(seen[seen[:, 2] > 0], state.samples_seen)
         config = self.config.model_dump(mode="json")
         with tempfile.TemporaryDirectory() as scratch:
             write_checkpoint(Path(scratch) / name, self.model, self.optimizer, state, config, content)
+            if self.config.checkpoint.record_samples:
+                np.save(Path(scratch) / name / "samples.npy", seen)
             checkpoint = ray.train.Checkpoint.from_directory(str(Path(scratch) / name))
             ray.train.report({"score": content["score"]}, checkpoint=checkpoint, checkpoint_dir_name=name)
         self._link(self.folder.checkpoints / name, state.samples_seen)

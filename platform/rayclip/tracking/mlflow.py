@@ -4,11 +4,11 @@ The driver opens the run and hands its id over; the first worker logs to it. A w
 that a crash rolled back: those are in the run already and are not logged twice.
 """
 
+import http.client
 import json
 import logging
 import math
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +40,7 @@ def connect(uri: str) -> MlflowClient:
     if uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_SERVER_TIMEOUT_S).close()
-        except (OSError, urllib.error.URLError, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise UserError(f"no MLflow server answers at {uri}: {getattr(error, 'reason', error)}") from None
     elif uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,10 @@ class MlflowTracker:
 
     def close(self) -> None:
         """Send what is left, and stop watching the machine."""
-        self.log({}, 0)
+        unsent = len(self._unsent) + 1
+        while self._unsent and len(self._unsent) < unsent:  # a request takes 1,000 points
+            unsent = len(self._unsent)
+            self.log({}, 0)
         self._monitor.finish()
 
     def _last(self, key: str) -> int:

@@ -1,6 +1,5 @@
 """Checkpoints as MLflow's logged models, and the best of them as a registered version with an alias."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.entities.logged_model_status import LoggedModelStatus
 
-import mlflow
 from mlflow import MlflowClient
 from rayclip.tracking.mlflow import flatten
 
@@ -53,7 +51,9 @@ def register(client: MlflowClient, model: LoggedModel, checkpoint: Path, name: s
             return int(version.version)
     for file in MODEL_FILES:
         client.log_model_artifact(model.model_id, str(checkpoint / file))
-    logging.getLogger("mlflow.tracking._model_registry").setLevel(logging.ERROR)
-    version = mlflow.register_model(f"models:/{model.model_id}", name)
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    source = f"models:/{model.model_id}"
+    version = client.create_model_version(name, source, run_id=model.source_run_id, model_id=model.model_id)
     client.set_registered_model_alias(name, alias, version.version)
     return int(version.version)

@@ -81,8 +81,8 @@ def restore(folder: Path, model: CLIP, optimizer: Optimizer) -> RunState:
         moments.setdefault(name, {})[slot] = tensor
     for name, parameter in model.named_parameters():
         if name in moments:
-            on_device = {k: v if k == "step" else v.to(parameter.device) for k, v in moments[name].items()}
-            optimizer.state[parameter] = on_device
+            # The step count too: the fused update reads it on the parameter's device.
+            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments[name].items()}
     return read_state(folder)
 
 

@@ -50,7 +50,7 @@ class Hooks:
 
     `step` gets the metrics of every step, `log` those of a point to be recorded. `evaluate` measures the model as it
     is. `save` makes a checkpoint of the state, with what was measured (nothing, where nothing was), and gets the
-    samples that were skipped since the last one, int64 [n, 3] of (position, row, index into CAUSES).
+    samples of all ranks since the last one, int64 [n, 3] of (position, row, index into CAUSES).
     """
 
     step: Callable[[Metrics, RunState], None]
@@ -115,13 +115,11 @@ class Trainer:
         started = time.perf_counter()
         seen = self._gather_unsaved()
         self.ledger.add(seen[:, 0], seen[:, 1])
-        skipped = seen[seen[:, 2] > 0]
-        counts = Counter(self.state.skipped) + Counter(CAUSES[cause] for cause in skipped[:, 2].tolist())
-        self.state.skipped, self.state.ledger = dict(counts), self.ledger.to_dict()
+        self.state.skipped, self.state.ledger = self._count_skipped(seen), self.ledger.to_dict()
         self._unsaved = []
         metrics = self.hooks.evaluate() if evaluate else {}
         self.model.train()
-        self.hooks.save(self.state, metrics, skipped)
+        self.hooks.save(self.state, metrics, seen)
         self._meter.pause(time.perf_counter() - started)
 
     def _gather_unsaved(self) -> np.ndarray:
@@ -130,12 +128,16 @@ class Trainer:
 
     def _too_many_bad(self, given_so_far: int) -> str:
         seen = self._gather_unsaved()
-        causes = Counter(self.state.skipped) + Counter(CAUSES[cause] for cause in seen[seen[:, 2] > 0, 2].tolist())
-        shown = ", ".join(f"{cause} {count:,}" for cause, count in causes.most_common())
+        shown = ", ".join(f"{cause} {count:,}" for cause, count in self._count_skipped(seen).items())
         return (
             f"{self._num_skipped:,} of {given_so_far:,} samples could not be read ({shown}); "
             f"data.max_bad_fraction allows {self.plan.max_bad_fraction:g}"
         )
+
+    def _count_skipped(self, seen: np.ndarray) -> dict[str, int]:
+        """What was skipped up to the last checkpoint and in `seen`, by cause, the commonest first."""
+        causes = Counter(CAUSES[cause] for cause in seen[seen[:, 2] > 0, 2].tolist())
+        return dict((Counter(self.state.skipped) + causes).most_common())
 
     def _due(self, before: int, every: int | None) -> bool:
         return every is not None and before // every < self.state.samples_seen // every

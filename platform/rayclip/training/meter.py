@@ -12,10 +12,13 @@ class Meter:
 
     def __init__(self, state: RunState) -> None:
         self._state = state
+        self._counted_to = time.perf_counter()
+        self._running = False
         self.start_window()
 
     def start_window(self) -> None:
         """Forget the steps before; rates are measured from here."""
+        self._count()
         self._window = (self._state.samples_seen, self._state.train_time_s, self._state.data_wait_s)
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -24,23 +27,31 @@ class Meter:
         while True:
             asked = time.perf_counter()
             batch = next(iterator, None)
-            came = time.perf_counter()
             if batch is None:
                 return
-            self._paused_s = 0.0
+            self._state.data_wait_s += time.perf_counter() - asked
+            self._counted_to, self._running = asked, True
             yield batch
-            self._state.data_wait_s += came - asked
-            self._state.train_time_s += time.perf_counter() - asked - self._paused_s
+            self._count()
+            self._running = False
 
     def pause(self, seconds: float) -> None:
         """Take what was no training (an evaluation, a checkpoint) out of the running step's time."""
-        self._paused_s += seconds
+        self._counted_to += seconds
 
     def rates(self) -> dict[str, float]:
         """Over the window: `samples_per_s` of all ranks, and `data_wait_share` of this one."""
+        self._count()
         samples, train_time_s, data_wait_s = self._window
         elapsed = max(self._state.train_time_s - train_time_s, 1e-9)
         return {
             "samples_per_s": (self._state.samples_seen - samples) / elapsed,
             "data_wait_share": (self._state.data_wait_s - data_wait_s) / elapsed,
         }
+
+    def _count(self) -> None:
+        """Bring the state's time up to now, so that what is shown or saved in a step holds that step too."""
+        if self._running:
+            now = time.perf_counter()
+            self._state.train_time_s += now - self._counted_to
+            self._counted_to = now

@@ -53,12 +53,26 @@ def train_step(
     if not math.isfinite(total_loss):
         raise UserError(f"the loss is {total_loss}: {_identity(batch, device)}")
     if max_grad_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        _clip_gradient(model, max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     model.clamp_logit_scale_()
     return StepResult(total_loss, num_trained, num_skipped, logit_scale.item())
+
+
+def _clip_gradient(model: nn.Module, max_norm: float) -> None:
+    """nn.utils.clip_grad_norm_, which has no norm for row-sparse gradients: theirs is that of their summed rows."""
+    values = []
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            values.append(parameter.grad.values())
+        elif parameter.grad is not None:
+            values.append(parameter.grad)
+    scale = (max_norm / (nn.utils.get_total_norm(values) + 1e-6)).clamp(max=1.0)
+    for value in values:
+        value.mul_(scale)
 
 
 def _to(array: np.ndarray, rows: np.ndarray, device: torch.device) -> torch.Tensor:

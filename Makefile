@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh machine: make demo, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check ui peers clean
+
+help: ## list what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F': *' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## make .venv with everything that jobs and tests need
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install ## build the embedded data, train a small CLIP on it, evaluate and register it
+	@$(BIN)/python -m jobs.ingest jobs/configs/ingest_glyphs.yaml
+	@$(BIN)/python -m jobs.train jobs/configs/demo.yaml
+
+test: install peers ## run all tests
+	@$(BIN)/python -m pytest
+
+check: install ## style, types and import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+ui: install ## open MLflow over the embedded database, on 127.0.0.1:5000
+	@mkdir -p mlflow
+	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow/mlflow.db --host 127.0.0.1 --port 5000
+
+peers: $(PEERS) ## add what benchmarks and parity tests compare with
+
+# open_clip imports torchvision, which pins a torch of its own: neither may bring its dependencies along.
+$(PEERS): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+		open_clip_torch torchvision timm webdataset braceexpand regex
+	@touch $@
+
+clean: ## remove the environment, data sets, runs and the MLflow store
+	rm -rf $(VENV) data runs mlflow .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
