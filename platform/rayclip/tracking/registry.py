@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.entities.logged_model_status import LoggedModelStatus
 
-from mlflow import MlflowClient
 from rayclip.tracking.mlflow import flatten
 
 MODEL_FILES = ("model.safetensors", "config.json", "metrics.json")
