@@ -240,3 +240,12 @@ class IndexConfig(Config):
 
     path: str = Field(description="folder of tar shards in the WebDataset layout")
     chunk_samples: int = Field(64, gt=0, description="neighbouring samples that one read fetches")
+
+
+class BenchmarkConfig(Config):
+    """python -m jobs.benchmark"""
+
+    name: Literal["tokenizer", "text_tower"] = Field(description="what is measured")
+    repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
+    samples: int = Field(20_000, gt=0, description="captions to tokenise")
+    threads: int | None = Field(None, gt=0, description="torch threads; None leaves torch's own choice")

@@ -1,0 +1,22 @@
+"""The libraries that benchmarks compare with. They are no dependency of the product: `make peers` adds them."""
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+
+from rayclip.errors import UserError
+
+_TORCHVISION_OPS = ("nms", "qnms")
+
+
+def load_open_clip() -> ModuleType:
+    """open_clip, or a UserError that says how to get it."""
+    if importlib.util.find_spec("open_clip") is None:
+        raise UserError("open_clip is not installed: run make peers")
+    # open_clip imports torchvision and calls none of its operators; a torchvision built for another torch lacks them
+    # and fails to import unless their names exist.
+    for name in _TORCHVISION_OPS:
+        torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+    return importlib.import_module("open_clip")

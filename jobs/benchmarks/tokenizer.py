@@ -1,0 +1,22 @@
+"""Captions a second, beside open_clip's tokenizer on the same captions."""
+
+from typing import Any
+
+from jobs.benchmarks.peers import load_open_clip
+from jobs.benchmarks.timing import paired_times
+from rayclip.config import BenchmarkConfig, GlyphsConfig
+from rayclip.data.samples import glyphs
+from rayclip.data.tokenizer import get_tokenizer
+
+
+def run(config: BenchmarkConfig) -> dict[str, Any]:
+    """Tokenise the glyphs' training captions, all of them different pictures' and most of them repeated words."""
+    captions = [glyphs.caption(item) for item in glyphs.build("train", GlyphsConfig())][: config.samples]
+    ours, theirs = get_tokenizer(77), load_open_clip().get_tokenizer("ViT-B-32")
+    ours_s, theirs_s, ratio = paired_times(lambda: ours(captions), lambda: theirs(captions), config.repeats)
+    return {
+        "captions": len(captions),
+        "captions_per_s": round(len(captions) / ours_s),
+        "open_clip_captions_per_s": round(len(captions) / theirs_s),
+        "ratio_vs_open_clip": round(ratio, 2),
+    }
