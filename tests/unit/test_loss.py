@@ -38,7 +38,8 @@ def features(num, dim=7, seed=0):
 def test_the_loss_is_its_formula(num, scale):
     image, text = features(num)
     expected = reference_loss(image.numpy(), text.numpy(), scale)
-    assert info_nce(image, text, torch.tensor(scale), [num]).item() == pytest.approx(expected, abs=1e-12)
+    in_float64 = info_nce(image, text, torch.tensor(scale, dtype=torch.float64), [num]).item()
+    assert in_float64 == pytest.approx(expected, abs=1e-12)
     in_float32 = info_nce(image.float(), text.float(), torch.tensor(scale), [num]).item()
     assert in_float32 == pytest.approx(expected, rel=1e-5, abs=1e-5)
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray.train
+
 from rayclip.errors import UserError
 from rayclip.training.checkpoint import read_metrics
 
@@ -35,39 +37,62 @@ class RunFolder:
 
     @property
     def summary(self) -> Path:
-        """What the job writes when the run has ended."""
+        """What the run came to; a run that has one is complete."""
         return self.path / "summary.json"
 
     def read_record(self) -> dict[str, Any] | None:
         """What `write_record` kept; None for a new run."""
-        path = self.path / "run.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return _read(self.path / "run.json")
 
     def write_record(self, config: dict[str, Any], mlflow_run_id: str) -> None:
         """Keep what the run was started with."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / "run.json.partial"
-        partial.write_text(json.dumps({"mlflow_run_id": mlflow_run_id, "config": config}, indent=1))
-        partial.replace(self.path / "run.json")
+        _write(self.path / "run.json", {"mlflow_run_id": mlflow_run_id, "config": config})
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What `write_summary` kept; None for a run that has not ended."""
+        return _read(self.summary)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Keep what the run came to; from then on it is complete."""
+        _write(self.summary, summary)
 
     def check_same(self, record: dict[str, Any], config: dict[str, Any]) -> None:
         """Raise UserError where a run of this name was started with other settings."""
         before, now = record["config"], config
         for section in before.keys() | now.keys():
-            if section not in _MAY_CHANGE and before.get(section) != now.get(section):
+            if section not in _MAY_CHANGE and not _same(before.get(section), now.get(section)):
                 raise UserError(
                     f"'{self.path}' holds a run with {_difference(section, before.get(section), now.get(section))}: "
                     f"give this one another name, or remove the folder"
                 )
 
     def evaluated_checkpoints(self) -> list[tuple[Path, dict[str, Any]]]:
-        """Whole checkpoints with their metrics, oldest first."""
-        folders = sorted(p.parent for p in self.checkpoints.glob("*/metrics.json"))
+        """Whole checkpoints with their metrics, oldest first. A crash may leave others, half written."""
+        listed = ray.train.Result.from_path(str(self.checkpoints)).best_checkpoints or []
+        folders = sorted(Path(checkpoint.path) for checkpoint, _ in listed)
         return [(folder, read_metrics(folder)) for folder in folders]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)
+
+
+def _same(before: object, now: object) -> bool:
+    """Equal, where a key that one of them does not have yet is one without a value."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(_same(before.get(key), now.get(key)) for key in before.keys() | now.keys())
+    return before == now
 
 
 def _difference(key: str, before: object, now: object) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
-        inner = next(k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k))
+        inner = next(k for k in sorted(before.keys() | now.keys()) if not _same(before.get(k), now.get(k)))
         return _difference(f"{key}.{inner}", before.get(inner), now.get(inner))
     return f"{key} = {before}, not {now}"

@@ -35,17 +35,24 @@ _POLL_S = 0.5
 
 
 def run_training(config: TrainConfig) -> dict[str, Any]:
-    """Train, or go on with a run that was interrupted, and return its summary.
+    """Train, or go on with a run that was interrupted, and return its summary. One that is complete is left as it is.
 
     Raises UserError for everything that a user can mend.
     """
     config = resolve(config)
     folder = RunFolder(Path("runs").absolute() / config.name)
-    spec, total_samples = plan_stream(config)
-    Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
     record = folder.read_record()
     if record is not None:
         folder.check_same(record, config.model_dump(mode="json"))
+    complete = folder.read_summary()
+    if complete is not None:
+        ProgressLine(complete["samples_seen"]).note(f"run '{config.name}' is complete already")
+        return complete
+    spec, total_samples = plan_stream(config)
+    found = latest_checkpoint(str(folder.checkpoints))
+    if found and read_state(found).manifest_digest != spec.digest:
+        raise UserError(f"the data set in '{spec.folder}' is not the one that run '{config.name}' began with")
+    Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
     uri = tracking.resolve_uri(config.tracking.uri)
     tracking.connect(uri)
 
@@ -63,7 +70,9 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
         succeeded = True
     finally:
         tracking.close_run(uri, run_id, succeeded)
-    return _finish(config, folder, uri, run_id)
+    summary = _finish(config, folder, uri, run_id)
+    folder.write_summary(summary)
+    return summary
 
 
 def resolve(config: TrainConfig) -> TrainConfig:

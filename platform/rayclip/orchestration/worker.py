@@ -180,6 +180,8 @@ class Worker:
                 np.save(Path(scratch) / name / "samples.npy", seen)
             checkpoint = ray.train.Checkpoint.from_directory(str(Path(scratch) / name))
             ray.train.report({"score": content["score"]}, checkpoint=checkpoint, checkpoint_dir_name=name)
+        if not (self.folder.checkpoints / name / "state.json").exists():
+            return  # Ray keeps nothing where another worker has died meanwhile; it is about to start all anew
         self._link(self.folder.checkpoints / name, state.samples_seen)
         if metrics:
             self._show(metrics, state)

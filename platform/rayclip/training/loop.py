@@ -77,17 +77,25 @@ class Trainer:
 
         Raises UserError, on all ranks, for a loss that is not finite and for too many unreadable samples.
         """
-        evaluated = False
+        # The last checkpoint is made, measured, once: one that is made again would replace the one it goes on from.
+        evaluated = self._num_given() >= self.plan.total_samples
         self.model.train()
         for batch in self._meter.timed(batches):
-            before = self.state.samples_seen
+            before, given_before = self.state.samples_seen, self._num_given()
             self._step(batch, before)
-            evaluated = self._due(before, self.plan.evaluate_every)
+            if self._num_given() == given_before:  # nothing but padding
+                continue
+            ends = self._num_given() >= self.plan.total_samples
+            evaluated = ends or self._due(before, self.plan.evaluate_every)
             if evaluated or self._due(before, self.plan.checkpoint_every):
                 self._checkpoint(evaluate=evaluated)
         if not evaluated:
             self._checkpoint(evaluate=True)
         return self.state
+
+    def _num_given(self) -> int:
+        """Samples that came, whether they could be read or not, in the whole run."""
+        return self.state.samples_seen + self._num_skipped
 
     def _step(self, batch: Batch, before: int) -> None:
         settings = self.plan.optimizer
@@ -106,7 +114,7 @@ class Trainer:
         self.state.samples_seen += result.num_trained
         self.state.steps += result.num_trained > 0
         self._num_skipped += result.num_skipped
-        given_so_far = self.state.samples_seen + self._num_skipped
+        given_so_far = self._num_given()
         allowed = self.plan.max_bad_fraction * max(given_so_far, min(_FEW_SAMPLES, self.plan.total_samples))
         if self._num_skipped > allowed:
             raise UserError(self._too_many_bad(given_so_far))

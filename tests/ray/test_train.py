@@ -1,0 +1,140 @@
+"""The training job in the tests' own process, on a real Ray and a real MLflow database."""
+
+import json
+import sys
+from collections import Counter
+
+import pytest
+from mlflow import MlflowClient
+
+from jobs import train as train_job
+from jobs.cli import run_job
+from rayclip.config import TrainConfig
+from rayclip.orchestration.run_folder import RunFolder
+from rayclip.training.checkpoint import load_model
+
+NUM_SAMPLES = 300
+CHUNK = 10
+EPOCHS = 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, make_samples, write_dataset):
+    """(folder, bad samples as a Counter of (cause, shard, row)): some of every kind of bad sample."""
+    folder = tmp_path_factory.mktemp("data")
+    samples = make_samples(NUM_SAMPLES)
+    bad = Counter()
+
+    def spoil(at, cause, **files):
+        samples[at].update(files)
+        for extension in [key for key, value in files.items() if value is None]:
+            del samples[at][extension]
+        bad[cause, f"{at // 50:06}.tar", at % CHUNK] += 1
+
+    spoil(0, "image_undecodable", png=b"not a picture")
+    spoil(57, "image_undecodable", png=samples[57]["png"][:60])
+    spoil(58, "image_undecodable", png=b"")
+    spoil(120, "caption_empty", txt=b" \n")
+    spoil(121, "caption_not_utf8", txt=b"\xff\xfe\xfa")
+    spoil(199, "no_caption", txt=None)
+    spoil(299, "no_image", png=None)
+    manifest = write_dataset(folder, samples, shard_samples=50, chunk_samples=CHUNK)
+
+    chunk = 17  # a chunk whose bytes are no tar any more, in a file that has kept its size
+    with (folder / "000003.tar").open("r+b") as shard:
+        shard.seek(int(manifest.offset[chunk]))
+        shard.write(b"\xaa" * int(manifest.length[chunk]))
+    bad.update({("chunk_unreadable", "000003.tar", row): 1 for row in range(CHUNK)})
+    return folder, bad
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, make_samples, write_dataset):
+    """A data set to evaluate on, for both tasks."""
+    folder = tmp_path_factory.mktemp("pictures")
+    write_dataset(folder, make_samples(40, seed=1))
+    (folder / "classnames.txt").write_text("one\ntwo\nthree\n")
+    return folder
+
+
+def test_a_run_with_bad_samples_from_data_to_a_registered_version(
+    tmp_path, data, pictures, make_config, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    folder, bad = data
+    config = make_config(
+        "smoke",
+        folder,
+        data={"max_bad_fraction": 0.1},
+        epochs=EPOCHS,
+        evaluation={
+            "best": "classes.top1",
+            "tasks": {
+                "classes": {"kind": "zero_shot", "path": str(pictures)},
+                "captions": {"kind": "retrieval", "path": str(pictures)},
+            },
+        },
+        checkpoint={"every_samples": 150},
+        tracking={"register_as": "smoke"},
+        cluster={"num_workers": 2},
+    )
+    summary = train_job.main(TrainConfig.model_validate(config))
+    output = capsys.readouterr()
+    assert "model version" in output.out
+    assert "smoke version 1" in output.out
+
+    assert {"top1", "top5", "num_classes", "num_samples"} <= set(summary["zero_shot"]["classes"])
+    assert summary["zero_shot"]["classes"]["num_samples"] == summary["retrieval"]["captions"]["num_texts"] == 40
+    assert {"train_time_s", "samples_per_s", "mlflow_run_id"} <= set(summary)
+    assert 0 <= summary["data_wait_share"] <= 1
+    assert summary["samples_seen"] == EPOCHS * (NUM_SAMPLES - bad.total())
+    assert summary["model_version"] == 1
+    run = RunFolder(tmp_path / "runs/smoke")
+    assert json.loads(run.summary.read_text()) == json.loads(json.dumps(summary))
+
+    causes = Counter()
+    for cause, _, _ in bad:
+        causes[cause] += EPOCHS
+    assert summary["skipped"] == causes
+    lines = [json.loads(line) for line in run.quarantine.read_text().splitlines()]
+    assert Counter((line["cause"], line["shard"], line["row"]) for line in lines) == {key: EPOCHS for key in bad}
+    assert len({(line["position"], line["row"]) for line in lines}) == len(lines)
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    version = client.get_model_version_by_alias("smoke", "champion")
+    assert int(version.version) == 1
+    assert load_model(summary["checkpoint"]).logit_scale.exp() > 0
+
+    check_that_a_second_run_changes_nothing(config, summary, tmp_path, client, capsys)
+
+
+def check_that_a_second_run_changes_nothing(config, summary, folder, client, capsys):
+    before = files_of(folder / "runs"), client.get_run(summary["mlflow_run_id"]).to_dictionary()
+    assert train_job.main(TrainConfig.model_validate(config)) == json.loads(json.dumps(summary))
+    assert "run 'smoke' is complete already" in capsys.readouterr().err
+    assert (files_of(folder / "runs"), client.get_run(summary["mlflow_run_id"]).to_dictionary()) == before
+    assert len(client.search_model_versions("name = 'smoke'")) == 1
+
+
+def files_of(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_too_many_bad_samples_end_the_run_with_one_line(tmp_path, data, make_config, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = make_config("bad", data[0], epochs=1, data={"max_bad_fraction": 0.02}, cluster={"num_workers": 2})
+    (tmp_path / "bad.yaml").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", ["jobs/train.py", "bad.yaml"])
+    with pytest.raises(SystemExit) as caught:
+        run_job(train_job.main, TrainConfig, lambda config: RunFolder(tmp_path / "runs" / config.name).summary)
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
+    assert "samples could not be read (" in errors[0]
+    assert "data.max_bad_fraction allows 0.02" in errors[0]
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs/bad/summary.json").exists()
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    assert run.info.status == "FAILED"
