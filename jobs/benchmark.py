@@ -18,7 +18,8 @@ def main(config: BenchmarkConfig) -> dict[str, Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     figures = importlib.import_module(f"jobs.benchmarks.{config.name}").run(config)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores {platform.machine()}"
+    cores = f"{os.cpu_count()} cores {platform.machine()}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cores
     summary = {"benchmark": config.name, "date": datetime.now(UTC).date().isoformat(), "device": device, **figures}
     print_table([(key, str(value)) for key, value in summary.items()])
     return summary

@@ -10,8 +10,9 @@ from rayclip.data.tokenizer import get_tokenizer
 
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
-    """Tokenise the glyphs' training captions, all of them different pictures' and most of them repeated words."""
-    captions = [glyphs.caption(item) for item in glyphs.build("train", GlyphsConfig())][: config.samples]
+    """Tokenise captions of the glyphs' training pictures, spread over all of them."""
+    items = glyphs.build("train", GlyphsConfig())
+    captions = [glyphs.render(item, 16)[1] for item in items[:: max(1, len(items) // config.samples)]]
     ours, theirs = get_tokenizer(77), load_open_clip().get_tokenizer("ViT-B-32")
     ours_s, theirs_s, ratio = paired_times(lambda: ours(captions), lambda: theirs(captions), config.repeats)
     return {

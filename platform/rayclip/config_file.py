@@ -77,6 +77,8 @@ def _explain(schema: type[Config], error: ErrorDetails) -> str:
     owner, key = _locate(schema, error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown key '{key}': {nearest(str(error['loc'][-1]), list(owner.model_fields))}"
+    if error["type"] == "union_tag_not_found":
+        return f"the key '{key}.kind' is missing"
     if error["type"] == "missing":
         return f"the key '{key}' is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -104,6 +106,8 @@ def _locate(schema: type[Config], location: tuple[int | str, ...]) -> tuple[type
             candidates = [model for field in fields for model in _models(field.annotation)] or candidates
         elif chosen and not fields:
             candidates = chosen
+            continue
+        elif str(part).startswith("tuple["):  # as where a list or a single value is allowed
             continue
         key.append(str(part))
     return candidates[0], ".".join(key)

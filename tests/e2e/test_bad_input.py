@@ -1,4 +1,4 @@
-"""What a user can get wrong with `python -m jobs.train`: exit code 2 and one line that says what, where, what instead."""
+"""What people get wrong with `python -m jobs.train`: exit code 2 and one line: what, where, what instead."""
 
 import json
 import os

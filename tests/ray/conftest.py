@@ -114,12 +114,12 @@ def start_training():
 def make_config(tiny_config):
     """A training config as plain values: the tiny model on a data set; sections given are merged in."""
 
-    def make(name, data, **sections):
+    def make(name, data_path, **sections):
         values = {
             "name": name,
             "seed": 3,
             "model": tiny_config.model_dump(mode="json"),
-            "data": {"path": str(data)},
+            "data": {"path": str(data_path)},
             "batch_size": 32,
             "optimizer": {"lr": 1e-3, "warmup_samples": 200},
             "tracking": {"experiment": "tests", "log_every_samples": 64},

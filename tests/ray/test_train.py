@@ -97,7 +97,7 @@ def test_a_run_with_bad_samples_from_data_to_a_registered_version(
         causes[cause] += EPOCHS
     assert summary["skipped"] == causes
     lines = [json.loads(line) for line in run.quarantine.read_text().splitlines()]
-    assert Counter((line["cause"], line["shard"], line["row"]) for line in lines) == {key: EPOCHS for key in bad}
+    assert Counter((line["cause"], line["shard"], line["row"]) for line in lines) == dict.fromkeys(bad, EPOCHS)
     assert len({(line["position"], line["row"]) for line in lines}) == len(lines)
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")

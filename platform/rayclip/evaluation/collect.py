@@ -4,10 +4,14 @@ These are collectives: every worker calls them, in the same order.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from rayclip.errors import UserError
 
 
 def reduce_counts(counts: Tensor) -> Tensor:
@@ -41,6 +45,23 @@ def row_offset(tensor_ND: Tensor) -> int:
     if not _is_distributed():
         return 0
     return sum(_rows_per_worker(tensor_ND)[: dist.get_rank()])
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """A UserError inside, on any worker, is raised on every one at the end: none waits for one that has left."""
+    own: str | None = None
+    try:
+        yield
+    except UserError as error:
+        own = str(error)
+    errors = [own]
+    if _is_distributed():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, own)
+    for message in errors:
+        if message is not None:
+            raise UserError(message)
 
 
 def _rows_per_worker(tensor_ND: Tensor) -> list[int]:

@@ -18,6 +18,7 @@ from rayclip.data.decode import BadSampleError, eval_array, read_caption, read_i
 from rayclip.data.formats.tar import Sample, read_samples
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
+from rayclip.evaluation.collect import fail_together
 from rayclip.evaluation.contact_sheet import write_contact_sheet
 from rayclip.evaluation.retrieval import caption_ids, recall_on_all_workers
 from rayclip.evaluation.zero_shot import ZeroShotCounts
@@ -118,13 +119,15 @@ def _run_zero_shot(
     classes = class_matrix(encoder, names, task.templates)
     counts = ZeroShotCounts(classes)
     shown: list[tuple[np.ndarray, ...]] = []
-    for images, samples in batches:
-        labels = torch.tensor([_label(sample, len(names)) for sample in samples])
-        features = encoder.encode_images(images, len(images))
-        counts.update(features, labels.to(features.device))
-        if sheet is not None and sum(len(batch[0]) for batch in shown) < _SHEET_SAMPLES:
-            best = zero_shot_probabilities(features, classes, encoder.logit_scale).topk(min(_SHOWN_ANSWERS, len(names)))
-            shown.append((images, labels.numpy(), best.indices.cpu().numpy(), best.values.cpu().numpy()))
+    num_shown = min(_SHOWN_ANSWERS, len(names))
+    with fail_together():
+        for images, samples in batches:
+            labels = torch.tensor([_label(sample, len(names)) for sample in samples])
+            features = encoder.encode_images(images, len(images))
+            counts.update(features, labels.to(features.device))
+            if sheet is not None and sum(len(batch[0]) for batch in shown) < _SHEET_SAMPLES:
+                best = zero_shot_probabilities(features, classes, encoder.logit_scale).topk(num_shown)
+                shown.append((images, labels.numpy(), best.indices.cpu().numpy(), best.values.cpu().numpy()))
     if sheet is not None and shown and (not dist.is_initialized() or dist.get_rank() == 0):
         sheet.parent.mkdir(parents=True, exist_ok=True)
         images_N, labels_N, top_NK, probabilities_NK = (np.concatenate(column) for column in zip(*shown, strict=True))
@@ -136,9 +139,10 @@ def _run_retrieval(encoder: Encoder, batches: Iterator[Batch]) -> dict[str, Any]
     # A worker that has no share still takes part, with no rows.
     features = [encoder.encode_images(np.empty((0, 1, 1, 3), dtype=np.uint8))]
     captions: list[str] = []
-    for images, samples in batches:
-        features.append(encoder.encode_images(images, len(images)))
-        captions += [_caption(sample) for sample in samples]
+    with fail_together():
+        for images, samples in batches:
+            features.append(encoder.encode_images(images, len(images)))
+            captions += [_caption(sample) for sample in samples]
     image_features = torch.cat(features)
     text_features = encoder.encode_texts(captions)
     own = torch.arange(len(captions), device=image_features.device)

@@ -21,7 +21,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a drawing of a {}.",
         "a painting of a {}.",
     ),
-    "glyphs": ("{}", "a picture of {}", "an image of {}"),
+    "glyphs": ("{}", "the character {}", "a picture of {}", "a glyph: {}", "one {}", "the symbol {}"),
     "emoji": ("{}", "an emoji of {}", "a picture of {}"),
 }
 

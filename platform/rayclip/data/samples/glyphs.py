@@ -63,6 +63,7 @@ class Item:
     char: str
     cls: int | None
     plain_share: float
+    print_share: float
     seed: int
 
 
@@ -74,7 +75,10 @@ def build(split: str, config: GlyphsConfig) -> list[Item]:
     cls = {char: index for index, char in enumerate(_class_chars(split))}
     pairs = [(face, char) for face in faces for char in fonts.characters(face) if char in cls]
     pairs = [pair for pair in pairs for _ in range(config.eval_renders)]
-    return [Item(split, i, face, char, cls[char], 1.0, config.seed) for i, (face, char) in enumerate(pairs)]
+    return [
+        Item(split, i, face, char, cls[char], 1.0, config.print_share, config.seed)
+        for i, (face, char) in enumerate(pairs)
+    ]
 
 
 def class_names(split: str) -> list[str]:
@@ -99,14 +103,15 @@ def _train_items(config: GlyphsConfig) -> list[Item]:
     renders = {True: config.letter_renders, False: config.symbol_renders}
     repeated = [pair for pair in pairs for _ in range(renders[fonts.is_letter(pair[1])])]
     return [
-        Item("train", i, face, char, None, config.plain_share, config.seed) for i, (face, char) in enumerate(repeated)
+        Item("train", i, face, char, None, config.plain_share, config.print_share, config.seed)
+        for i, (face, char) in enumerate(repeated)
     ]
 
 
 def render(item: Item, size: int) -> tuple[Image.Image, str, int | None]:
     """Draw one item: an RGB picture [size, size], its caption, and its class where it has one."""
     draw = _draws(item)
-    ink, ground = _colours(draw)
+    ink, ground = _colours(draw, item.print_share)
     mask = _mask(item.face, item.char, size, draw)
     paper = _paper(item, size, PALETTE[ground], draw)
     colour = np.clip(np.array(PALETTE[ink]) + [20 * draw() - 10 for _ in range(3)], 0, 255)
@@ -122,10 +127,10 @@ def _draws(item: Item) -> Callable[[], float]:
     return iter(numbers.tolist()).__next__
 
 
-def _colours(draw: Callable[[], float]) -> tuple[str, str]:
-    """Names of ink and ground: two in five dark on light as in print, the others any pair that can be read."""
+def _colours(draw: Callable[[], float], print_share: float) -> tuple[str, str]:
+    """Names of ink and ground: a share black on white as in print, the others any pair that can be read."""
     kind, pick = draw(), draw()
-    if kind < 0.4:
+    if kind < print_share:
         return "black", "white"
     pairs = _readable_pairs()
     return pairs[int(pick * len(pairs))]
@@ -157,8 +162,8 @@ def _mask(face: str, char: str, size: int, draw: Callable[[], float]) -> np.ndar
     side = size * _SUPERSAMPLE
     low, high = _MARGIN * side, (1 - _MARGIN) * side
     left, top, right, bottom = fonts.ink_box(face, char)
-    em = int(min((0.66 + 0.12 * draw()) * side, (high - low) / max(right - left, bottom - top)))
-    wander = 0.06 * side
+    em = int(min((0.66 + 0.06 * draw()) * side, (high - low) / max(right - left, bottom - top)))
+    wander = 0.03 * side
     x = side / 2 - (left + right) / 2 * em + (2 * draw() - 1) * wander
     y = _BASELINE * side + (2 * draw() - 1) * wander
     x = min(max(x, low - left * em), high - right * em)
