@@ -74,7 +74,7 @@ def test_a_run_with_bad_samples_from_data_to_a_registered_version(
                 "captions": {"kind": "retrieval", "path": str(pictures)},
             },
         },
-        checkpoint={"every_samples": 150},
+        checkpoint={"every_samples": 250},
         tracking={"register_as": "smoke"},
         cluster={"num_workers": 2},
     )

@@ -180,6 +180,15 @@ def test_a_data_set_is_checked_before_it_is_needed(tmp_path, write_dataset, make
         evaluator.check()
 
 
+def test_a_damaged_shard_is_named(encoder, tmp_path, write_dataset, make_samples):
+    evaluator = broken(tmp_path, write_dataset, make_samples)
+    shard = tmp_path / "000000.tar"
+    for content in (shard.read_bytes()[:700], b"\x55" * shard.stat().st_size):
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match=rf"^'{tmp_path}': shard '000000\.tar' cannot be evaluated: "):
+            evaluator.run(encoder)
+
+
 def test_class_names_are_lines(tmp_path):
     (tmp_path / "classnames.txt").write_text("one\ntwo words\ncafé\n", encoding="utf-8")
     assert class_names(str(tmp_path)) == ["one", "two words", "café"]

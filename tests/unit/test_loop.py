@@ -17,6 +17,7 @@ from rayclip.data.manifest import Manifest
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
+from rayclip.training import loop as loop_module
 from rayclip.training import meter as meter_module
 from rayclip.training.checkpoint import RunState, restore, write_checkpoint
 from rayclip.training.loop import Hooks, Plan, Trainer
@@ -301,7 +302,8 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(meter_module, "time", clock)
+    for module in (meter_module, loop_module):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -321,11 +323,12 @@ def test_time_is_split_into_training_and_waiting(clock):
         if len(shown) == 2:
             clock.now += 50
             meter.pause(50)
-    assert state.data_wait_s == 500 + 7
-    assert state.train_time_s == 1000 + 7 + 9
-    assert shown[0] == pytest.approx({"samples_per_s": 30 / 5, "data_wait_share": 2 / 5})
-    assert shown[1] == pytest.approx({"samples_per_s": 60 / 9, "data_wait_share": 3 / 9})
-    assert shown[2] == pytest.approx({"samples_per_s": 90 / 16, "data_wait_share": 7 / 16})
+    # The wait for the first batch is the stream's start, and no part of either.
+    assert state.data_wait_s == 500 + 5
+    assert state.train_time_s == 1000 + 5 + 9
+    assert shown[0] == pytest.approx({"samples_per_s": 30 / 3, "data_wait_share": 0})
+    assert shown[1] == pytest.approx({"samples_per_s": 60 / 7, "data_wait_share": 1 / 7})
+    assert shown[2] == pytest.approx({"samples_per_s": 90 / 14, "data_wait_share": 5 / 14})
 
 
 def test_a_new_window_forgets_the_steps_before(clock):
@@ -338,6 +341,31 @@ def test_a_new_window_forgets_the_steps_before(clock):
         if len(shown) == 2:
             meter.start_window()
     assert shown == pytest.approx([10 / 2, 20 / 14, 10 / 22, 20 / 54])
+
+
+def test_evaluations_and_checkpoints_are_no_training_time(clock, data, tiny_config):
+    model, spec, saved = CLIP(tiny_config), make_spec(data), []
+
+    def batches(stream):
+        for batch in stream.batches(BATCH_SIZE):
+            clock.now += 1
+            yield batch
+
+    def pass_time(seconds):
+        clock.now += seconds
+        return {}
+
+    def save(state, metrics, seen):
+        saved.append((state.data_wait_s, state.train_time_s))
+        clock.now += 500
+
+    hooks = Hooks(lambda *_: pass_time(3), lambda *_: None, lambda: pass_time(1000), save)
+    stream = Stream(spec)
+    plan = make_plan(evaluate_every=36, checkpoint_every=18)
+    trainer = Trainer(plan, model, build_optimizer(model, OPTIMIZER), RunState(), stream.ledger(), hooks)
+    state = trainer.run(batches(stream))
+    assert len(saved) == 4
+    assert (state.data_wait_s, state.train_time_s) == (10, 10 + 11 * 3)
 
 
 def test_a_checkpoint_knows_the_time_of_the_step_it_follows(tmp_path, data, tiny_config):

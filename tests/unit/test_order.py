@@ -100,6 +100,13 @@ def test_what_is_left_of_a_window_comes_in_the_order_it_had(data):
     assert mixed(kept) == [sample for sample in mixed(samples) if sample in set(kept)]
 
 
+def test_a_window_emits_samples_by_the_mix_of_their_identity():
+    samples = [(position, row) for position in range(20, 25) for row in range(30)]
+    positions, rows = np.array(samples).T
+    mixed = Order(seed=6, num_chunks=9, window=5).mix_rows(positions, rows)
+    assert [samples[i] for i in mixed] == sorted(samples, key=lambda sample: reference_mix(6, *sample))
+
+
 def test_rows_of_a_window_are_mixed_among_its_positions():
     positions, rows = np.repeat(np.arange(8), 64), np.tile(np.arange(64), 8)
     mixed = Order(seed=0, num_chunks=9, window=8).mix_rows(positions, rows)

@@ -4,6 +4,7 @@ A data set for zero-shot has a class index in each sample's `cls` and the classe
 `classnames.txt` beside the shards; one for retrieval has captions.
 """
 
+import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,12 @@ def read_batches(manifest: Manifest, image_size: int, batch_size: int, rank: int
     images: list[np.ndarray] = []
     samples: list[Sample] = []
     for chunk in range(rank, len(manifest), world_size):
-        for sample in read_samples(manifest.read_chunk(chunk)):
+        try:
+            chunk_samples = read_samples(manifest.read_chunk(chunk))
+        except (OSError, tarfile.TarError) as error:
+            shard = manifest.shards[manifest.shard[chunk]]
+            raise UserError(f"'{manifest.folder}': shard '{shard}' cannot be evaluated: {error}") from None
+        for sample in chunk_samples:
             try:
                 images.append(eval_array(read_image(sample), image_size))
             except BadSampleError as error:

@@ -49,9 +49,6 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
         ProgressLine(complete["samples_seen"]).note(f"run '{config.name}' is complete already")
         return complete
     spec, total_samples = plan_stream(config)
-    found = latest_checkpoint(str(folder.checkpoints))
-    if found and read_state(found).manifest_digest != spec.digest:
-        raise UserError(f"the data set in '{spec.folder}' is not the one that run '{config.name}' began with")
     Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
     uri = tracking.resolve_uri(config.tracking.uri)
     tracking.connect(uri)
@@ -61,6 +58,10 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
     connect(local_cpus=int(workers.num_workers * workers.cpus_per_worker) + 1)
     needed = {"CPU": workers.num_workers * workers.cpus_per_worker + 1, "GPU": workers.num_workers * workers.use_gpu}
     check_resources({k: v for k, v in needed.items() if v}, f"a run with {workers.num_workers} workers and a reader")
+
+    found = latest_checkpoint(str(folder.checkpoints))
+    if found and read_state(found).manifest_digest != spec.digest:
+        raise UserError(f"the data set in '{spec.folder}' is not the one that run '{config.name}' began with")
 
     run_id = _open_mlflow_run(config, uri, folder, record, spec)
     job = Job(config, spec, total_samples, str(folder.path), uri, run_id, Monitor.remote())  # type: ignore[attr-defined]

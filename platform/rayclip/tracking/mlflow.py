@@ -41,7 +41,8 @@ def connect(uri: str) -> MlflowClient:
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_SERVER_TIMEOUT_S).close()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise UserError(f"no MLflow server answers at {uri}: {getattr(error, 'reason', error)}") from None
+            reason = " ".join(str(getattr(error, "reason", error)).split())
+            raise UserError(f"no MLflow server answers at {uri}: {reason}") from None
     elif uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)

@@ -22,18 +22,21 @@ class Meter:
         self._window = (self._state.samples_seen, self._state.train_time_s, self._state.data_wait_s)
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, timed: what passes until the next one is asked for is training, until it comes waiting."""
+        """The batches, timed: what passes until the next one is asked for is training, until it comes waiting.
+
+        The wait for the first one is neither: it is the stream's start.
+        """
         iterator = iter(batches)
-        while True:
-            asked = time.perf_counter()
-            batch = next(iterator, None)
-            if batch is None:
-                return
+        batch = next(iterator, None)
+        asked = time.perf_counter()
+        while batch is not None:
             self._state.data_wait_s += time.perf_counter() - asked
             self._counted_to, self._running = asked, True
             yield batch
             self._count()
             self._running = False
+            asked = time.perf_counter()
+            batch = next(iterator, None)
 
     def pause(self, seconds: float) -> None:
         """Take what was no training (an evaluation, a checkpoint) out of the running step's time."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rayclip.config import OptimizerConfig
@@ -16,7 +17,8 @@ def build_optimizer(model: CLIP, config: OptimizerConfig) -> "RowAdamW":
     Makes the token embedding give row-sparse gradients: a batch touches a few thousand of its 49,408 rows at most, so
     a dense gradient is nearly all zeros, to be written, sent to every rank, and walked through by the optimizer.
     """
-    model.token_embedding.sparse = True
+    # NCCL cannot add row-sparse gradients up.
+    model.token_embedding.sparse = not dist.is_initialized() or dist.get_backend() == "gloo"
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -50,7 +52,8 @@ class RowAdamW(torch.optim.AdamW):
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            state["used"] = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
+        if "used" not in state:  # also after a restart from dense gradients
+            state["used"] = state["exp_avg_sq"].any(dim=1)
         touched = grad.indices()[0]
         state["used"][touched] = True
         rows = state["used"].nonzero().squeeze(1)
