@@ -173,11 +173,11 @@ class GlyphsConfig(Config):
 
     kind: Literal["glyphs"] = Field("glyphs", description="where the pairs come from")
     size: int = Field(36, ge=16, le=512, description="side of a picture in pixels; some more than the model's crop")
-    letter_renders: int = Field(4, gt=0, description="training pictures of each Latin, Greek or Cyrillic letter a face")
+    letter_renders: int = Field(5, gt=0, description="training pictures of each Latin, Greek or Cyrillic letter a face")
     symbol_renders: int = Field(1, ge=0, description="training pictures of each other character a face")
     eval_renders: int = Field(1, gt=0, description="pictures of each class a face in the two evaluation splits")
-    plain_share: float = Field(0.8, ge=0, le=1, description="share of training captions that are the bare name")
-    print_share: float = Field(0.8, ge=0, le=1, description="share of pictures in black on white; others in colours")
+    plain_share: float = Field(0.9, ge=0, le=1, description="share of training captions that are the bare name")
+    print_share: float = Field(0.9, ge=0, le=1, description="share of pictures in black on white; others in colours")
     seed: int = Field(0, ge=0, description="gives every picture and caption, each by its place in the split")
 
 

@@ -83,7 +83,7 @@ class TrainingProcess:
         left = self._descendants()
         self.process.kill()
         self.process.wait()
-        _, alive = psutil.wait_procs(left, timeout=10)
+        _, alive = psutil.wait_procs(left, timeout=3)
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=10)

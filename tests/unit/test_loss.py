@@ -10,9 +10,9 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from rayclip.collective import all_gather_rows, gather_counts, reduce_counts
 from rayclip.config import ModelConfig, TextConfig, VisionConfig
 from rayclip.models.clip import CLIP
-from rayclip.training.collective import gather_counts, gather_rows, sum_over_ranks
 from rayclip.training.loss import info_nce
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,10 +101,10 @@ def run_worker(rank, folder):
             loss = info_nce(*net(*(tensor[mine] for tensor in small_batch(sum(sizes)))), list(sizes))
             (loss * 2).backward()
             assert model.token_embedding.weight.grad.is_sparse
-            results.append({"loss": sum_over_ranks(loss), "gradients": dense_gradients(model)})
+            results.append({"loss": reduce_counts(loss), "gradients": dense_gradients(model)})
         cpu = torch.device("cpu")
         rows = np.arange(6).reshape(3, 2)[: 3 * rank] + 10
-        results.append({"rows": torch.from_numpy(gather_rows(rows, cpu)), "counts": gather_counts([rank, 7], cpu)})
+        results.append({"rows": all_gather_rows(torch.from_numpy(rows)), "counts": gather_counts([rank, 7], cpu)})
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -145,6 +145,6 @@ def test_rows_and_counts_of_all_ranks_are_gathered_by_rank(workers):
 def test_one_process_gathers_from_itself():
     cpu = torch.device("cpu")
     rows = np.arange(4).reshape(2, 2)
-    assert gather_rows(rows, cpu) is rows
+    assert all_gather_rows(rows) is rows
     assert gather_counts([3, 4], cpu) == [[3, 4]]
-    assert sum_over_ranks(torch.tensor(2.5)).item() == 2.5
+    assert reduce_counts(torch.tensor(2.5)).item() == 2.5

@@ -10,8 +10,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from rayclip.collective import all_gather_rows, row_offset
 from rayclip.errors import UserError
-from rayclip.evaluation.collect import all_gather_rows, row_offset
 
 
 def caption_ids(captions: Sequence[str]) -> Tensor:

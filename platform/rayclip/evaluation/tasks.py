@@ -12,19 +12,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from rayclip.collective import fail_together, rank, world_size
 from rayclip.config import RetrievalTask, Task, ZeroShotTask
 from rayclip.data.decode import BadSampleError, eval_array, read_caption, read_image
 from rayclip.data.formats.tar import Sample, read_samples
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
-from rayclip.evaluation.collect import fail_together
 from rayclip.evaluation.contact_sheet import write_contact_sheet
 from rayclip.evaluation.retrieval import caption_ids, recall_on_all_workers
 from rayclip.evaluation.zero_shot import ZeroShotCounts
 from rayclip.inference.encoder import Encoder
 from rayclip.inference.zero_shot import class_matrix, zero_shot_probabilities
+
+Metrics = dict[str, Any]
 
 _SHEET_SAMPLES = 512
 _SHOWN_ANSWERS = 5
@@ -45,7 +46,7 @@ class Evaluator:
             if isinstance(task, ZeroShotTask) and not class_names(task.path):
                 raise UserError(f"task '{name}': '{task.path}/classnames.txt' names no classes")
 
-    def run(self, encoder: Encoder, pictures: Path | None = None) -> dict[str, dict[str, Any]]:
+    def run(self, encoder: Encoder, pictures: Path | None = None) -> dict[str, Metrics]:
         """Every task's metrics by task, the same on all workers, which must all call this.
 
         Where `pictures` is a folder, the first worker writes `TASK.png` there for each zero-shot task: right and
@@ -55,14 +56,13 @@ class Evaluator:
             name: self._run(encoder, task, pictures and pictures / f"{name}.png") for name, task in self.tasks.items()
         }
 
-    def _run(self, encoder: Encoder, task: Task, sheet: Path | None) -> dict[str, Any]:
+    def _run(self, encoder: Encoder, task: Task, sheet: Path | None) -> Metrics:
         if isinstance(task, RetrievalTask):
             return _run_retrieval(encoder, self._batches(task.path))
         return _run_zero_shot(encoder, task, self._batches(task.path), sheet)
 
     def _batches(self, folder: str) -> Iterator["Batch"]:
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return read_batches(Manifest.load(folder), self.image_size, self.batch_size, rank, world_size)
+        return read_batches(Manifest.load(folder), self.image_size, self.batch_size, rank(), world_size())
 
 
 class Batch(NamedTuple):
@@ -72,12 +72,12 @@ class Batch(NamedTuple):
     samples: list[Sample]
 
 
-def read_batches(manifest: Manifest, image_size: int, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
-    """This worker's share of a data set, in order. Raises UserError for a sample that cannot be read: what is measured
+def read_batches(manifest: Manifest, image_size: int, batch_size: int, share: int, shares: int) -> Iterator[Batch]:
+    """One share of a data set, in order. Raises UserError for a sample that cannot be read: what is measured
     must be the same for every model."""
     images: list[np.ndarray] = []
     samples: list[Sample] = []
-    for chunk in range(rank, len(manifest), world_size):
+    for chunk in range(share, len(manifest), shares):
         try:
             chunk_samples = read_samples(manifest.read_chunk(chunk))
         except (OSError, tarfile.TarError) as error:
@@ -118,9 +118,7 @@ def _label(sample: Sample, num_classes: int) -> int:
     return label
 
 
-def _run_zero_shot(
-    encoder: Encoder, task: ZeroShotTask, batches: Iterator[Batch], sheet: Path | None
-) -> dict[str, Any]:
+def _run_zero_shot(encoder: Encoder, task: ZeroShotTask, batches: Iterator[Batch], sheet: Path | None) -> Metrics:
     names = class_names(task.path)
     classes = class_matrix(encoder, names, task.templates)
     counts = ZeroShotCounts(classes)
@@ -134,14 +132,14 @@ def _run_zero_shot(
             if sheet is not None and sum(len(batch[0]) for batch in shown) < _SHEET_SAMPLES:
                 best = zero_shot_probabilities(features, classes, encoder.logit_scale).topk(num_shown)
                 shown.append((images, labels.numpy(), best.indices.cpu().numpy(), best.values.cpu().numpy()))
-    if sheet is not None and shown and (not dist.is_initialized() or dist.get_rank() == 0):
+    if sheet is not None and shown and rank() == 0:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         images_N, labels_N, top_NK, probabilities_NK = (np.concatenate(column) for column in zip(*shown, strict=True))
         write_contact_sheet(sheet, images_N, labels_N, top_NK, probabilities_NK, names)
     return counts.reduce().metrics()
 
 
-def _run_retrieval(encoder: Encoder, batches: Iterator[Batch]) -> dict[str, Any]:
+def _run_retrieval(encoder: Encoder, batches: Iterator[Batch]) -> Metrics:
     # A worker that has no share still takes part, with no rows.
     features = [encoder.encode_images(np.empty((0, 1, 1, 3), dtype=np.uint8))]
     captions: list[str] = []

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rayclip.collective import reduce_counts
 from rayclip.errors import UserError
-from rayclip.evaluation.collect import reduce_counts
 
 # Pictures scored at once: with a thousand classes the scores take 16 MB.
 _CHUNK = 4096

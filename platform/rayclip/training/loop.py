@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from rayclip.collective import all_gather_rows, world_size
 from rayclip.config import OptimizerConfig
 from rayclip.data.decode import CAUSES
 from rayclip.data.ledger import Ledger
@@ -22,7 +24,6 @@ from rayclip.data.stream import Batch
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.training.checkpoint import RunState
-from rayclip.training.collective import gather_rows, world_size
 from rayclip.training.meter import Meter
 from rayclip.training.schedule import warmup_cosine
 from rayclip.training.step import StepResult, train_step
@@ -132,7 +133,7 @@ class Trainer:
 
     def _gather_unsaved(self) -> np.ndarray:
         mine = np.concatenate([np.empty((0, 3), dtype=np.int64), *self._unsaved])
-        return gather_rows(mine, self.model.logit_scale.device)
+        return all_gather_rows(torch.from_numpy(mine)).numpy()
 
     def _too_many_bad(self, given_so_far: int) -> str:
         seen = self._gather_unsaved()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayclip.training.collective import rank
+from rayclip.collective import rank
 
 
 def info_nce(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor, batch_sizes: list[int]) -> Tensor:

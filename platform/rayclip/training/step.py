@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from rayclip.collective import all_gather_rows, gather_counts, reduce_counts, world_size
 from rayclip.data.stream import Batch
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
-from rayclip.training.collective import gather_counts, gather_rows, sum_over_ranks, world_size
 from rayclip.training.loss import info_nce
 
 
@@ -49,9 +49,9 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     # Data parallelism averages gradients over ranks; shares of one loss must be summed.
     (loss * world_size()).backward()
-    total_loss = sum_over_ranks(loss).item()
+    total_loss = reduce_counts(loss).item()
     if not math.isfinite(total_loss):
-        raise UserError(f"the loss is {total_loss}: {_identity(batch, device)}")
+        raise UserError(f"the loss is {total_loss}: {_identity(batch)}")
     if max_grad_norm is not None:
         _clip_gradient(model, max_grad_norm)
     for group in optimizer.param_groups:
@@ -81,8 +81,8 @@ def _to(array: np.ndarray, rows: np.ndarray, device: torch.device) -> torch.Tens
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
-def _identity(batch: Batch, device: torch.device) -> str:
+def _identity(batch: Batch) -> str:
     mine = np.stack([batch["position"], batch["row"].astype(np.int64)], axis=1)[batch["num_tokens"] > 0]
-    everyone = gather_rows(mine, device)
-    positions = sorted({int(p) for p in everyone[:, 0]})
+    everyone = all_gather_rows(torch.from_numpy(mine))
+    positions = everyone[:, 0].unique().tolist()
     return f"the batch holds {len(everyone)} samples of stream positions {', '.join(map(str, positions))}"

@@ -1,4 +1,4 @@
-"""Sums and rows from all workers of a torch.distributed run. Without a process group, what went in comes out.
+"""What workers tell each other beside gradients. Without a process group, what went in comes out.
 
 These are collectives: every worker calls them, in the same order.
 """
@@ -14,10 +14,28 @@ from torch import Tensor
 from rayclip.errors import UserError
 
 
-def reduce_counts(counts: Tensor) -> Tensor:
-    """The element-wise sum over all workers: same shape, dtype and device. The argument is not changed."""
+def rank() -> int:
+    """This process among those that work together."""
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if _is_distributed() else 1
+
+
+def gather_counts(counts: list[int], device: torch.device) -> list[list[int]]:
+    """Every worker's counts, by rank; all have equally many."""
     if not _is_distributed():
-        return counts
+        return [counts]
+    mine = torch.tensor(counts, dtype=torch.int64, device=_collective_device(device))
+    return [part.tolist() for part in _all_gather(mine)]
+
+
+def reduce_counts(counts: Tensor) -> Tensor:
+    """The element-wise sum over all workers, without gradients: same shape, dtype and device as the argument."""
+    if not _is_distributed():
+        return counts.detach()
     total = counts.detach().to(_collective_device(counts.device), copy=True)
     dist.all_reduce(total)
     return total.to(counts.device)
@@ -44,7 +62,7 @@ def row_offset(tensor_ND: Tensor) -> int:
     """Where this worker's first row stands in `all_gather_rows` of the same tensor."""
     if not _is_distributed():
         return 0
-    return sum(_rows_per_worker(tensor_ND)[: dist.get_rank()])
+    return sum(_rows_per_worker(tensor_ND)[: rank()])
 
 
 @contextmanager
@@ -57,7 +75,7 @@ def fail_together() -> Iterator[None]:
         own = str(error)
     errors = [own]
     if _is_distributed():
-        errors = [None] * dist.get_world_size()
+        errors = [None] * world_size()
         dist.all_gather_object(errors, own)
     for message in errors:
         if message is not None:
@@ -74,7 +92,7 @@ def _rows_per_worker(tensor_ND: Tensor) -> list[int]:
 
 
 def _all_gather(tensor: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor)
     return parts
 
