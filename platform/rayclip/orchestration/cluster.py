@@ -3,7 +3,6 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.data import DataContext  # sets log levels as it is imported: before _quieten does
@@ -11,9 +10,6 @@ from ray.data import DataContext  # sets log levels as it is imported: before _q
 from rayclip.errors import UserError
 
 _ROOT = Path(__file__).resolve().parents[3]
-
-RUNTIME_ENV: dict[str, Any] = {"working_dir": ".", "py_modules": ["platform/rayclip"]}
-"""What a job ships to a cluster: the tree, and the library where it can be found without an installation."""
 
 
 def connect(local_cpus: int = 0) -> None:
@@ -51,11 +47,12 @@ def check_resources(needed: dict[str, float], what: str) -> None:
 def _worker_environment() -> dict[str, str]:
     # Workers import jobs/ from the repository root and the library from its source.
     paths = [str(_ROOT), str(_ROOT / "platform"), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
+    # Workers wait for the controller's next look at every checkpoint, and a dead one is found at the next look.
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 
 
 def _quieten() -> None:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else every worker warns that this will change
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     context = DataContext.get_current()

@@ -66,6 +66,25 @@ class RunFolder:
                     f"give this one another name, or remove the folder"
                 )
 
+    def back_up_list(self) -> None:
+        """Copy Ray Train's list of whole checkpoints, which it writes over in place."""
+        listed = _read_or_none(self._list)
+        if listed is not None:
+            _write(self._list_copy, listed)
+
+    def repair_list(self) -> None:
+        """Put the copy in place of a list that a crash cut off; the checkpoint it lacks is trained to once more."""
+        if self._list.exists() and _read_or_none(self._list) is None and self._list_copy.exists():
+            _write(self._list, json.loads(self._list_copy.read_text()))
+
+    @property
+    def _list(self) -> Path:
+        return self.checkpoints / "checkpoint_manager_snapshot.json"
+
+    @property
+    def _list_copy(self) -> Path:
+        return self.path / "checkpoints.json"
+
     def evaluated_checkpoints(self) -> list[tuple[Path, dict[str, Any]]]:
         """Whole checkpoints with their metrics, oldest first. A crash may leave others, half written."""
         listed = ray.train.Result.from_path(str(self.checkpoints)).best_checkpoints or []
@@ -75,6 +94,13 @@ class RunFolder:
 
 def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def _read_or_none(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

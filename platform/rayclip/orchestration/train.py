@@ -59,6 +59,7 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
     needed = {"CPU": workers.num_workers * workers.cpus_per_worker + 1, "GPU": workers.num_workers * workers.use_gpu}
     check_resources({k: v for k, v in needed.items() if v}, f"a run with {workers.num_workers} workers and a reader")
 
+    folder.repair_list()
     found = latest_checkpoint(str(folder.checkpoints))
     if found and read_state(found).manifest_digest != spec.digest:
         raise UserError(f"the data set in '{spec.folder}' is not the one that run '{config.name}' began with")
@@ -206,8 +207,9 @@ def _finish(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> di
         model = link_checkpoint(client, run_id, best, best_state.samples_seen, metrics["tasks"])
         version = register(client, model, best, config.tracking.register_as, config.tracking.alias)
     by_kind: dict[str, dict[str, Any]] = {}
-    for name, measured in metrics["tasks"].items():
-        by_kind.setdefault(config.evaluation.tasks[name].kind, {})[name] = measured
+    for name, task in config.evaluation.tasks.items():
+        if name in metrics["tasks"]:
+            by_kind.setdefault(task.kind, {})[name] = metrics["tasks"][name]
     return {
         "name": config.name,
         **by_kind,

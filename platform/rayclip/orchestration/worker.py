@@ -182,6 +182,7 @@ class Worker:
             ray.train.report({"score": content["score"]}, checkpoint=checkpoint, checkpoint_dir_name=name)
         if not (self.folder.checkpoints / name / "state.json").exists():
             return  # Ray keeps nothing where another worker has died meanwhile; it is about to start all anew
+        self.folder.back_up_list()
         self._link(self.folder.checkpoints / name, state.samples_seen)
         if metrics:
             self._show(metrics, state)
@@ -234,4 +235,6 @@ def _forget_quarantined_after(path: Path, samples_seen: int) -> None:
     """Drop what was written for a checkpoint that was never finished; the stream meets those samples again."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if json.loads(line)["samples_seen"] <= samples_seen]
-        path.write_text("".join(line + "\n" for line in lines))
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(line + "\n" for line in lines))
+        partial.replace(path)

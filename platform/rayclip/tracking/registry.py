@@ -23,20 +23,24 @@ def link_checkpoint(
     known = client.search_logged_models(
         [run.info.experiment_id], filter_string=f"name = '{name}' AND source_run_id = '{run_id}'"
     )
-    if known:
+    if known and known[0].status == LoggedModelStatus.READY:
         return known[0]
-    model = client.create_logged_model(
-        run.info.experiment_id,
-        name=name,
-        source_run_id=run_id,
-        tags={"checkpoint": str(checkpoint), "samples_seen": str(step)},
-        model_type="clip",
+    # One that is not ready was being made when a crash came.
+    model = (
+        known[0]
+        if known
+        else client.create_logged_model(
+            run.info.experiment_id,
+            name=name,
+            source_run_id=run_id,
+            tags={"checkpoint": str(checkpoint), "samples_seen": str(step)},
+            model_type="clip",
+        )
     )
-    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
     for key, value in flatten(metrics).items():
         client.log_metric(run_id, f"checkpoint/{key}", value, step=step, model_id=model.model_id)
-    return model
+    return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
 
 def register(client: MlflowClient, model: LoggedModel, checkpoint: Path, name: str, alias: str) -> int:

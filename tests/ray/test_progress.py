@@ -1,6 +1,7 @@
 """What people see of a run while it goes, and what a run's folder remembers of how it was started."""
 
 import io
+import json
 import sys
 
 import pytest
@@ -157,3 +158,18 @@ def test_what_may_change_and_new_settings_without_a_value_are_let_through(tmp_pa
     before = {"seed": 1, "cluster": {"num_workers": 1}, "optimizer": {"lr": 1.0}}
     now = {"seed": 1, "cluster": {"num_workers": 8}, "optimizer": {"lr": 1.0, "new": None}, "samples": None}
     RunFolder(tmp_path).check_same({"config": before}, now)
+
+
+def test_a_list_of_checkpoints_that_a_crash_cut_off_is_repaired(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    listed = folder.checkpoints / "checkpoint_manager_snapshot.json"
+    listed.write_text('{"checkpoint_results": [1]}')
+    folder.back_up_list()
+    listed.write_text('{"checkpoint_results": [1, 2')
+    folder.back_up_list()  # a list that is cut off is not copied
+    folder.repair_list()
+    assert json.loads(listed.read_text()) == {"checkpoint_results": [1]}
+    listed.write_text('{"checkpoint_results": [1, 2]}')
+    folder.repair_list()  # a whole one is left alone
+    assert json.loads(listed.read_text()) == {"checkpoint_results": [1, 2]}
