@@ -1,6 +1,5 @@
 """What every job's command line has in common: CONFIG key=value ... --json PATH, --help, one-line errors."""
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NoReturn
 from rayclip.config import Config
 from rayclip.config_file import describe, load
 from rayclip.errors import UserError
+from rayclip.files import write_json
 
 Main = Callable[[Any], dict[str, Any]]
 
@@ -54,14 +54,6 @@ def _run(
     summary = main(config)
     write_json(Path(json_path) if json_path else summary_path(config), summary)
     return 0
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON, whole and then named."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
 
 
 def print_table(rows: list[tuple[str, str]]) -> None:

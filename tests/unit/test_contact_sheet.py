@@ -86,13 +86,14 @@ def test_a_failed_write_leaves_the_old_sheet(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def fail(self, target, format):
-        target.write_bytes(b"half")
+        target.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="disk full"):
         write_contact_sheet(path, *answers(4, 4), NAMES)
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_cannot_be_shown_is_named(tmp_path):

@@ -8,12 +8,10 @@ the same bytes. The last act is the manifests, after which `.ingest` goes.
 import hashlib
 import json
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +23,7 @@ from rayclip.data.manifest import FILE_NAME, Manifest
 from rayclip.data.order import mix64
 from rayclip.data.sources import SOURCES, Split
 from rayclip.errors import UserError
+from rayclip.files import whole_file, write_json, write_text
 
 SETTINGS = "ingest.json"
 SKIPPED = "skipped.jsonl"
@@ -101,14 +100,14 @@ def begin(config: IngestConfig, splits: dict[str, Split]) -> None:
         )
     # In this order a run killed between any two lines leaves what the next one takes for its own.
     (output / STATE).mkdir(parents=True, exist_ok=True)
-    _write_whole(settings, json.dumps(record, indent=1).encode())
+    write_json(settings, record)
     for split, (_, class_names) in splits.items():
         (output / split).mkdir(parents=True, exist_ok=True)
         (output / STATE / split).mkdir(parents=True, exist_ok=True)
         for partial in (output / split).glob("*.partial-*"):
             partial.unlink()
         if class_names is not None:
-            _write_whole(output / split / CLASS_NAMES, "".join(f"{name}\n" for name in class_names).encode())
+            write_text(output / split / CLASS_NAMES, "".join(f"{name}\n" for name in class_names))
 
 
 def is_complete(config: IngestConfig) -> bool:
@@ -162,10 +161,10 @@ def write_one_shard(config: IngestConfig, task: ShardTask) -> ShardResult:
             except BadSampleError as error:
                 skipped.append((position, error.cause, _describe(item)))
 
-    with _whole(output / task.split / task.name) as target:
+    with whole_file(output / task.split / task.name) as target:
         spans = write_shard(target, samples(), config.chunk_samples)
         result = ShardResult(task.split, task.shard, target.tell(), spans, skipped)
-    _write_whole(_record_path(output, task.split, task.shard), json.dumps(result).encode())
+    write_text(_record_path(output, task.split, task.shard), json.dumps(result))
     return result
 
 
@@ -185,7 +184,7 @@ def finish(config: IngestConfig, tasks: Sequence[ShardTask]) -> dict[str, Any]:
     for result in results:
         for position, cause, item in result.skipped:
             lines.append(json.dumps({"split": result.split, "position": position, "cause": cause, "item": item}))
-    _write_whole(output / SKIPPED, "".join(f"{line}\n" for line in lines).encode())
+    write_text(output / SKIPPED, "".join(f"{line}\n" for line in lines))
     shutil.rmtree(output / STATE)
     return summary_of(config)
 
@@ -241,21 +240,3 @@ def _describe(item: object) -> str:
     """What a skipped item was, without the bytes of its picture."""
     parts = item if isinstance(item, tuple) else (item,)
     return ", ".join(str(part) for part in parts if isinstance(part, str))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    with _whole(path) as target:
-        target.write(data)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name only when all of it is there."""
-    # Two attempts at one task may overlap when a worker is lost: each writes to a file of its own.
-    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        with partial.open("wb") as target:
-            yield target
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

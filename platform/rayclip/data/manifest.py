@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from rayclip.data.formats.tar import Span
 from rayclip.errors import UserError
+from rayclip.files import whole_file
 
 FILE_NAME = "manifest.parquet"
 _KEY = b"rayclip"
@@ -95,9 +96,8 @@ class Manifest:
             {name: getattr(self, name) for name in ("shard", "offset", "length", "num_samples")},
         ).replace_schema_metadata({_KEY: json.dumps(meta)})
         path = Path(self.folder) / FILE_NAME
-        partial = path.with_suffix(".partial")
-        pq.write_table(table, partial, compression="zstd")
-        partial.replace(path)
+        with whole_file(path) as target:
+            pq.write_table(table, target, compression="zstd")
         return path
 
     @classmethod

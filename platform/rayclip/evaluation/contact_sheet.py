@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rayclip.errors import UserError
+from rayclip.files import whole_file
 
 # The parts of a sheet, in pixels.
 _PICTURE = 216
@@ -167,10 +168,8 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _save(sheet: Image.Image, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    sheet.save(partial, format="PNG")
-    partial.replace(path)
+    with whole_file(path) as target:
+        sheet.save(target, format="PNG")
     return path
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import ray.train
 
 from rayclip.errors import UserError
+from rayclip.files import write_json
 from rayclip.training.checkpoint import read_metrics
 
 _MAY_CHANGE = ("cluster", "checkpoint", "tracking", "evaluation")
@@ -46,7 +47,7 @@ class RunFolder:
 
     def write_record(self, config: dict[str, Any], mlflow_run_id: str) -> None:
         """Keep what the run was started with."""
-        _write(self.path / "run.json", {"mlflow_run_id": mlflow_run_id, "config": config})
+        write_json(self.path / "run.json", {"mlflow_run_id": mlflow_run_id, "config": config})
 
     def read_summary(self) -> dict[str, Any] | None:
         """What `write_summary` kept; None for a run that has not ended."""
@@ -54,7 +55,7 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Keep what the run came to; from then on it is complete."""
-        _write(self.summary, summary)
+        write_json(self.summary, summary)
 
     def check_same(self, record: dict[str, Any], config: dict[str, Any]) -> None:
         """Raise UserError where a run of this name was started with other settings."""
@@ -70,12 +71,12 @@ class RunFolder:
         """Copy Ray Train's list of whole checkpoints, which it writes over in place."""
         listed = _read_or_none(self._list)
         if listed is not None:
-            _write(self._list_copy, listed)
+            write_json(self._list_copy, listed)
 
     def repair_list(self) -> None:
         """Put the copy in place of a list that a crash cut off; the checkpoint it lacks is trained to once more."""
         if self._list.exists() and _read_or_none(self._list) is None and self._list_copy.exists():
-            _write(self._list, json.loads(self._list_copy.read_text()))
+            write_json(self._list, json.loads(self._list_copy.read_text()))
 
     @property
     def _list(self) -> Path:
@@ -101,13 +102,6 @@ def _read_or_none(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
 
 
 def _same(before: object, now: object) -> bool:

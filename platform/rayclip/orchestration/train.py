@@ -185,7 +185,7 @@ def _watch(monitor: Any, line: ProgressLine, done: threading.Event) -> None:
         for note in state.pop("notes"):
             line.note(note)
         if state and state != last:
-            shown = {key: f"{state[key]:{form}}" for key, form in (("loss", ".3f"), ("data_wait_share", ".0%"))}
+            shown = {"loss": f"{state['loss']:.3f}", "data wait": f"{state['data_wait_share']:.0%}"}
             line.update(state["samples_seen"], state["samples_per_s"], **shown)
             last = state
         time.sleep(_POLL_S)

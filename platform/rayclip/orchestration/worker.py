@@ -20,6 +20,7 @@ from rayclip.data.stream import Stream, StreamSpec
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
 from rayclip.evaluation.tasks import Evaluator
+from rayclip.files import write_text
 from rayclip.inference.encoder import Encoder
 from rayclip.models.clip import CLIP
 from rayclip.orchestration.run_folder import RunFolder
@@ -235,6 +236,4 @@ def _forget_quarantined_after(path: Path, samples_seen: int) -> None:
     """Drop what was written for a checkpoint that was never finished; the stream meets those samples again."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if json.loads(line)["samples_seen"] <= samples_seen]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in lines))
-        partial.replace(path)
+        write_text(path, "".join(line + "\n" for line in lines))
