@@ -17,8 +17,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: install ## build the embedded data, train a small CLIP on it, evaluate and register it
@@ -42,7 +42,7 @@ peers: $(PEERS) ## add what benchmarks and parity tests compare with
 
 # open_clip imports torchvision, which pins a torch of its own: neither may bring its dependencies along.
 $(PEERS): $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps \
 		open_clip_torch torchvision timm webdataset braceexpand regex
 	@touch $@
 
