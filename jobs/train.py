@@ -21,9 +21,11 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     """The short table at the end, and what to do next."""
     print()
     print_table(list(_rows(summary)))
-    print(
-        f"\nnext:\n  make ui                          the run in MLflow\n  {folder.pictures}/   right and wrong answers"
-    )
+    print("\nnext:")
+    then = [("make ui", "the run in MLflow"), ("python -m jobs.train --help", "every setting")]
+    if folder.pictures.is_dir():
+        then.insert(1, (f"ls {folder.pictures}", "right and wrong answers, as pictures"))
+    print_table(then)
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
