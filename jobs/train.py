@@ -1,5 +1,6 @@
 """Train a CLIP, evaluate it, register the best checkpoint; the same command goes on with a run that was interrupted."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("data wait", f"{summary['data_wait_share']:.1%} of the time"),
         ("skipped", ", ".join(f"{cause} {count:,}" for cause, count in summary["skipped"].items()) or "none"),
-        ("checkpoint", summary["checkpoint"]),
+        ("checkpoint", os.path.relpath(summary["checkpoint"])),
     ]
     if summary["model_version"] is not None:
         rows.append(("model version", f"{summary['registered_model']} version {summary['model_version']}"))

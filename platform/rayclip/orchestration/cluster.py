@@ -9,14 +9,15 @@ from ray.data import DataContext  # sets log levels as it is imported: before _q
 
 from rayclip.errors import UserError
 
+_LEAST_LOGICAL_CPUS = 4  # two workers, a reader, and one to spare
 _ROOT = Path(__file__).resolve().parents[3]
 
 
 def connect(local_cpus: int = 0) -> None:
     """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; do nothing where that is done.
 
-    A Ray of our own gets at least `local_cpus` logical cores: workers that wait for each other must all be placed, also
-    on a laptop with fewer cores. Ray's own messages go to its log files.
+    A Ray of our own gets `local_cpus` logical cores where that is within reason: workers that wait for each other must
+    all be placed, also on a laptop with fewer cores. Ray's own messages go to its log files.
     """
     _quieten()
     if ray.is_initialized():
@@ -24,9 +25,10 @@ def connect(local_cpus: int = 0) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return
+    cores = os.cpu_count() or 1
     ray.init(
         address="local",
-        num_cpus=max(local_cpus, os.cpu_count() or 1),
+        num_cpus=max(cores, min(local_cpus, max(_LEAST_LOGICAL_CPUS, 2 * cores))),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
