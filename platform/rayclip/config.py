@@ -205,6 +205,7 @@ class FolderConfig(Config):
     kind: Literal["folder"] = Field("folder", description="where the pairs come from")
     path: str = Field(description="the folder; folders within it are searched too")
     caption_key: str = Field("caption", description="key of the caption in NAME.json, read where there is no NAME.txt")
+    held_out_share: float = Field(0.0, ge=0, lt=1, description="share of the pictures that goes into split held_out")
 
 
 class TableConfig(Config):
@@ -215,6 +216,7 @@ class TableConfig(Config):
     image_column: str | None = Field(None, description="column of the picture's path; None takes 'filepath' or its kin")
     caption_column: str | None = Field(None, description="column of the caption; None takes 'title' or its kin")
     separator: str | None = Field(None, min_length=1, max_length=1, description="None: a tab where the header has one")
+    held_out_share: float = Field(0.0, ge=0, lt=1, description="share of the pictures that goes into split held_out")
 
 
 SourceConfig = Annotated[GlyphsConfig | EmojiConfig | FolderConfig | TableConfig, Field(discriminator="kind")]

@@ -12,6 +12,7 @@ from rayclip.config import EmojiConfig, FolderConfig, GlyphsConfig, IngestConfig
 from rayclip.data.decode import BadSampleError
 from rayclip.data.encode import encode_image, to_sample
 from rayclip.data.sources import SOURCES, Record, emoji
+from rayclip.data.sources.base import hold_out
 from rayclip.errors import UserError
 
 
@@ -281,3 +282,15 @@ def test_a_record_as_files():
     assert (sample["__key__"], sample["txt"], sample["cls"]) == (b"000000007", b"two lines", b"3")
     with pytest.raises(BadSampleError, match="caption_empty"):
         to_sample(Record(png(), " \n"), "1", config_with())
+
+
+def test_a_share_of_the_pictures_is_held_out_by_name():
+    names = [f"{i // 2}.jpg" for i in range(4000)]  # two captions a picture
+    parts = hold_out(range(4000), names, 0.1)
+    train, held_out = (list(parts[split].items) for split in ("train", "held_out"))
+    assert sorted(train + held_out) == list(range(4000))
+    assert not {names[i] for i in train} & {names[i] for i in held_out}
+    assert 300 < len(held_out) < 500
+    first_half = hold_out(range(2000), names[:2000], 0.1)["held_out"].items
+    assert list(first_half) == [i for i in held_out if i < 2000]
+    assert hold_out([1], ["a"], 0.0).keys() == {"train"}

@@ -6,7 +6,6 @@ the workers alive, shows how far they are, and registers the best checkpoint at 
 
 import subprocess
 import threading
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,7 +179,9 @@ def _fit(job: Job, folder: RunFolder) -> None:
 
 def _watch(monitor: Any, line: ProgressLine, done: threading.Event) -> None:
     last: dict[str, Any] = {}
-    while not done.is_set():
+    finished = False
+    while not finished:
+        finished = done.wait(_POLL_S)  # one more look after the end
         state = ray.get(monitor.state.remote())
         for note in state.pop("notes"):
             line.note(note)
@@ -188,7 +189,6 @@ def _watch(monitor: Any, line: ProgressLine, done: threading.Event) -> None:
             shown = {"loss": f"{state['loss']:.3f}", "data wait": f"{state['data_wait_share']:.0%}"}
             line.update(state["samples_seen"], state["samples_per_s"], **shown)
             last = state
-        time.sleep(_POLL_S)
 
 
 def _last_line(error: BaseException) -> str:

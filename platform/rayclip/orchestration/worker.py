@@ -149,7 +149,8 @@ class Worker:
         return state
 
     def _step(self, metrics: Metrics, state: RunState) -> None:
-        if not self.is_first or time.monotonic() - self._told_at < _PROGRESS_EVERY_S:
+        told_lately = time.monotonic() - self._told_at < _PROGRESS_EVERY_S
+        if not self.is_first or (told_lately and state.samples_seen < self.job.total_samples):
             return
         self._told_at = time.monotonic()
         shown = {"samples_seen": state.samples_seen, "loss": metrics["loss"], **metrics["rates"]}

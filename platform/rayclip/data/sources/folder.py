@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rayclip.config import FolderConfig
 from rayclip.data.decode import BadSampleError
-from rayclip.data.sources.base import Record, Split
+from rayclip.data.sources.base import Record, Split, hold_out
 from rayclip.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -21,7 +21,7 @@ def splits(config: FolderConfig, cache: Path) -> dict[str, Split]:
     paths = sorted(str(path) for path in found if path.suffix.lower() in PICTURES)
     if not paths:
         raise UserError(f"source.path '{config.path}' has no pictures ({', '.join(PICTURES)})")
-    return {"train": Split(paths)}
+    return hold_out(paths, [os.path.relpath(path, root) for path in paths], config.held_out_share)
 
 
 def read(item: str, config: FolderConfig) -> Record:

@@ -1,13 +1,14 @@
 """Source `table`: a CSV or TSV file with a column of paths and a column of captions, as open_clip's --train-data."""
 
 import csv
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from rayclip.config import TableConfig
 from rayclip.data.decode import BadSampleError
-from rayclip.data.sources.base import Record, Split
+from rayclip.data.sources.base import Record, Split, hold_out
 from rayclip.data.sources.folder import read_picture
 from rayclip.errors import UserError
 
@@ -41,7 +42,7 @@ def splits(config: TableConfig, cache: Path) -> dict[str, Split]:
         raise UserError(f"'{config.path}' is not a table in UTF-8: {error}") from None
     if not items:
         raise UserError(f"'{config.path}' has a header and no rows")
-    return {"train": Split(items)}
+    return hold_out(items, [os.path.relpath(item.path, table.parent) for item in items], config.held_out_share)
 
 
 def read(item: Item, config: TableConfig) -> Record:
