@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-from rayclip.data.formats.tar import Span, check_key, list_spans, read_samples, split_name, write_shard
+from rayclip.data.formats.tar import Span, list_spans, read_samples, split_name, write_shard
 from rayclip.data.index import find_shards, index_shard
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
@@ -88,12 +88,6 @@ def test_folders_and_links_in_a_tar_are_no_samples():
 )
 def test_split_name(name, parts):
     assert split_name(name) == parts
-
-
-@pytest.mark.parametrize("key", ["", "a.b", "x" * 91])
-def test_keys_that_cannot_be(key):
-    with pytest.raises(UserError):
-        check_key(key)
 
 
 @pytest.mark.parametrize("cut", range(0, 26_000, 300))

@@ -117,6 +117,6 @@ def eval_array(image: Image.Image, size: int) -> np.ndarray:
             (int(size * image.width / short), int(size * image.height / short)), Image.Resampling.BICUBIC
         )
         left, upper = round((image.width - size) / 2), round((image.height - size) / 2)
-        return np.asarray(image.crop((left, upper, left + size, upper + size)))
+        return np.array(image.crop((left, upper, left + size, upper + size)))  # a copy that torch may own
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise BadSampleError("image_undecodable") from None

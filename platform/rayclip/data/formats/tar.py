@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from rayclip.errors import UserError
-
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -95,13 +93,6 @@ def write_shard(target: BinaryIO, samples: Iterable[Sample], chunk_size: int) ->
         if num_samples:
             spans.append(Span(offset, tar.offset - offset, num_samples))
     return spans
-
-
-def check_key(key: str) -> str:
-    """A sample's key as it may stand in a shard: no dot in its last part, since the extension starts there."""
-    if not key or "." in PurePosixPath(key).name or len(key) > 90:
-        raise UserError(f"'{key}' cannot be a sample's key: at most 90 characters and no dot after the last slash")
-    return key
 
 
 def _padded(size: int) -> int:
