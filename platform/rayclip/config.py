@@ -1,6 +1,6 @@
 """Every job's settings: pydantic, frozen, unknown keys refused, each key described once, here."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -81,6 +81,9 @@ class OptimizerConfig(Config):
 class ZeroShotTask(Config):
     """Classify pictures by their classes' names alone."""
 
+    metrics: ClassVar[tuple[str, ...]] = ("top1", "top5")
+    """What checkpoints may be compared by."""
+
     kind: Literal["zero_shot"] = Field("zero_shot", description="what is measured")
     path: str = Field(description="data set whose samples have a .cls beside the picture, and classnames.txt")
     templates: str | tuple[str, ...] = Field("plain", description="a named template set, or templates with one {}")
@@ -88,6 +91,11 @@ class ZeroShotTask(Config):
 
 class RetrievalTask(Config):
     """Find each picture's caption among all, and each caption's picture."""
+
+    metrics: ClassVar[tuple[str, ...]] = tuple(
+        f"{way}.recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)
+    )
+    """What checkpoints may be compared by."""
 
     kind: Literal["retrieval"] = Field("retrieval", description="what is measured")
     path: str = Field(description="data set of pictures with captions")
@@ -160,11 +168,11 @@ class TrainConfig(Config):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of cluster.num_workers {self.cluster.num_workers}"
             )
-        best = self.evaluation.best
-        if best is not None and best.split(".")[0] not in self.evaluation.tasks:
-            raise ValueError(
-                f"evaluation.best '{best}' names no task; tasks: {', '.join(self.evaluation.tasks) or '-'}"
-            )
+        # Here and not when it is first measured: that may be hours later.
+        tasks, best = self.evaluation.tasks, self.evaluation.best
+        measured = [f"{name}.{metric}" for name, task in tasks.items() for metric in task.metrics]
+        if best is not None and best not in measured:
+            raise ValueError(f"evaluation.best '{best}' is not measured; measured: {', '.join(measured) or '-'}")
         return self
 
 

@@ -69,7 +69,7 @@ def only_error(code, stderr):
         ("samples=100", "give exactly one of epochs and samples"),
         ("name=../run", "'name' is '../run'"),
         ("cluster.num_workers=3", "batch_size 10 is not a multiple of cluster.num_workers 3"),
-        ("evaluation.best=faces.top1", "evaluation.best 'faces.top1' names no task"),
+        ("evaluation.best=faces.top1", "evaluation.best 'faces.top1' is not measured; measured: "),
         ("model=ViT-B/23", "no model is called 'ViT-B/23': did you mean 'ViT-B/32'?"),
         ("nonsense", "'nonsense' is not of the form key=value"),
         ("data.path=elsewhere", "elsewhere': the folder does not exist"),

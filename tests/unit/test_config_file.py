@@ -192,7 +192,11 @@ SOME_MODEL = {"embed_dim": 8, "vision": {"widht": 3}}
         # What models check themselves.
         ({"samples": 5}, "give exactly one of epochs and samples"),
         ({"batch_size": 63, "cluster": {"num_workers": 2}}, "batch_size 63 is not a multiple of cluster.num_workers 2"),
-        ({"evaluation": {"best": "letters.top1"}}, "evaluation.best 'letters.top1' names no task; tasks: -"),
+        ({"evaluation": {"best": "letters.top1"}}, "evaluation.best 'letters.top1' is not measured; measured: -"),
+        (
+            {"evaluation": {"best": "a.top", "tasks": {"a": {"kind": "zero_shot", "path": "p"}}}},
+            "evaluation.best 'a.top' is not measured; measured: a.top1, a.top5",
+        ),
         ({"model": {"vision": {"patch_size": 5}}}, "model.vision: patch_size 5 does not divide image_size 224"),
         ({"model": {"text": {"heads": 3}}}, "model.text: heads 3 does not divide width 512"),
     ],

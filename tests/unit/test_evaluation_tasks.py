@@ -240,3 +240,10 @@ def test_two_workers_measure_what_one_does(tmp_path, encoder, config, folder, wr
             for task in expected:
                 assert got[name][task] == pytest.approx(expected[task])
     assert (tmp_path / "pictures" / "classes.png").is_file()
+
+
+def test_tasks_measure_what_checkpoints_may_be_compared_by(encoder, folder):
+    evaluator = make_evaluator(folder)
+    measured = evaluator.run(encoder)
+    for name, task in evaluator.tasks.items():
+        assert set(task.metrics) <= measured[name].keys()

@@ -63,8 +63,10 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
     if found and read_state(found).manifest_digest != spec.digest:
         raise UserError(f"the data set in '{spec.folder}' is not the one that run '{config.name}' began with")
 
-    run_id = _open_mlflow_run(config, uri, folder, record, spec)
-    job = Job(config, spec, total_samples, str(folder.path), uri, run_id, Monitor.remote())  # type: ignore[attr-defined]
+    version = code_version()
+    run_id = _open_mlflow_run(config, uri, folder, record, spec, version)
+    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    job = Job(config, spec, total_samples, str(folder.path), uri, run_id, version, monitor)
     succeeded = False
     try:
         _fit(job, folder)
@@ -125,10 +127,10 @@ def code_version() -> str:
 
 
 def _open_mlflow_run(
-    config: TrainConfig, uri: str, folder: RunFolder, record: dict[str, Any] | None, spec: StreamSpec
+    config: TrainConfig, uri: str, folder: RunFolder, record: dict[str, Any] | None, spec: StreamSpec, version: str
 ) -> str:
     resolved = config.model_dump(mode="json")
-    tags = {"code_version": code_version(), "manifest_digest": spec.digest, "data": spec.folder}
+    tags = {"code_version": version, "manifest_digest": spec.digest, "data": spec.folder}
     known: str | None = record["mlflow_run_id"] if record else None
     run_id = tracking.open_run(uri, config.tracking.experiment, config.name, resolved, tags, known)
     folder.write_record(resolved, run_id)
@@ -225,5 +227,5 @@ def _finish(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> di
         "registered_model": config.tracking.register_as,
         "model_version": version,
         "manifest_digest": state.manifest_digest,
-        "code_version": code_version(),
+        "code_version": state.code_version,
     }

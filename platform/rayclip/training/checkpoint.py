@@ -2,8 +2,8 @@
 
     model.safetensors       weights
     optimizer.safetensors   both moments and the step count of every parameter, and torch's random state
-    state.json              what has been trained on: samples seen, the ledger, what was skipped
-    config.json             the resolved config of the run, the code version
+    state.json              what has been trained on: samples seen, the ledger, what was skipped; by which code
+    config.json             the resolved config of the run
     metrics.json            what was measured when it was written
 
 It is written under another name and renamed when it is whole. No pickle anywhere.
@@ -38,6 +38,7 @@ class RunState:
     skipped: dict[str, int] = field(default_factory=dict)
     ledger: dict[str, object] = field(default_factory=lambda: {"cursor": 0, "partial": {}})
     manifest_digest: str = ""
+    code_version: str = ""
 
 
 def write_checkpoint(
