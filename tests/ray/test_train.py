@@ -101,6 +101,8 @@ def test_a_run_with_bad_samples_from_data_to_a_registered_version(
     assert len({(line["position"], line["row"]) for line in lines}) == len(lines)
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    tags = client.get_run(summary["mlflow_run_id"]).data.tags
+    assert summary["code_version"] == tags["code_version"] != ""
     version = client.get_model_version_by_alias("smoke", "champion")
     assert int(version.version) == 1
     assert load_model(summary["checkpoint"]).logit_scale.exp() > 0
