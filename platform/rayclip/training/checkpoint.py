@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -88,10 +90,17 @@ def restore(folder: Path, model: CLIP, optimizer: Optimizer) -> RunState:
 
 
 def load_model(folder: str | Path) -> CLIP:
-    """The model of a checkpoint, on the CPU. Raises UserError where the folder is no checkpoint."""
+    """The model of a checkpoint, on the CPU. Raises UserError where the folder is no checkpoint, or a damaged one."""
     folder = Path(folder)
-    model = CLIP(ModelConfig.model_validate(read_config(folder)["model"]))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    config = read_config(folder)
+    try:
+        model = CLIP(ModelConfig.model_validate(config["model"]))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (KeyError, ValidationError):
+        raise UserError(f"'{folder}/config.json' describes no model") from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"'{folder}/model.safetensors' does not hold the model's weights: {reason}") from None
     return model
 
 

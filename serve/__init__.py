@@ -1,0 +1,1 @@
+"""The Ray Serve application: zero-shot classification, embeddings and ranking over HTTP."""

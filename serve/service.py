@@ -1,0 +1,315 @@
+"""What the ingress knows how to do: pick a version, find or make its class matrix, ask the towers, score.
+
+Shapes: N pictures, C classes, E embedding, K candidates.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from rayclip.errors import UserError
+from rayclip.inference.prompts import resolve_templates
+from rayclip.inference.zero_shot import check_class_names, independent_scores, zero_shot_probabilities
+from serve.cache import LruCache
+from serve.config import ServeConfig
+from serve.encoders import ClassMatrix, Encoded
+from serve.metrics import IngressMetrics, collect
+from serve.pictures import RequestError
+from serve.schemas import LabelSetInfo, Scores
+from serve.table import Report, Table
+
+Result = TypeVar("Result")
+
+_logger = logging.getLogger("ray.serve")
+_GONE = (RayActorError, DeploymentUnavailableError)
+"""What a call raises whose replica went away: it may be made again elsewhere, since it changes nothing."""
+_TRIES = 5
+# Pictures a call: a request with many is spread over the replicas.
+_PICTURES_A_CALL = 8
+# What OpenAI's and other clients send where they must send something.
+_ANY_MODEL = ("", "clip", "default")
+
+
+@dataclass
+class Scored:
+    """Scores of N pictures, float32 [N, C], by which version, and the time that each stage took, in seconds."""
+
+    version: str
+    scores: np.ndarray
+    errors: dict[int, RequestError]
+    seconds: dict[str, float]
+
+
+class Service:
+    """One ingress replica's part. Everything here may be cancelled with its request."""
+
+    def __init__(
+        self, config: ServeConfig, image: DeploymentHandle, text: DeploymentHandle, coordinator: DeploymentHandle
+    ) -> None:
+        self.config = config
+        self.metrics = IngressMetrics()
+        self._image, self._text, self._coordinator = image, text, coordinator
+        self._matrices: LruCache[ClassMatrix] = LruCache(config.cache_bytes, lambda matrix: matrix.num_bytes)
+        self._computing: dict[Any, asyncio.Task[ClassMatrix]] = {}
+        self._table = Table({}, {})
+        self._label_sets: dict[str, LabelSetInfo] = {}
+        self._healthy_until = 0.0
+
+    async def start(self) -> None:
+        """Learn what there is to serve, and stay up to date."""
+        torch.set_num_threads(1)
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        await self._refresh()
+        self._polling = asyncio.create_task(self._poll())
+
+    def pick(self, model: str | None) -> str:
+        """A version for a request: the one it names, or one by the shares of the traffic. Raises RequestError."""
+        names = {version.partition("/")[0] for version in self._table.sources}
+        if model is None or model in _ANY_MODEL or model in names:
+            versions, shares = zip(*self._table.traffic.items(), strict=True)
+            return random.choices(versions, shares)[0]
+        if model not in self._table.sources:
+            known = ", ".join(self._table.sources)
+            raise RequestError(
+                404, f"no model '{model[:100]}' is loaded; there are: {known}", "model_not_found", "model"
+            )
+        return model
+
+    async def zero_shot(
+        self,
+        pictures: Sequence[bytes],
+        labels: Sequence[str],
+        templates: tuple[str, ...],
+        kind: Scores,
+        model: str | None = None,
+    ) -> Scored:
+        """Scores of the pictures under the labels. Raises RequestError."""
+
+        async def ask(version: str) -> Scored:
+            async with asyncio.TaskGroup() as group:
+                matrix = group.create_task(self.class_matrix(version, labels, templates))
+                encoded = group.create_task(self.encode_images(version, pictures))
+            started = time.perf_counter()
+            scores = score(encoded.result().features, matrix.result(), kind)
+            seconds = encoded.result().seconds | {"score": time.perf_counter() - started}
+            return Scored(version, scores, encoded.result().errors, seconds)
+
+        return await self.on_version(model, ask)
+
+    async def on_version(self, model: str | None, ask: Callable[[str], Awaitable[Result]]) -> Result:
+        """Ask a version; one that has just been retired is replaced by the one that took over."""
+        try:
+            return await _unwrapped(ask(self.pick(model)))
+        except RequestError as error:
+            if error.code != "model_not_loaded":
+                raise
+        await self._refresh()
+        return await _unwrapped(ask(self.pick(model)))
+
+    async def class_matrix(self, version: str, labels: Sequence[str], templates: tuple[str, ...]) -> ClassMatrix:
+        """From the cache, or from the text tower, asked once however many wait for it."""
+        key = (version, templates, tuple(labels))
+        if (matrix := self._matrices.get(key)) is not None:
+            return matrix
+        if key not in self._computing:
+            self._computing[key] = asyncio.create_task(self._compute(key))
+        # Shielded: the matrix is worth finishing, and others may wait for it.
+        return await asyncio.shield(self._computing[key])
+
+    async def _compute(self, key: tuple[str, tuple[str, ...], tuple[str, ...]]) -> ClassMatrix:
+        version, templates, labels = key
+        try:
+            matrix = await self._call(self._text.class_matrix, version, labels, templates)
+            self._matrices.put(key, matrix)
+            return matrix
+        finally:
+            del self._computing[key]
+
+    async def encode_images(self, version: str, pictures: Sequence[bytes]) -> Encoded:
+        """Features of pictures, spread over the replicas."""
+        parts = [pictures[i : i + _PICTURES_A_CALL] for i in range(0, len(pictures), _PICTURES_A_CALL)]
+        if len(parts) == 1:
+            return await self._call(self._image.encode, version, parts[0])
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._call(self._image.encode, version, part)) for part in parts]
+        return _joined([task.result() for task in tasks])
+
+    async def encode_texts(self, version: str, texts: Sequence[str]) -> Encoded:
+        """Features of texts."""
+        return await self._call(self._text.encode, version, list(texts))
+
+    async def count_tokens(self, version: str, texts: Sequence[str]) -> int:
+        """Tokens of the texts."""
+        return await self._call(self._text.count_tokens, version, list(texts))
+
+    def templates_of(self, templates: str | Sequence[str] | None) -> tuple[str, ...]:
+        """The request's templates, or the service's. Raises RequestError."""
+        limits = self.config.limits
+        try:
+            resolved = resolve_templates(self.config.templates if templates is None else templates)
+        except UserError as error:
+            raise RequestError(422, str(error)[:300], "invalid_templates", "templates") from None
+        if len(resolved) > limits.max_templates:
+            raise _too_many("templates", len(resolved), limits.max_templates)
+        self.check_texts(resolved, "templates")
+        return resolved
+
+    def labels_of(self, labels: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
+        """The labels, once they are within the limits. Raises RequestError."""
+        limits = self.config.limits
+        if len(labels) > limits.max_labels:
+            raise _too_many("labels", len(labels), limits.max_labels)
+        if len(labels) * len(templates) > limits.max_prompts:
+            raise _too_many("labels times templates", len(labels) * len(templates), limits.max_prompts)
+        self.check_texts(labels, "labels")
+        try:
+            check_class_names(labels)
+        except UserError as error:
+            raise RequestError(422, str(error), "invalid_labels", "labels") from None
+        return tuple(labels)
+
+    def check_texts(self, texts: Sequence[str], param: str) -> None:
+        """Raise RequestError where one is too long."""
+        limit = self.config.limits.max_text_chars
+        for index, text in enumerate(texts):
+            if len(text) > limit:
+                message = f"{param}[{index}] has {len(text)} characters; at most {limit} are read"
+                raise RequestError(422, message, "text_too_long", f"{param}[{index}]")
+
+    async def label_set(self, name: str) -> LabelSetInfo:
+        """A registered label set. Raises RequestError where there is none of that name."""
+        if name not in self._label_sets:
+            await self.label_sets()
+        if name not in self._label_sets:
+            known = ", ".join(list(self._label_sets)[:10]) or "none"
+            message = f"no label set '{name[:100]}'; there are: {known}"
+            raise RequestError(404, message, "label_set_not_found", "label_set")
+        return self._label_sets[name]
+
+    async def label_sets(self) -> dict[str, LabelSetInfo]:
+        """All registered label sets."""
+        self._label_sets = await self._call(self._coordinator.label_sets)
+        return self._label_sets
+
+    async def put_label_set(self, label_set: LabelSetInfo) -> None:
+        """Register a label set, or replace it."""
+        await self._call(self._coordinator.put_label_set, label_set)
+        await self.label_sets()
+
+    async def delete_label_set(self, name: str) -> None:
+        """Forget a label set. Raises RequestError where there is none of that name."""
+        if not await self._call(self._coordinator.delete_label_set, name):
+            raise RequestError(404, f"no label set '{name[:100]}'", "label_set_not_found", "label_set")
+        await self.label_sets()
+
+    async def models(self) -> list[Any]:
+        """What is loaded, with its share of the traffic."""
+        return await self._call(self._coordinator.models)
+
+    async def prometheus(self) -> bytes:
+        """The whole service's figures."""
+        await self._refresh()
+        return await self._call(self._coordinator.metrics)
+
+    async def check(self, picture: bytes) -> None:
+        """Run both towers of every version that has traffic. Raises what they raise; an answer holds for a second."""
+        if time.monotonic() < self._healthy_until:
+            return
+        async with asyncio.TaskGroup() as group:
+            for version in self._table.traffic:
+                group.create_task(self.encode_images(version, [picture]))
+                group.create_task(self.encode_texts(version, ["a probe"]))
+        self._healthy_until = time.monotonic() + 1
+
+    async def _call(self, method: Any, *args: Any) -> Any:
+        """Call another deployment, again where the replica that had it went away. Raises RequestError."""
+        for attempt in range(_TRIES):
+            response = method.remote(*args)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except RequestError as error:
+                raise _cause(error) from None
+            except BackPressureError:
+                raise RequestError(429, "the service is busy: try again in a second", "overloaded") from None
+            except _GONE:
+                if attempt == _TRIES - 1:
+                    raise
+                self.metrics.retries.inc()
+                await asyncio.sleep(0.05 * 2**attempt)
+        raise AssertionError("unreachable")
+
+    async def _refresh(self) -> None:
+        self.metrics.cache_hits.set(self._matrices.hits)
+        self.metrics.cache_misses.set(self._matrices.misses)
+        self.metrics.cache_bytes.set(self._matrices.num_bytes)
+        report = Report(self._replica, "ingress", metrics=collect(self.metrics.registry))
+        self._table = await self._call(self._coordinator.report, report)
+        self._matrices.drop(lambda key: key[0] not in self._table.sources)  # type: ignore[index]  # a tuple
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.poll_s)
+            try:
+                await self._refresh()
+                await self.label_sets()
+            except Exception as error:  # the coordinator is being replaced: what is known holds
+                _logger.debug("no word from the coordinator: %s", type(error).__name__)
+
+
+def score(features: np.ndarray, matrix: ClassMatrix, kind: Scores) -> np.ndarray:
+    """Scores [N, C] of features [N, E] under a class matrix."""
+    image, classes = torch.from_numpy(features), torch.from_numpy(matrix.rows)
+    if kind == "softmax":
+        return zero_shot_probabilities(image, classes, matrix.logit_scale).numpy()
+    if kind == "sigmoid":
+        return independent_scores(image, classes, torch.from_numpy(matrix.background), matrix.logit_scale).numpy()
+    return (image @ classes.T).numpy()
+
+
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    errors: dict[int, RequestError] = {}
+    start = 0
+    for part in parts:
+        errors |= {start + index: error for index, error in part.errors.items()}
+        start += len(part.features)
+    slowest = max(parts, key=lambda part: sum(part.seconds.values()))
+    return Encoded(np.concatenate([part.features for part in parts]), errors, slowest.seconds)
+
+
+def _too_many(what: str, number: int, limit: int) -> RequestError:
+    return RequestError(422, f"{number} {what}; at most {limit} are allowed", "too_many", what.split()[0])
+
+
+async def _unwrapped(work: Awaitable[Result]) -> Result:
+    """The first RequestError of a task group by itself."""
+    try:
+        return await work
+    except ExceptionGroup as group:
+        refused = group.subgroup(RequestError)
+        if refused is None:
+            raise
+        raise _first(refused) from None
+
+
+def _first(group: ExceptionGroup) -> Exception:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, ExceptionGroup) else first
+
+
+def _cause(error: RequestError) -> RequestError:
+    """The error as it was raised: Ray hands it over inside one of its own."""
+    return error.cause if isinstance(error, RayTaskError) else error
