@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
+from rayclip.errors import nearest
 from serve.config import LimitsConfig
 from serve.fetch import UrlFetcher
 from serve.pictures import RequestError, is_url, picture_bytes
@@ -120,14 +121,17 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
     try:
         return schema.model_validate_json(body or b"null")
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_input=False)) from None
+        raise invalid(error.errors(include_url=False, include_input=False), list(schema.model_fields)) from None
 
 
-def invalid(errors: Sequence[Any]) -> RequestError:
-    """The first of pydantic's errors as a line; of a value that might have been several things, the plainest."""
+def invalid(errors: Sequence[Any], keys: Sequence[str] = ()) -> RequestError:
+    """The first of pydantic's errors as a line; `keys` are those that the body may have."""
     error = errors[0]
     where = ".".join(str(part) for part in error["loc"] if part != "body")[:200]
     what = error["msg"].removeprefix("Value error, ")[:200]
+    if error["type"] == "extra_forbidden":
+        hint = f": {nearest(where, list(keys))}" if keys and len(error["loc"]) == 1 else ""
+        return RequestError(422, f"unknown key '{where}'{hint}", "invalid_request", where)
     return RequestError(422, f"{where}: {what}" if where else what, "invalid_request", where or None)
 
 
@@ -136,7 +140,8 @@ def _options(items: Sequence[tuple[str, Any]]) -> ZeroShotOptions:
     values: dict[str, Any] = {}
     for key, value in items:
         if key not in _FORM_FIELDS:
-            raise RequestError(422, f"unknown field '{key[:100]}'; allowed: {', '.join(_FORM_FIELDS)}", "invalid_form")
+            message = f"unknown field '{key[:100]}': {nearest(key[:100], list(_FORM_FIELDS))}"
+            raise RequestError(422, message, "invalid_form")
         if key in _MANY:
             values[key] = [*values.get(key, []), *_list(value)]
         else:

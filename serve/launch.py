@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import random
 import socket
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from rayclip.errors import UserError
 from serve.config import ServeConfig
 
 APP = "rayclip"
+_PORTS = 200
 _LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
@@ -47,6 +49,12 @@ def _set_local_haproxy() -> None:
         os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", str(folder / file))
     for name in ("METRICS_PORT", "STATS_PORT"):
         os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", str(_free_port()))
+    # Ray gives ingress replicas the same few ports in every cluster. Where two clusters share a machine, one's HAProxy
+    # has been seen to ask the other's replica: each gets a window of its own.
+    first = random.SystemRandom().randrange(10_000, 32_000, _PORTS)
+    for name, low in (("HTTP", first), ("GRPC", first + _PORTS // 2)):
+        os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MIN_{name}_PORT", str(low))
+        os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MAX_{name}_PORT", str(low + _PORTS // 2))
 
 
 def start(config: ServeConfig) -> None:
