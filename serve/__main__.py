@@ -1,12 +1,12 @@
 """python -m serve model=MODEL [key=value ...]: serve a model; also `rollback` and `key`, see --help."""
 
-import os
 import signal
 import sys
 import threading
 
 from rayclip.config_file import describe, load
 from rayclip.errors import UserError
+from serve import launch
 from serve.config import ServeConfig
 
 _USAGE = """usage: python -m serve [CONFIG.yaml] model=MODEL [key=value ...]     serve a model
@@ -31,9 +31,7 @@ def main(arguments: list[str]) -> int:
 def _serve(arguments: list[str]) -> int:
     path = arguments[0] if "=" not in arguments[0] else None
     config = load(ServeConfig, path, arguments[1:] if path else arguments)
-    version = _check(config)
-    from serve import launch
-
+    version = launch.check(config)
     launch.set_environment()
     print(f"starting {version} ...", file=sys.stderr)
     try:
@@ -44,19 +42,6 @@ def _serve(arguments: list[str]) -> int:
     finally:
         launch.stop()
     return 0
-
-
-def _check(config: ServeConfig) -> str:
-    """What can be known to be wrong before anything starts. Returns the version that will be served."""
-    from rayclip.tracking.registry import resolve_model
-    from rayclip.training.checkpoint import load_model
-    from serve.auth import ApiKeys, require_keys
-
-    require_keys(config.host, config.auth, ApiKeys.load(config.auth, os.environ))
-    sources = [resolve_model(uri, config.tracking_uri) for uri in (config.model, config.canary) if uri]
-    for source in sources:
-        load_model(source.folder)
-    return sources[0].version
 
 
 def _wait() -> None:

@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 from PIL import Image
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -55,11 +56,14 @@ _PAGE_HEADERS = {
     "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-cache",
 }
+_MAX_NAME = 200
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": what}
     for status, what in {
+        400: "the body cannot be read",
         401: "no valid API key, where one is required",
         404: "no such model or label set",
+        408: "the body did not come in time",
         413: "the body is too large",
         415: "the body is of a kind that is not read",
         422: "the request is invalid",
@@ -85,6 +89,8 @@ def build_api(service: Service, keys: ApiKeys | None) -> FastAPI:
         summary="Zero-shot classification, embeddings and ranking",
         responses=_ERRORS,
         lifespan=lifespan,
+        # The redirect would lead to whatever host the request names, and the specification does not know it.
+        redirect_slashes=False,
     )
     # What is added last stands outermost: a browser's preflight has no key, a body is measured before it is read.
     api.add_middleware(LimitBody, max_bytes=config.limits.max_body_bytes)
@@ -176,8 +182,8 @@ def _add_label_sets(api: FastAPI, service: Service) -> None:
     @api.put("/v1/label-sets/{name}", response_model=LabelSetInfo)
     async def put_label_set(name: str, body: LabelSetRequest) -> Response:
         """Register labels under a name, or replace them; requests then say `label_set`."""
-        service.check_texts([name], "name")
-        service.labels_of(body.labels, service.templates_of(body.templates))
+        _check_name(name)
+        _labels_in(service, body.labels, service.templates_of(body.templates))
         label_set = LabelSetInfo(name=name, labels=body.labels, templates=body.templates)
         await service.put_label_set(label_set)
         return _answer(label_set)
@@ -203,7 +209,7 @@ def _add_operations(api: FastAPI, service: Service) -> None:
         sets = {name: list(each) for name, each in TEMPLATES.items()}
         return _answer(TemplatesResponse(default=list(service.templates_of(None)), data=sets))
 
-    @api.get("/healthz", responses={200: {"content": {"text/plain": {}}}})
+    @api.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> Response:
         """200 where both towers have just answered, 503 where they have not."""
         try:
@@ -215,7 +221,7 @@ def _add_operations(api: FastAPI, service: Service) -> None:
             raise RequestError(503, "the model does not answer", "unhealthy") from None
         return Response("ok\n", media_type="text/plain")
 
-    @api.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
+    @api.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """The whole service's figures, in Prometheus' text form."""
         return Response(await service.prometheus(), media_type="text/plain; version=0.0.4")
@@ -256,7 +262,19 @@ async def _labels_and_templates(service: Service, options: ZeroShotOptions) -> t
         known = await service.label_set(options.label_set)
         labels, templates = known.labels, known.templates if templates is None else templates
     resolved = service.templates_of(templates)
-    return service.labels_of(labels or [], resolved), resolved
+    return _labels_in(service, labels or [], resolved), resolved
+
+
+def _labels_in(service: Service, labels: Sequence[str], templates: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels, once they and what the templates make of them are within the limits. Raises RequestError."""
+    found = service.labels_of(labels, templates)
+    # A template may name its place a thousand times: 2,000 long labels in one such template were four gigabytes.
+    limit = 2 * service.config.limits.max_text_chars
+    longest = max(len(label) for label in found)
+    if any(len(template) + template.count("{}") * longest > limit for template in templates):
+        message = f"a template and a label together are longer than {limit} characters"
+        raise RequestError(422, message, "text_too_long", "templates")
+    return found
 
 
 async def _score(
@@ -264,8 +282,14 @@ async def _score(
 ) -> Scored:
     """Scores of the pictures that could be had, and the errors of the others. A single one's error is raised."""
     there = [i for i in range(len(pictures.data)) if i not in pictures.errors]
-    scored = await service.zero_shot([pictures.data[i] for i in there], labels, templates, options.kind, options.model)
+    if there:
+        readable = [pictures.data[i] for i in there]
+        scored = await service.zero_shot(readable, labels, templates, options.kind, options.model)
+    else:  # every one has an error already: there is nothing to ask the towers for
+        scored = Scored(service.pick(options.model), np.zeros((0, len(labels)), np.float32), {}, {})
     errors = pictures.errors | {there[i]: error for i, error in scored.errors.items()}
+    for index, error in errors.items():
+        error.param = "image" if pictures.single else f"images[{index}]"
     if pictures.single and errors:
         raise errors[0]
     scores = np.zeros((len(pictures.data), len(labels)), np.float32)
@@ -306,6 +330,13 @@ async def _embed(
         return features, version, tokens
 
     return await service.on_version(body.model, ask)
+
+
+def _check_name(name: str) -> None:
+    """Raise RequestError for a label set's name that cannot be a file's, in which the set may be kept."""
+    if len(quote(name, safe="")) > _MAX_NAME:
+        message = f"the name is too long: at most {_MAX_NAME} bytes, of which others than letters and digits count as 3"
+        raise RequestError(422, message, "text_too_long", "name")
 
 
 def _modalities(body: EmbeddingsRequest, items: Sequence[str]) -> list[str]:

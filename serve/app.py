@@ -45,7 +45,6 @@ def _scaled(replicas: ReplicasConfig, config: ServeConfig) -> Callable[[type], s
             target_ongoing_requests=replicas.target_ongoing_requests,
             upscale_delay_s=replicas.upscale_delay_s,
             downscale_delay_s=replicas.downscale_delay_s,
-            metrics_interval_s=min(1.0, replicas.upscale_delay_s or 1.0),
             look_back_period_s=max(1.0, replicas.upscale_delay_s),
         ),
         max_ongoing_requests=replicas.max_ongoing_requests,

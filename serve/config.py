@@ -36,7 +36,9 @@ class AuthConfig(Config):
     """API keys. Only their hashes are kept; `python -m serve key NAME` makes one."""
 
     keys_file: str | None = Field(None, description="a line 'NAME sha256:HEX' for each key; also RAYCLIP_API_KEYS")
-    required: bool | None = Field(None, description="none: required unless the service listens on loopback only")
+    required: bool | None = Field(
+        None, description="none: where there are keys; a service that others can reach must have some"
+    )
 
 
 class ReplicasConfig(Config):

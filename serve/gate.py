@@ -5,6 +5,7 @@ import json
 import logging
 import time
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.auth import ApiKeys
@@ -23,7 +24,7 @@ _HEADERS = [
 
 
 class Gate:
-    """ASGI middleware; answers 401, 429 and 504 by itself, and 500 without a word of what went wrong inside."""
+    """ASGI middleware; answers 401, 408, 429 and 504 by itself, and 500 without a word of what went wrong inside."""
 
     def __init__(
         self, app: ASGIApp, keys: ApiKeys | None, max_running: int, timeout_s: float, metrics: IngressMetrics
@@ -50,18 +51,32 @@ class Gate:
             self._metrics.running.set(self._running)
             # The route's pattern and not its path: a label set's name must not become a time series.
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, str(answer.status), answer.model).inc()
+            # 499, as nginx has it: the client left before there was an answer.
+            self._metrics.requests.labels(route, str(answer.status or 499), answer.model).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
     async def _pass(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        body = _Body(receive)
         try:
             self._check(scope)
             async with asyncio.timeout(self._timeout_s):
-                await self._app(scope, receive, answer)
+                await self._app(scope, body, answer)
         except RequestError as error:
             await answer.refuse(error)
         except TimeoutError:
-            await answer.refuse(RequestError(504, f"no answer within {self._timeout_s:g} s", "timeout"))
+            if body.is_awaited:  # the client's fault and not ours
+                late = RequestError(408, f"the body did not come within {self._timeout_s:g} s", "body_timeout")
+            else:
+                late = RequestError(504, f"no answer within {self._timeout_s:g} s", "timeout")
+            await answer.refuse(late)
+        except ClientDisconnect:
+            return  # nobody is there to be answered, and nothing went wrong
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Not this request was cancelled, but work of another one that it waited for.
+            await answer.refuse(RequestError(503, "the work for this answer was cut off: try again", "interrupted"))
         except Exception:
             _logger.exception("a request failed: %s %s", scope["method"], scope["path"])
             await answer.refuse(RequestError(500, "the service failed to answer; its log says why", "internal_error"))
@@ -78,6 +93,22 @@ class Gate:
                 raise RequestError(401, "give an API key: Authorization: Bearer KEY", "invalid_api_key")
         if self._running > self._max_running:
             raise RequestError(429, "the service is busy: try again in a second", "overloaded")
+
+
+class _Body:
+    """`receive` that knows whether the app is waiting for more of the body."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._is_whole = False
+        self.is_awaited = False
+
+    async def __call__(self) -> Message:
+        self.is_awaited = not self._is_whole  # stays so where the wait is cut off
+        message = await self._receive()
+        self._is_whole = not message.get("more_body", False)
+        self.is_awaited = False
+        return message
 
 
 class _Answer:
@@ -109,7 +140,12 @@ class _Answer:
 
 def error_headers(error: RequestError) -> dict[str, str]:
     """What the status asks for beside the body."""
-    return {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status, {})
+    headers = {
+        401: {"WWW-Authenticate": "Bearer"},
+        408: {"Connection": "close"},  # the rest of the body may still come
+        429: {"Retry-After": "1"},
+    }
+    return headers.get(error.status, {})
 
 
 def _header(headers: list[tuple[bytes, bytes]], name: bytes) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
@@ -16,12 +17,33 @@ from rayclip.errors import nearest
 from serve.config import LimitsConfig
 from serve.fetch import UrlFetcher
 from serve.pictures import RequestError, is_url, picture_bytes
-from serve.schemas import ZeroShotOptions, ZeroShotRequest
+from serve.schemas import (
+    EmbeddingsRequest,
+    HuggingFaceInputs,
+    HuggingFaceParameters,
+    HuggingFaceRequest,
+    LabelSetRequest,
+    RankItem,
+    RankRequest,
+    ZeroShotOptions,
+    ZeroShotRequest,
+)
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
 _MANY = ("labels", "templates")
 _FORM_FIELDS = ("image", "images", *ZeroShotOptions.model_fields)
+_SCHEMAS: tuple[type[BaseModel], ...] = (
+    ZeroShotRequest,
+    HuggingFaceRequest,
+    HuggingFaceInputs,
+    HuggingFaceParameters,
+    EmbeddingsRequest,
+    RankRequest,
+    RankItem,
+    LabelSetRequest,
+)
+_KEYS = {key for schema in _SCHEMAS for key in schema.model_fields}
 
 
 @dataclass
@@ -76,6 +98,7 @@ class Intake:
 
     async def _form(self, request: Request) -> tuple[Pictures, ZeroShotOptions]:
         most = self._limits
+        _check_charset(request.headers["content-type"])
         try:
             form = await request.form(
                 max_files=most.max_images + 1,
@@ -127,9 +150,15 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
 def invalid(errors: Sequence[Any], keys: Sequence[str] = ()) -> RequestError:
     """The first of pydantic's errors as a line; `keys` are those that the body may have."""
     error = errors[0]
-    where = ".".join(str(part) for part in error["loc"] if part != "body")[:200]
+    unknown = error["type"] == "extra_forbidden"
+    # Between the keys, pydantic puts the names of its types and of our classes: they are nobody's business.
+    known = [part for part in error["loc"] if isinstance(part, int) or part in _KEYS]
+    parts = [*known, error["loc"][-1]] if unknown and error["loc"][-1] not in known[-1:] else known
+    where = ".".join(str(part) for part in parts)[:200]
+    if error["type"] == "json_invalid":
+        return RequestError(422, f"the body is not JSON: {error['ctx']['error']}"[:200], "invalid_request")
     what = error["msg"].removeprefix("Value error, ")[:200]
-    if error["type"] == "extra_forbidden":
+    if unknown:
         hint = f": {nearest(where, list(keys))}" if keys and len(error["loc"]) == 1 else ""
         return RequestError(422, f"unknown key '{where}'{hint}", "invalid_request", where)
     return RequestError(422, f"{where}: {what}" if where else what, "invalid_request", where or None)
@@ -143,7 +172,7 @@ def _options(items: Sequence[tuple[str, Any]]) -> ZeroShotOptions:
             message = f"unknown field '{key[:100]}': {nearest(key[:100], list(_FORM_FIELDS))}"
             raise RequestError(422, message, "invalid_form")
         if key in _MANY:
-            values[key] = [*values.get(key, []), *_list(value)]
+            values.setdefault(key, []).extend(_list(value))
         else:
             values[key] = value
     if len(values.get("templates", ())) == 1:  # a set's name, or the one template
@@ -160,10 +189,21 @@ def _list(value: str) -> list[Any]:
         return [value]
     try:
         found = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):  # the second for a hundred thousand brackets
         return [value]
     return found if isinstance(found, list) else [value]
 
 
 def _is_file(key: str) -> bool:
     return key in ("image", "images")
+
+
+def _check_charset(content_type: str) -> None:
+    """Raise RequestError unless a form is in UTF-8.
+
+    Python's other encodings are not for strangers to choose among: one takes minutes for a megabyte, some raise what
+    nobody expects, and some give half characters, which no answer can hold.
+    """
+    charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8").lower()
+    if charset not in (b"utf-8", b"utf8", b"us-ascii"):
+        raise RequestError(415, "a form must be in UTF-8", "unsupported_media")

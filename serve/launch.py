@@ -31,6 +31,9 @@ def set_environment() -> None:
     os.environ.setdefault("RAY_SERVE_HAPROXY_RETRIES", "5")
     os.environ.setdefault("RAY_SERVE_HAPROXY_TUNE_BUFSIZE", str(512 * 1024))
     os.environ.setdefault("RAY_SERVE_HAPROXY_NBTHREAD", str(min(4, os.cpu_count() or 1)))
+    # Else a burst is over before it is heard of: ten seconds.
+    for part in ("REPLICA", "HANDLE"):
+        os.environ.setdefault(f"RAY_SERVE_{part}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
     if not os.environ.get("RAY_ADDRESS"):
         _set_local_haproxy()
 
@@ -57,6 +60,27 @@ def _set_local_haproxy() -> None:
         os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MAX_{name}_PORT", str(low + _PORTS // 2))
 
 
+def check(config: ServeConfig) -> str:
+    """What can be known to be wrong before anything starts. Returns the version to be served. Raises UserError."""
+    # Here and below: imports that take seconds, or that must not come before the environment is set.
+    from rayclip.inference.prompts import resolve_templates
+    from rayclip.tracking.registry import resolve_model
+    from rayclip.training.checkpoint import load_model
+    from serve.auth import ApiKeys, require_keys
+    from serve.fetch import UrlFetcher
+
+    resolve_templates(config.templates)
+    for label_set in config.label_sets.values():
+        resolve_templates(label_set.templates or config.templates)
+    UrlFetcher(config.urls)
+    require_keys(config.host, config.auth, ApiKeys.load(config.auth, os.environ))
+    _check_port(config)
+    sources = [resolve_model(uri, config.tracking_uri) for uri in (config.model, config.canary) if uri]
+    for source in sources:
+        load_model(source.folder)
+    return sources[0].version
+
+
 def start(config: ServeConfig) -> None:
     """Start the service and return once it answers. Raises UserError."""
     from ray import serve
@@ -67,7 +91,6 @@ def start(config: ServeConfig) -> None:
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     connect(local_cpus=_cpus(config))
-    _check_port(config)
     serve.start(
         http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.request_timeout_s + 5),
         logging_config={"enable_access_log": False},

@@ -69,7 +69,11 @@ class RequestError(Exception):
     def to_error(self) -> Error:
         """The error as it goes over the wire."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return Error(message=self.message, type=kind, param=self.param, code=self.code)
+        # It may quote what a stranger wrote: line breaks, and what a terminal or a page would obey.
+        message = "".join(
+            character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in self.message
+        )
+        return Error(message=message, type=kind, param=self.param, code=self.code)
 
 
 def is_url(text: str) -> bool:

@@ -1,11 +1,18 @@
 """What goes over the wire: requests and answers as pydantic models, from which /openapi.json is made."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MAX_KEYS = 50
+"""Of any object in a request. No request has a fifth of that."""
+MAX_CANDIDATES = 10_000
+"""Whatever the settings allow: each costs some microseconds before they are looked at, and millions fit into a body."""
+
 Picture = Annotated[str, Field(min_length=1, description="base64, a data: URI, or, where that is switched on, a URL")]
 Text = Annotated[str, Field(min_length=1)]
+# The first wrong item is enough. An error for each of the five million that fit into a body took minutes and gigabytes.
+Texts = Annotated[list[Text], Field(fail_fast=True)]
 Scores = Literal["softmax", "sigmoid", "cosine"]
 
 
@@ -14,13 +21,21 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_keys(cls, content: Any) -> Any:
+        # As with Texts: each unknown key would be an error of its own.
+        if isinstance(content, dict) and len(content) > MAX_KEYS:
+            raise ValueError(f"an object has {len(content)} keys; at most {MAX_KEYS} are read")
+        return content
+
 
 class ZeroShotOptions(Request):
     """What a zero-shot request says beside its pictures."""
 
-    labels: list[Text] | None = Field(None, description="class names; these or label_set")
+    labels: Texts | None = Field(None, description="class names; these or label_set")
     label_set: str | None = Field(None, description="a registered label set")
-    templates: str | list[Text] | None = Field(None, description="a template set, a template with {}, or several")
+    templates: str | Texts | None = Field(None, description="a template set, a template with {}, or several")
     top_k: int | None = Field(None, ge=1, description="the best k labels; none: all")
     scores: Scores | None = Field(
         None, description="softmax over the labels; sigmoid: each label on its own; cosine: the bare similarity"
@@ -46,7 +61,9 @@ class ZeroShotRequest(ZeroShotOptions):
     """POST /v1/zero-shot"""
 
     image: Picture | None = Field(None, description="one picture")
-    images: list[Picture] | None = Field(None, min_length=1, description="several pictures")
+    images: Annotated[list[Picture], Field(fail_fast=True)] | None = Field(
+        None, min_length=1, description="several pictures"
+    )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "ZeroShotRequest":
@@ -64,8 +81,8 @@ class HuggingFaceInputs(Request):
 class HuggingFaceParameters(Request):
     """Of the Hugging Face zero-shot-image-classification task."""
 
-    candidate_labels: list[Text] = Field(min_length=1)
-    hypothesis_template: str | None = Field(None, description="holds {} where the label goes")
+    candidate_labels: Texts = Field(min_length=1)
+    hypothesis_template: Text | None = Field(None, description="holds {} where the label goes")
 
 
 class HuggingFaceRequest(Request):
@@ -78,7 +95,7 @@ class HuggingFaceRequest(Request):
 class EmbeddingsRequest(Request):
     """POST /v1/embeddings, as OpenAI's clients send it; `modality` is infinity's extension."""
 
-    input: Text | list[Text] = Field(description="texts, or pictures as data: URIs")
+    input: Text | Annotated[Texts, Field(min_length=1)] = Field(description="texts, or pictures as data: URIs")
     model: str | None = Field(None, description="a version that is loaded; none or 'clip': as the traffic is split")
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32")
     dimensions: int | None = Field(None, ge=1, description="must be the model's own: a CLIP's features do not nest")
@@ -105,7 +122,9 @@ class RankRequest(Request):
     """POST /v1/rank: candidates by their similarity to the query."""
 
     query: Text | RankItem = Field(description="a text, or {text} or {image}")
-    candidates: list[Text | RankItem] = Field(min_length=1, description="each a text, or {text} or {image}")
+    candidates: Annotated[list[Text | RankItem], Field(fail_fast=True)] = Field(
+        min_length=1, max_length=MAX_CANDIDATES, description="each a text, or {text} or {image}"
+    )
     top_k: int | None = Field(None, ge=1, description="the best k candidates; none: all")
     model: str | None = Field(None, description="a version that is loaded; none: as the traffic is split")
 
@@ -113,8 +132,8 @@ class RankRequest(Request):
 class LabelSetRequest(Request):
     """PUT /v1/label-sets/NAME"""
 
-    labels: list[Text] = Field(min_length=1)
-    templates: str | list[Text] | None = Field(None, description="none: the service's default")
+    labels: Texts = Field(min_length=1)
+    templates: str | Texts | None = Field(None, description="none: the service's default")
 
 
 class Error(BaseModel):
@@ -232,7 +251,7 @@ class LabelSetInfo(BaseModel):
 
     name: str
     labels: list[str]
-    templates: str | list[str] | None
+    templates: str | list[str] | None = None
 
 
 class LabelSetsResponse(BaseModel):

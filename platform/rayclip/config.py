@@ -253,10 +253,58 @@ class IndexConfig(Config):
     chunk_samples: int = Field(64, gt=0, description="neighbouring samples that one read fetches")
 
 
+class WorkersConfig(Config):
+    """What a job of many independent parts takes of the cluster."""
+
+    num_workers: int = Field(1, gt=0, description="processes, each with a copy of the model")
+    cpus_per_worker: float = Field(1, gt=0, description="CPU cores of each; as many threads decode beside the model")
+    use_gpu: bool = Field(False, description="one GPU for each")
+
+
+class EmbedConfig(Config):
+    """python -m jobs.embed"""
+
+    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a checkpoint")
+    data: str = Field(description="folder of a data set: tar shards and their manifest.parquet")
+    output: str = Field(description="folder that the Parquet parts go to; a run that was interrupted goes on in it")
+    what: Literal["pictures", "texts", "both"] = Field("both", description="what is embedded")
+    batch_size: int = Field(256, gt=0, description="pictures, and texts, encoded at once")
+    part_samples: int = Field(4096, gt=0, description="samples a part, rounded to whole chunks")
+    cluster: WorkersConfig = Field(WorkersConfig(), description="what it runs on")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of samples with an error that stops the run")
+    tracking_uri: str | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")
+
+
+class ClassifyConfig(Config):
+    """python -m jobs.classify"""
+
+    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a checkpoint")
+    data: str | None = Field(None, description="folder of a data set; this or embeddings")
+    embeddings: str | None = Field(None, description="output of jobs.embed by the same model, in place of data")
+    output: str = Field(description="folder that the Parquet parts go to; a run that was interrupted goes on in it")
+    labels: str | tuple[str, ...] = Field(description="the labels, or the path of a file with one a line")
+    templates: str | tuple[str, ...] = Field("plain", description="a named template set, or templates with one {}")
+    top_k: int = Field(5, gt=0, description="best labels kept for each picture, where there are that many")
+    batch_size: int = Field(256, gt=0, description="pictures encoded at once")
+    part_samples: int = Field(4096, gt=0, description="samples a part, rounded to whole chunks; embeddings keep theirs")
+    cluster: WorkersConfig = Field(WorkersConfig(), description="what it runs on")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of samples with an error that stops the run")
+    tracking_uri: str | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ClassifyConfig":
+        if (self.data is None) == (self.embeddings is None):
+            raise ValueError("give exactly one of data and embeddings")
+        return self
+
+
 class BenchmarkConfig(Config):
     """python -m jobs.benchmark"""
 
-    name: Literal["tokenizer", "text_tower"] = Field(description="what is measured")
+    name: Literal["tokenizer", "text_tower", "serve", "batching"] = Field(description="what is measured")
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
     samples: int = Field(20_000, gt=0, description="captions to tokenise")
     threads: int | None = Field(None, gt=0, description="torch threads; None leaves torch's own choice")
+    window_s: float = Field(8.0, gt=0, description="length of a window under load")
+    model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
+    settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")

@@ -112,11 +112,13 @@ let templates = { default: [], data: {} };
 let labelSets = [];
 
 async function load() {
-  const loaded = await Promise.allSettled([loadModels(), call("v1/templates"), call("v1/label-sets")]);
+  const loaded = await Promise.allSettled([
+    loadModels(),
+    call("v1/templates").then(showTemplates),
+    call("v1/label-sets").then((answer) => showLabelSets(answer.data)),
+  ]);
   const failed = loaded.find((one) => one.status === "rejected");
   if (failed) showRefusal(failed.reason);
-  if (loaded[1].value) showTemplates(loaded[1].value);
-  if (loaded[2].value) showLabelSets(loaded[2].value.data);
 }
 
 async function loadModels() {

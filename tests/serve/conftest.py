@@ -31,9 +31,7 @@ class ServiceProcess:
     """`python -m serve ARGUMENTS` in a folder, answering at `url`."""
 
     def __init__(self, folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = find_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "serve.log"
         variables = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
@@ -102,6 +100,13 @@ class ServiceProcess:
                 process.kill()
 
 
+def find_port() -> int:
+    """A port of loopback that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def _content(response):
     body = response.read()
     return json.loads(body) if "json" in response.headers.get("Content-Type", "") else body
@@ -126,6 +131,12 @@ def write_model(tiny_config):
 def model_folder(tmp_path_factory, write_model):
     """A tiny model's checkpoint."""
     return write_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+
+
+@pytest.fixture
+def free_port():
+    """A port of loopback that nobody has."""
+    return find_port()
 
 
 @pytest.fixture(scope="session")

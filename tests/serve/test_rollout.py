@@ -13,7 +13,7 @@ def source(version):
 
 
 def report(name, kind, *loaded, failed=None):
-    return Report(name, kind, {version: INFO for version in loaded}, failed or {})
+    return Report(name, kind, dict.fromkeys(loaded, INFO), failed or {})
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from rayclip.errors import UserError
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.mlflow import MlflowTracker, connect, flatten, open_run, resolve_uri
-from rayclip.tracking.registry import MODEL_FILES, link_checkpoint, register
+from rayclip.tracking.registry import MODEL_FILES, link_checkpoint, move_alias, register, roll_back
 
 CONFIG = {"name": "small", "optimizer": {"lr": 0.1, "betas": [0.9, 0.98]}, "samples": None}
 
@@ -287,3 +287,26 @@ def test_the_alias_moves_and_a_version_is_not_made_twice(client, run_id, checkpo
     assert register(client, models[0], checkpoint, "moving", "other") == 1
     assert len(client.search_model_versions("name = 'moving'")) == 2
     assert register(client, models[0], checkpoint, "another", "best") == 1
+
+
+def test_an_alias_goes_back_to_where_it_was(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = connect(uri)
+    client.create_registered_model("letters")
+    for _ in range(4):
+        client.create_model_version("letters", tmp_path.as_uri())
+    for number in (1, 2, 4):
+        move_alias(client, "letters", "champion", number)
+    assert roll_back("models:/letters@champion", None, uri) == (4, 2)
+    assert roll_back("models:/letters@champion", None, uri) == (2, 1)  # further back, not to what was left
+    assert roll_back("models:/letters@champion", 3, uri) == (1, 3)
+    client.set_registered_model_alias("letters", "other", "3")  # by hand, in MLflow's own page
+    assert roll_back("models:/letters@other", None, uri) == (3, 2)
+    client.set_registered_model_alias("letters", "first", "1")
+    with pytest.raises(UserError, match="is at version 1 and there is none before it"):
+        roll_back("models:/letters@first", None, uri)
+    with pytest.raises(UserError, match="has no version 9"):
+        roll_back("models:/letters@champion", 9, uri)
+    with pytest.raises(UserError, match="names no alias"):
+        roll_back("models:/letters/3", None, uri)
+    assert client.get_model_version_by_alias("letters", "champion").version == 3

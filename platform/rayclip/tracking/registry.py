@@ -1,17 +1,34 @@
-"""Checkpoints as MLflow's logged models, and the best of them as a registered version with an alias."""
+"""Checkpoints as MLflow's logged models, the best of them as a registered version with an alias, and the way back:
+from what people call a model to a folder with its weights."""
 
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.entities.logged_model_status import LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from safetensors import SafetensorError, safe_open
 
-from rayclip.tracking.mlflow import flatten
+from rayclip.errors import UserError, nearest
+from rayclip.tracking.mlflow import connect, flatten, resolve_uri
 
 MODEL_FILES = ("model.safetensors", "config.json", "metrics.json")
 """What a served model needs of a checkpoint."""
+
+_REGISTERED = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[^/@]+)|/(?P<number>\d+))")
+_FORMS = "a model is models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a checkpoint"
 
 
 def link_checkpoint(
@@ -51,7 +68,7 @@ def register(client: MlflowClient, model: LoggedModel, checkpoint: Path, name: s
     """
     for version in client.search_model_versions(f"name = '{name}'"):
         if version.source == f"models:/{model.model_id}":
-            client.set_registered_model_alias(name, alias, version.version)
+            move_alias(client, name, alias, int(version.version))
             return int(version.version)
     for file in MODEL_FILES:
         client.log_model_artifact(model.model_id, str(checkpoint / file))
@@ -59,5 +76,209 @@ def register(client: MlflowClient, model: LoggedModel, checkpoint: Path, name: s
         client.create_registered_model(name)
     source = f"models:/{model.model_id}"
     version = client.create_model_version(name, source, run_id=model.source_run_id, model_id=model.model_id)
-    client.set_registered_model_alias(name, alias, version.version)
+    move_alias(client, name, alias, int(version.version))
     return int(version.version)
+
+
+def move_alias(client: MlflowClient, name: str, alias: str, number: int) -> None:
+    """Point the alias at a version, and keep in a tag where it was: that is what `roll_back` goes back to."""
+    before = client.get_registered_model(name).aliases.get(alias)
+    if before is not None and int(before) != number:
+        client.set_registered_model_tag(name, f"{alias}.before", before)
+    client.set_registered_model_alias(name, alias, str(number))
+
+
+def roll_back(uri: str, to: int | None, tracking_uri: str | None) -> tuple[int, int]:
+    """Point models:/NAME@ALIAS at version `to`, or at the one it had before; a running service follows.
+
+    Where nobody kept which one that was, it is the one below. Returns both numbers, old and new. Raises UserError.
+    """
+    match = _REGISTERED.fullmatch(uri)
+    if match is None or match["alias"] is None:
+        raise UserError(f"'{uri}' names no alias: give models:/NAME@ALIAS")
+    name, alias = match["name"], match["alias"]
+    now = find_version(uri, tracking_uri).number
+    client = _reader(resolve_uri(tracking_uri))
+    if to is None:
+        kept = client.get_registered_model(name).tags.get(f"{alias}.before")
+        numbers = [int(version.version) for version in client.search_model_versions(f"name = '{name}'")]
+        below = [number for number in numbers if number < now]
+        if kept is not None and int(kept) in numbers and int(kept) != now:
+            to = int(kept)
+        elif below:
+            to = max(below)
+        else:
+            raise UserError(f"'{uri}' is at version {now} and there is none before it: give to=VERSION")
+    find_version(f"models:/{name}/{to}", tracking_uri)
+    # Without a note of where it was: rolled back again, it goes further back and not to what was left.
+    client.set_registered_model_alias(name, alias, str(to))
+    return now, to
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that can be loaded. `version` is what every answer names; `folder` holds MODEL_FILES or a checkpoint."""
+
+    name: str
+    version: str
+    folder: Path
+
+
+class Version(NamedTuple):
+    """A registered version. `source` is of that version alone, also where a database is made anew."""
+
+    name: str
+    number: int
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.number}"
+
+
+def resolve_model(uri: str, tracking_uri: str | None) -> ModelSource:
+    """The model that `uri` names: models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint's folder.
+
+    Raises UserError for one that is not there or not whole, and where MLflow is needed and does not answer.
+    """
+    if is_registered(uri):
+        return fetch(find_version(uri, tracking_uri), tracking_uri)
+    return _checkpoint(uri)
+
+
+def is_registered(uri: str) -> bool:
+    """Whether it names a registered model, whose alias may move, and not a folder. Raises UserError for neither."""
+    if _REGISTERED.fullmatch(uri):
+        return True
+    if uri.startswith("models:") or "://" in uri or not uri:
+        raise UserError(f"'{uri}' names no model: {_FORMS}")
+    return False
+
+
+def find_version(uri: str, tracking_uri: str | None) -> Version:
+    """The version that a registered model's URI stands for now: milliseconds, one look at MLflow, no download.
+
+    Raises UserError for an unknown name, alias or number, and where MLflow does not answer.
+    """
+    match = _REGISTERED.fullmatch(uri)
+    if match is None:
+        raise UserError(f"'{uri}' names no registered model: {_FORMS}")
+    name, alias, number = match.group("name", "alias", "number")
+    tracking_uri = resolve_uri(tracking_uri)
+    client = _reader(tracking_uri)
+    try:
+        if alias is not None:
+            found = client.get_model_version_by_alias(name, alias)
+        else:
+            found = client.get_model_version(name, number)
+    except MlflowException as error:
+        raise UserError(_why_not(client, tracking_uri, name, alias, number, error)) from None
+    return Version(name, int(found.version), _source(found))
+
+
+def fetch(version: Version, tracking_uri: str | None) -> ModelSource:
+    """A registered version's files in a folder of this machine, downloaded where they are not there yet.
+
+    The folder is under $RAYCLIP_CACHE, or ~/.cache/rayclip. It gets its name when it is whole, so any number of
+    processes may do this at once. Raises UserError where the download fails or is not a model.
+    """
+    tracking_uri = resolve_uri(tracking_uri)
+    folder = _cache_folder(version, tracking_uri)
+    if not all((folder / file).is_file() for file in MODEL_FILES):
+        _download(version, tracking_uri, folder)
+    return ModelSource(version.name, str(version), folder)
+
+
+def _reader(tracking_uri: str) -> MlflowClient:
+    """A client for looking things up: it makes no database where there is none."""
+    database = tracking_uri.removeprefix("sqlite:///")
+    if database != tracking_uri and not Path(database).is_file():
+        raise UserError(f"no MLflow database at '{database}': train and register a model first, or give tracking_uri")
+    try:
+        return connect(tracking_uri)
+    except UserError:
+        raise
+    except Exception as error:  # what a store raises depends on its kind: a database's own errors among them
+        raise UserError(f"MLflow cannot be read at {tracking_uri}: {_first_line(error)}") from None
+
+
+def _source(version: ModelVersion) -> str:
+    return f"{version.source} {version.creation_timestamp}"
+
+
+def _why_not(
+    client: MlflowClient, tracking_uri: str, name: str, alias: str | None, number: str | None, error: MlflowException
+) -> str:
+    """What is wrong with a name, an alias or a number that MLflow refused."""
+    try:
+        names = [model.name for model in client.search_registered_models()]
+        if name not in names:
+            known = nearest(name, names) if names else "none is registered there"
+            return f"no registered model '{name}' in {tracking_uri}: {known}"
+        if alias is not None:
+            aliases = ", ".join(sorted(client.get_registered_model(name).aliases)) or "none"
+            return f"model '{name}' has no alias '{alias}' in {tracking_uri}; it has: {aliases}"
+        numbers = sorted(int(v.version) for v in client.search_model_versions(f"name = '{name}'"))
+        if int(number or 0) not in numbers:
+            last = f"; the last is {numbers[-1]}" if numbers else ""
+            return f"model '{name}' has no version {number} in {tracking_uri}{last}"
+    except MlflowException as second:
+        error = second
+    return f"MLflow cannot be read at {tracking_uri}: {_first_line(error)}"
+
+
+def _cache_folder(version: Version, tracking_uri: str) -> Path:
+    root = Path(os.environ.get("RAYCLIP_CACHE") or Path.home() / ".cache" / "rayclip").absolute()
+    # A database that is deleted and made anew has a version 1 of the same name, and another source.
+    key = hashlib.sha256(f"{tracking_uri}\n{version.source}".encode()).hexdigest()[:12]
+    return root / "models" / f"{quote(version.name, safe='')}-{version.number}-{key}"
+
+
+def _download(version: Version, tracking_uri: str, folder: Path) -> None:
+    # A sibling of its own: the rename must stay on one file system.
+    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        client = _reader(tracking_uri)
+        where = client.get_model_version_download_uri(version.name, str(version.number))
+        got = Path(mlflow.artifacts.download_artifacts(where, dst_path=str(partial / "got"), tracking_uri=tracking_uri))
+        _check_files(got, f"version {version} in {tracking_uri}")
+        shutil.rmtree(folder, ignore_errors=True)  # what someone has taken a file out of
+        got.rename(folder)
+    except (MlflowException, OSError) as error:
+        if not all((folder / file).is_file() for file in MODEL_FILES):  # else another process was faster
+            raise UserError(f"version {version} cannot be fetched from {tracking_uri}: {_first_line(error)}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _checkpoint(path: str) -> ModelSource:
+    folder = Path(path).absolute()
+    if not folder.is_dir():
+        raise UserError(f"no model at '{path}': the folder does not exist; {_FORMS}")
+    _check_files(folder, f"'{path}'", ("model.safetensors", "config.json"))
+    try:
+        name = json.loads((folder / "config.json").read_text()).get("name")
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"'{path}' is no checkpoint: its config.json cannot be read") from None
+    with (folder / "model.safetensors").open("rb") as weights:
+        digest = hashlib.file_digest(weights, "sha256").hexdigest()
+    return ModelSource(str(name or folder.name), f"{folder.name}@{digest[:8]}", folder)
+
+
+def _check_files(folder: Path, what: str, files: tuple[str, ...] = MODEL_FILES) -> None:
+    """Raise UserError where a file of the model is missing, or its weights are not whole."""
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        within = sorted([*folder.glob("*/model.safetensors"), *folder.glob("checkpoints/*/model.safetensors")])
+        hint = f"; did you mean '{os.path.relpath(within[-1].parent)}'?" if within else ""
+        raise UserError(f"{what} is no checkpoint: it has no {' and no '.join(missing)}{hint}")
+    try:
+        # Reads the header alone, and holds it against the file's length.
+        with safe_open(folder / "model.safetensors", framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{what} is damaged: model.safetensors cannot be read: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,40 @@
+"""What stands before Ray's own code in the processes that answer HTTP; Ray is told of it by launch.set_environment."""
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+_RAYS_OWN = ("x_request_timeout_seconds", "x_request_disconnect_disabled", "serve_multiplexed_model_id", "x_session_id")
+"""Headers by which Ray takes orders; it knows them with - and with _.
+
+With them a stranger could switch off the end of a request whose client has left, or have it end with Ray's words.
+"""
+_READ = ("x_request_id", "traceparent", "tracestate")
+_MAX_READ = 200
+
+
+class DropHeaders:
+    """ASGI middleware that lets no header through that Ray obeys, and of those that it reads only plain short ones.
+
+    Ray decodes them as UTF-8 outside of everything that makes answers out of errors: one byte that is none was a 500.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+        if scope["type"] in ("http", "websocket"):
+            scope["headers"] = [header for header in scope["headers"] if _may_pass(*header)]
+        await self._app(scope, receive, send)
+
+
+def _may_pass(name: bytes, value: bytes) -> bool:
+    key = name.decode("latin-1").lower().replace("-", "_")
+    if key in _READ:
+        return value.isascii() and len(value) <= _MAX_READ
+    return key not in _RAYS_OWN
+
+
+def middlewares() -> list[Middleware]:
+    """What Ray is to put before its own."""
+    return [Middleware(DropHeaders)]

@@ -1,0 +1,156 @@
+"""Versions of a registered model behind a running service: swapped, rolled back, tried on a share, under load."""
+
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+from mlflow import MlflowClient
+
+from rayclip.tracking.mlflow import connect
+from rayclip.tracking.registry import link_checkpoint, register
+from tests.serve.load import Load
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory, write_model):
+    """A database with versions 1 (champion), 2 and 3 of a model; gives its URI."""
+    folder = tmp_path_factory.mktemp("registry")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    client = connect(uri)
+    experiment = client.create_experiment("tests", artifact_location=(folder / "artifacts").as_uri())
+    run = client.create_run(experiment, run_name="tiny").info.run_id
+    for seed in (1, 2, 3):
+        checkpoint = write_model(folder / f"checkpoint-{seed}", seed)
+        model = link_checkpoint(client, run, checkpoint, seed, {})
+        register(client, model, checkpoint, "tiny", "champion" if seed == 1 else f"other-{seed}")
+    return uri
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return {"RAYCLIP_CACHE": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture(scope="module")
+def service(start_service, registry, cache):
+    return start_service(
+        "model=models:/tiny@champion",
+        f"tracking_uri={registry}",
+        "poll_s=0.3",
+        "retire_s=3",
+        "image_encoder.min_replicas=2",
+        "image_encoder.max_replicas=2",
+        environment=cache,
+    )
+
+
+def until(condition, what, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.1)
+
+
+def serving(service):
+    return {model["id"] for model in service.ask("GET", "/v1/models")[1]["data"] if model["state"] == "serving"}
+
+
+def test_moving_the_alias_swaps_the_model_with_no_failed_request(service, registry, cache, encoded):
+    body = {"image": encoded(1), "labels": ["a cat", "a dog"]}
+    client = MlflowClient(registry)
+    before = service.post("/v1/zero-shot", body)
+    assert before["model"] == "tiny/1"
+    with Load(f"{service.url}/v1/zero-shot", body, rate=20) as load:
+        time.sleep(1)
+        client.set_registered_model_alias("tiny", "champion", "2")
+        until(lambda: serving(service) == {"tiny/2"}, "version 2 takes over")
+        time.sleep(2)
+        done = subprocess.run(
+            [sys.executable, "-m", "serve", "rollback", "models:/tiny@champion", f"tracking_uri={registry}"],
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stdout) == (0, "models:/tiny@champion: version 2 -> 1\n"), done.stderr
+        until(lambda: serving(service) == {"tiny/1"}, "version 1 is back")
+        time.sleep(1)
+    assert set(load.statuses()) == {200}
+    models = load.models()
+    assert Counter(models).keys() == {"tiny/1", "tiny/2"}
+    assert (models[0], models[-1]) == ("tiny/1", "tiny/1")
+    assert service.post("/v1/zero-shot", body) == before
+    until(lambda: {m["id"] for m in service.ask("GET", "/v1/models")[1]["data"]} == {"tiny/1"}, "2 is let go of")
+
+
+def test_each_version_answers_by_itself_while_both_are_loaded(service, registry, encoded):
+    body = {"image": encoded(1), "labels": ["a cat", "a dog"], "scores": "cosine"}
+    client = MlflowClient(registry)
+    first = service.post("/v1/zero-shot", body)
+    client.set_registered_model_alias("tiny", "champion", "3")
+    until(lambda: serving(service) == {"tiny/3"}, "version 3 takes over")
+    third = service.post("/v1/zero-shot", body)
+    assert (first["model"], third["model"]) == ("tiny/1", "tiny/3")
+    assert first["results"] != third["results"]
+    # The one that was replaced still answers those who name it, with its own features and its own class matrix.
+    assert service.post("/v1/zero-shot", {**body, "model": "tiny/1"}) == first
+    until(lambda: service.ask("POST", "/v1/zero-shot", {**body, "model": "tiny/1"})[0] == 404, "1 is let go of")
+    client.set_registered_model_alias("tiny", "champion", "1")
+    until(lambda: serving(service) == {"tiny/1"}, "version 1 is back")
+
+
+def test_a_damaged_version_never_takes_over_and_is_named(service, registry, tmp_path, write_model, encoded):
+    client = MlflowClient(registry)
+    run = client.get_model_version("tiny", "1").run_id
+    checkpoint = write_model(tmp_path / "damaged", 9)
+    whole = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    number = register(client, link_checkpoint(client, run, checkpoint, 9, {}), checkpoint, "tiny", "champion")
+    body = {"image": encoded(1), "labels": ["a cat", "a dog"]}
+    with Load(f"{service.url}/v1/zero-shot", body, rate=10) as load:
+        time.sleep(3)
+    assert set(load.statuses()) == {200}
+    assert set(load.models()) == {"tiny/1"}
+    client.set_registered_model_alias("tiny", "champion", "1")
+    assert number == 4
+
+
+@pytest.mark.chaos
+def test_killing_a_replica_under_load_loses_no_request(service, encoded):
+    body = {"image": encoded(1), "labels": ["a cat", "a dog"]}
+    with Load(f"{service.url}/v1/zero-shot", body, rate=20) as load:
+        for deployment in ("ImageEncoder", "TextEncoder", "Ingress", "Coordinator"):
+            before = {process.pid for process in service.replicas(deployment)}
+            victim = service.replicas(deployment)[0]
+            victim.kill()
+            until(
+                lambda deployment=deployment, before=before: (
+                    len({p.pid for p in service.replicas(deployment)} - before) == 1
+                ),
+                f"{deployment} is back",
+            )
+            until(lambda: service.ask("GET", "/healthz")[0] == 200, "it answers again")
+            time.sleep(1)
+    print("statuses", load.statuses())
+    assert set(load.statuses()) == {200}
+
+
+def test_a_canary_gets_its_share(start_service, registry, cache, encoded):
+    service = start_service(
+        "model=models:/tiny@champion",
+        "canary=models:/tiny/2",
+        "canary_share=0.25",
+        f"tracking_uri={registry}",
+        environment=cache,
+    )
+    try:
+        body = {"image": encoded(1), "labels": ["a cat", "a dog"]}
+        counts = Counter(service.post("/v1/zero-shot", body)["model"] for _ in range(300))
+        assert counts.keys() == {"tiny/1", "tiny/2"}
+        # Five standard deviations of a binomial.
+        assert abs(counts["tiny/2"] / 300 - 0.25) < 5 * (0.25 * 0.75 / 300) ** 0.5
+        assert service.post("/v1/zero-shot", {**body, "model": "tiny/2"})["model"] == "tiny/2"
+    finally:
+        service.stop()
