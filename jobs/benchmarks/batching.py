@@ -42,7 +42,7 @@ _PATIENCE_S = 10.0
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Both queues at rising rates, in turn."""
-    window_s: float = getattr(config, "window_s", 8.0)
+    window_s: float = config.window_s
     figures: dict[str, Any] = {"max_batch_size": _MAX_BATCH_SIZE}
     with tempfile.TemporaryDirectory() as scratch:
         connect(local_cpus=2)

@@ -66,7 +66,7 @@ class Case:
 def run(config: BenchmarkConfig) -> dict[str, Any]:
     """ViT-B/32 for throughput; a small model, whose tower takes little of the time, for what the service adds."""
     load_open_clip()  # before anything is started: without it there is no peer
-    window_s: float = getattr(config, "window_s", 8.0)
+    window_s: float = config.window_s
     with tempfile.TemporaryDirectory() as scratch, _sigterm_unwinds():
         big = Case(
             name="ViT-B/32",
@@ -77,7 +77,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
             light_rate=None,
             outstanding={SERVICE: 64, CACHED: 8, PLAIN: 6},
         )
-        given: str | None = getattr(config, "model", None)
+        given: str | None = config.model
         folder = Path(given) if given else workload.write_random_checkpoint(Path(scratch) / "small", preset(_SMALL))
         side: int = read_config(folder)["model"]["vision"]["image_size"]
         small = Case(
@@ -294,7 +294,7 @@ def _sustained(rows: list[dict[str, Any]]) -> float | None:
 def _settings(config: BenchmarkConfig) -> tuple[str, ...]:
     """The service's settings: a replica a core for the image tower, as the peers have a process a core."""
     replicas = _num_cpus()
-    given: tuple[str, ...] = getattr(config, "settings", ())
+    given: tuple[str, ...] = config.settings
     return (f"image_encoder.min_replicas={replicas}", f"image_encoder.max_replicas={replicas}", *given)
 
 

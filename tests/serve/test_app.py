@@ -15,6 +15,7 @@ from rayclip.config_file import load, validate
 from rayclip.errors import UserError
 from serve.app import build_app
 from serve.config import ServeConfig
+from serve.launch import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCTION = sorted((ROOT / "infra" / "serve").glob("*.yaml"))
@@ -30,6 +31,13 @@ def test_production_files_are_what_serve_and_the_service_accept(path):
     for replicas in (config.ingress, config.image_encoder, config.text_encoder):
         assert replicas.target_ongoing_requests < replicas.max_ongoing_requests
     assert config.request_timeout_s < schema.http_options.request_timeout_s
+
+
+def test_the_environment_of_a_cluster_is_the_one_that_is_tested():
+    lines = (ROOT / "infra" / "serve" / "environment").read_text().splitlines()
+    given = {name: value.strip('"') for name, _, value in (line.partition("=") for line in lines if line[0] != "#")}
+    threads = "RAY_SERVE_HAPROXY_NBTHREAD"  # by the machine's cores
+    assert {**given, threads: ""} == {**ENVIRONMENT, threads: ""}
 
 
 def test_the_demos_file_is_a_config():

@@ -627,7 +627,6 @@ def test_a_full_queue_answers_429(strict, queue):
     strict.check()
 
 
-@pytest.mark.xfail(strict=True, reason="serve/launch.py must tell Ray of serve.front, which drops these headers")
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -644,9 +643,6 @@ def test_rays_own_headers_do_nothing(target, name, value):
     assert target.problems([case]) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="serve/launch.py must raise Ray's limit of 4 MiB for what replicas send each other"
-)
 def test_pictures_as_large_as_a_body_may_be(target):
     photo = picture("PNG", (2000, 2000))  # of noise: 12 MB
     nothing = base64.b64encode(b"\0" * 14 * MEGABYTE).decode()
