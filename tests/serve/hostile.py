@@ -100,12 +100,12 @@ def problem(case: Case, answer: Answer) -> str | None:
         return None
     if case.allowed is NOT_HTTP and answer.body in THEIR_BODIES:
         return None
-    reason = wrong_form(answer)
+    reason = wrong_form(answer, case.data)
     return reason and f"{case.name}: {reason}: {answer.body[:300]!r}"
 
 
-def wrong_form(answer: Answer) -> str | None:
-    """Why an error's answer is not in the service's form, or says too much."""
+def wrong_form(answer: Answer, sent: bytes = b"") -> str | None:
+    """Why an error's answer is not in the service's form, or says too much: more than `sent` had said before."""
     if answer.headers.get("content-type") != "application/json":
         return f"of type {answer.headers.get('content-type')}"
     try:
@@ -117,8 +117,8 @@ def wrong_form(answer: Answer) -> str | None:
         return "not an ErrorResponse"
     if not said or "\n" in said or len(said) > 700:
         return "not a line"
-    found = _INSIDE.search(answer.body.decode())
-    return found and f"says {found[0]!r}"
+    found = [match[0] for match in _INSIDE.finditer(answer.body.decode()) if match[0].encode() not in sent]
+    return f"says {found[0]!r}" if found else None
 
 
 def request(

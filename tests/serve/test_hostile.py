@@ -186,7 +186,8 @@ def test_the_specification_is_true(target, mode):
             if response.status_code >= 400:
                 kind = response.headers["content-type"][0]
                 answer = Answer(response.status_code, {"content-type": kind}, response.content)
-                assert wrong_form(answer) is None, response.content
+                sent = (response.request.url + repr(response.request.body)).encode()
+                assert wrong_form(answer, sent) is None, response.content
 
         with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # what takes nothing cannot be given what is wrong
             hold()
