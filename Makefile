@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check ui peers clean
+.PHONY: help install demo serve test check ui peers browser clean
 
 help: ## list what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F': *' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -25,7 +25,10 @@ demo: install ## build the embedded data, train a small CLIP on it, evaluate and
 	@$(BIN)/python -m jobs.ingest jobs/configs/ingest_glyphs.yaml
 	@$(BIN)/python -m jobs.train jobs/configs/demo.yaml
 
-test: install peers ## run all tests
+serve: install ## serve what `make demo` trained, on 127.0.0.1:8000, with a page to try it
+	@$(BIN)/python -m serve serve/configs/demo.yaml
+
+test: install peers browser ## run all tests
 	@$(BIN)/python -m pytest
 
 check: install ## style, types and import rules
@@ -45,6 +48,12 @@ $(PEERS): $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps \
 		open_clip_torch torchvision timm webdataset braceexpand regex
 	@touch $@
+
+# For the tests of the page. Debian's package, since a driver's own download needs more network than a package registry.
+browser: ## install chromium where there is none
+	@test -x /usr/bin/chromium || { echo "installing chromium ..."; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } >/dev/null 2>&1; } \
+		|| echo "no chromium: the tests of the page are skipped"
 
 clean: ## remove the environment, data sets, runs and the MLflow store
 	rm -rf $(VENV) data runs mlflow .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
