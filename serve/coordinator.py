@@ -20,6 +20,7 @@ from serve.table import Report, Source, Table
 _logger = logging.getLogger("ray.serve")
 # A busy replica may be late with its word; a dead one must not hold a swap up for long.
 _FRESH_POLLS = 5
+_LEAST_FRESH_S = 10
 
 
 class Coordinator:
@@ -29,7 +30,7 @@ class Coordinator:
         self._config = config
         self._roles = {"champion": config.model} | ({"canary": config.canary} if config.canary else {})
         shares = {"champion": 1.0 - config.canary_share, "canary": config.canary_share}
-        self._rollout = Rollout(shares, _FRESH_POLLS * config.poll_s, config.retire_s)
+        self._rollout = Rollout(shares, max(_LEAST_FRESH_S, _FRESH_POLLS * config.poll_s), config.retire_s)
         self._started = int(time.time())
         self._label_sets = _read_label_sets(config)
         for role, uri in self._roles.items():

@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import tempfile
+import warnings
 from pathlib import Path
 
 from rayclip.errors import UserError
@@ -102,6 +103,7 @@ def start(config: ServeConfig) -> None:
     from serve.app import bind
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.serve")  # it overlooks the environment
     connect(local_cpus=_cpus(config))
     serve.start(
         http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.request_timeout_s + 5),

@@ -41,7 +41,7 @@ def service(start_service, registry, cache):
         "model=models:/tiny@champion",
         f"tracking_uri={registry}",
         "poll_s=0.3",
-        "retire_s=3",
+        "retire_s=10",
         "image_encoder.min_replicas=2",
         "image_encoder.max_replicas=2",
         environment=cache,
@@ -109,11 +109,13 @@ def test_a_damaged_version_never_takes_over_and_is_named(service, registry, tmp_
     (checkpoint / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     number = register(client, link_checkpoint(client, run, checkpoint, 9, {}), checkpoint, "tiny", "champion")
     body = {"image": encoded(1), "labels": ["a cat", "a dog"]}
-    with Load(f"{service.url}/v1/zero-shot", body, rate=10) as load:
-        time.sleep(3)
+    try:
+        with Load(f"{service.url}/v1/zero-shot", body, rate=10) as load:
+            time.sleep(3)
+    finally:
+        client.set_registered_model_alias("tiny", "champion", "1")
     assert set(load.statuses()) == {200}
     assert set(load.models()) == {"tiny/1"}
-    client.set_registered_model_alias("tiny", "champion", "1")
     assert number == 4
 
 
@@ -139,7 +141,7 @@ def test_killing_a_replica_under_load_loses_no_request(service, encoded):
 
 def test_a_canary_gets_its_share(start_service, registry, cache, encoded):
     service = start_service(
-        "model=models:/tiny@champion",
+        "model=models:/tiny/1",
         "canary=models:/tiny/2",
         "canary_share=0.25",
         f"tracking_uri={registry}",
