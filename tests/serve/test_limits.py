@@ -3,7 +3,7 @@
 import asyncio
 import json
 
-import httpx
+import httpx2
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -253,8 +253,8 @@ async def in_pieces(content):
 
 def posted(path, **options):
     async def run():
-        transport = httpx.ASGITransport(app=fastapi_app())
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        transport = httpx2.ASGITransport(app=fastapi_app())
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post(path, **options)
 
     return asyncio.run(run())
