@@ -4,6 +4,7 @@ Shapes: N pictures, C classes, E embedding, K candidates.
 """
 
 import asyncio
+import contextvars
 import logging
 import random
 import time
@@ -123,7 +124,8 @@ class Service:
         if (matrix := self._matrices.get(key)) is not None:
             return matrix
         if key not in self._computing:
-            self._computing[key] = asyncio.create_task(self._compute(key))
+            # In a context of its own: Ray cancels what was called in a request's context once its client has left.
+            self._computing[key] = asyncio.create_task(self._compute(key), context=contextvars.Context())
         # Shielded: the matrix is worth finishing, and others may wait for it.
         return await asyncio.shield(self._computing[key])
 

@@ -1,6 +1,6 @@
 """The peer of the service: open_clip behind FastAPI and uvicorn, a request at a time, as a careful team writes it.
 
-python -m jobs.benchmarks.plain_server FOLDER --port N [--cached] [--workers W] [--threads T] [--at-once A]
+python -m jobs.benchmarks.plain_server FOLDER --port N [--cached] [--warm-up FILE] [--workers W] [--threads T] [--at-once A]
 """
 
 import argparse
@@ -54,6 +54,10 @@ def make_app() -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # Endpoints run in this pool. As it is, 40 threads would run the model at once and slow each other down.
         to_thread.current_default_thread_limiter().total_tokens = settings["at_once"]
+        if settings["warm_up"]:
+            # Here, in every process: which of them a request from outside meets is left to chance.
+            first, *_ = Path(settings["warm_up"]).read_text().split("\n", 1)
+            await to_thread.run_sync(zero_shot, ZeroShot.model_validate_json(first))
         yield
 
     app = FastAPI(lifespan=lifespan)
@@ -104,6 +108,7 @@ def _main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--cached", action="store_true", help="keep the labels' features")
+    parser.add_argument("--warm-up", default="", help="file whose first line is a request that each process begins with")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each")
     parser.add_argument("--at-once", type=int, default=1, help="requests that each works on at once")

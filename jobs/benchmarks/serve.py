@@ -152,7 +152,7 @@ class _Measurement:
         # A process a core with one thread each: faster than one process with more threads or more requests at once.
         arguments = [folder, "--port", "{port}", "--workers", str(_num_cpus()), "--threads", "1"]
         if name == CACHED:
-            arguments.append("--cached")
+            arguments += ["--cached", "--warm-up", str(self._bodies)]
         return Server(name, "jobs.benchmarks.plain_server", arguments, log, _START_TIMEOUT_S)
 
     def _compare_answers(self) -> float:

@@ -656,7 +656,6 @@ def test_pictures_as_large_as_a_body_may_be(target):
     assert target.problems(cases) == []
 
 
-@pytest.mark.xfail(strict=True, reason="serve/service.py must compute a class matrix outside of Ray's request context")
 def test_who_waits_for_a_matrix_gets_it_though_who_asked_first_has_left(strict):
     data = post(
         "/v1/zero-shot",
