@@ -168,7 +168,7 @@ class Service:
         return resolved
 
     def labels_of(self, labels: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
-        """The labels, once they are within the limits. Raises RequestError."""
+        """The labels, once they and what the templates make of them are within the limits. Raises RequestError."""
         limits = self.config.limits
         if len(labels) > limits.max_labels:
             raise _too_many("labels", len(labels), limits.max_labels)
@@ -179,6 +179,12 @@ class Service:
             check_class_names(labels)
         except UserError as error:
             raise RequestError(422, str(error), "invalid_labels", "labels") from None
+        # A template may name its place a thousand times: 2,000 long labels in one such template were four gigabytes.
+        longest = max(len(label) for label in labels)
+        limit = 2 * limits.max_text_chars
+        if any(len(template) + template.count("{}") * longest > limit for template in templates):
+            message = f"a template and a label together are longer than {limit} characters"
+            raise RequestError(422, message, "text_too_long", "templates")
         return tuple(labels)
 
     def check_texts(self, texts: Sequence[str], param: str) -> None:

@@ -1,159 +1,25 @@
-"""What strangers may send, as bytes on the wire, and what an answer to it must be like."""
+"""What strangers may send, in families of cases."""
 
 import base64
-import contextlib
 import functools
 import gzip
-import http.client
-import io
 import json
-import re
-import socket
-import struct
 import urllib.parse
-import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-JSON = (("Content-Type", "application/json"),)
-PNG = (("Content-Type", "image/png"),)
-FORM = (("Content-Type", "multipart/form-data; boundary=B"),)
-MEGABYTE = 1_000_000
-ANY = frozenset({200, 204, 400, 404, 405, 413, 415, 422})
-REFUSED = ANY - {200, 204}
-NOT_HTTP = frozenset({400, 404, 413, 422, None})
-"""What is no HTTP does not come as far as the service: the proxy, or uvicorn, answers or hangs up (None)."""
-THEIR_BODIES = (
-    b"<html><body><h1>400 Bad request</h1>\nYour browser sent an invalid request.\n</body></html>\n",
-    b"<html><body><h1>422 Unprocessable Content</h1>\nThe server cannot process the contained instructions.\n"
-    b"</body></html>\n",
-    b"Invalid HTTP request received.",
-    b"Path '' not found. Ping http://.../-/routes for available routes.",
-)
-"""All that those two ever say."""
-
-# Tracebacks, files, names of classes, addresses inside: nothing of it is a stranger's business.
-_INSIDE = re.compile(
-    r"Traceback|File \"|site-packages|/work/|/home/|/root/|/usr/|/tmp/|\.py\b|\bray::|pydantic|constrained|"
-    r"\b[A-Z][a-z]+[A-Za-z]*(Error|Exception|Request|Inputs|Parameters|Item)\b|"
-    r"\b(127\.|10\.|192\.168\.|169\.254\.)\d|localhost|\bline \d+, in\b|0x[0-9a-f]{6}"
-)
+from tests.serve import evil_pictures
+from tests.serve.evil_pictures import picture, plain
+from tests.serve.wire import ANY, FORM, JSON, MEGABYTE, NOT_HTTP, PNG, REFUSED, Case, form, post, request
 
 FAMILIES: dict[str, Callable[[], Iterator["Case"]]] = {}
-
-
-class Case(NamedTuple):
-    """One request, what it is, and the statuses that may answer it; None stands for a connection that is closed."""
-
-    name: str
-    data: bytes
-    allowed: frozenset[int | None] = ANY
-
-
-class Answer(NamedTuple):
-    """What came back; status None where nothing did."""
-
-    status: int | None
-    headers: dict[str, str]
-    body: bytes
 
 
 def family(cases: Callable[[], Iterator[Case]]) -> Callable[[], Iterator[Case]]:
     """Adds to FAMILIES."""
     FAMILIES[cases.__name__.strip("_")] = cases
     return cases
-
-
-def send(url: str, data: bytes, timeout: float = 60) -> Answer:
-    """The answer to bytes on a connection of their own."""
-    with connect(url, timeout) as connection:
-        with contextlib.suppress(OSError):  # refused while it was on its way: the answer may be there all the same
-            connection.sendall(data)
-        return receive(connection, data[:5] == b"HEAD ")
-
-
-def connect(url: str, timeout: float = 60) -> socket.socket:
-    """A connection to the service."""
-    address = urllib.parse.urlsplit(url)
-    return socket.create_connection((address.hostname, address.port), timeout)
-
-
-def receive(connection: socket.socket, is_head: bool = False) -> Answer:
-    """The next answer on a connection."""
-    response = http.client.HTTPResponse(connection, method="HEAD" if is_head else "GET")
-    try:
-        response.begin()
-        body = response.read()
-    except (http.client.HTTPException, ConnectionError):
-        return Answer(None, {}, b"")
-    return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
-
-
-def problem(case: Case, answer: Answer) -> str | None:
-    """What is wrong with the answer, or None."""
-    if answer.status not in case.allowed:
-        return f"{case.name}: status {answer.status}, {answer.body[:200]!r}"
-    if not answer.status or answer.status < 400 or not answer.body:
-        return None
-    if case.allowed is NOT_HTTP and answer.body in THEIR_BODIES:
-        return None
-    reason = wrong_form(answer, case.data)
-    return reason and f"{case.name}: {reason}: {answer.body[:300]!r}"
-
-
-def wrong_form(answer: Answer, sent: bytes = b"") -> str | None:
-    """Why an error's answer is not in the service's form, or says too much: more than `sent` had said before."""
-    if answer.headers.get("content-type") != "application/json":
-        return f"of type {answer.headers.get('content-type')}"
-    try:
-        content = json.loads(answer.body)
-        if set(content) != {"error"} or set(content["error"]) != {"message", "type", "param", "code"}:
-            return "not an ErrorResponse"
-        said = content["error"]["message"]
-    except (ValueError, TypeError):
-        return "not an ErrorResponse"
-    if not said or "\n" in said or len(said) > 700:
-        return "not a line"
-    found = [match[0] for match in _INSIDE.finditer(answer.body.decode()) if match[0].encode() not in sent]
-    return f"says {found[0]!r}" if found else None
-
-
-def request(
-    method: str, path: str, body: bytes = b"", headers: tuple[tuple[str, str | bytes], ...] = (), version: str = "1.1"
-) -> bytes:
-    """A request as bytes, with a Content-Length unless the headers have what stands for it."""
-    names = {name.lower() for name, _ in headers}
-    given = [("Host", "service"), ("Connection", "close"), *headers]
-    if not names & {"content-length", "transfer-encoding"} and (body or method in ("POST", "PUT")):
-        given.append(("Content-Length", str(len(body))))
-    lines = [f"{method} {path} HTTP/{version}".encode("latin-1")]
-    lines += [
-        name.encode("latin-1") + b": " + (v if isinstance(v, bytes) else v.encode("latin-1")) for name, v in given
-    ]
-    return b"\r\n".join(lines) + b"\r\n\r\n" + body
-
-
-def post(path: str, body: object, headers: tuple[tuple[str, str | bytes], ...] = JSON) -> bytes:
-    """A POST; a body that is no bytes goes as JSON."""
-    return request("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(), headers)
-
-
-def form(*parts: tuple[str, bytes], is_file: bool = False) -> bytes:
-    """A body of multipart/form-data whose boundary is B."""
-    file = '; filename="x"' if is_file else ""
-    heads = [f'--B\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() for name, _ in parts]
-    return b"".join(h + value + b"\r\n" for h, (_, value) in zip(heads, parts, strict=True)) + b"--B--\r\n"
-
-
-def picture(kind: str = "PNG", size: tuple[int, int] = (24, 18), **options: object) -> bytes:
-    """An encoded picture."""
-    file = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, kind, **options)
-    return file.getvalue()
 
 
 @functools.cache
@@ -372,7 +238,7 @@ def strange_texts() -> Iterator[Case]:
 @family
 def bombs() -> Iterator[Case]:
     """Pictures that are small as files and large as anything else."""
-    for name, data, allowed in _bombs():
+    for name, data, allowed in evil_pictures.bombs():
         kind = name.split()[0].lower()
         yield Case(name, post("/v1/zero-shot?labels=a", data, (("Content-Type", f"image/{kind}"),)), allowed)
         if "49 million" in name:  # which take a second
@@ -381,33 +247,9 @@ def bombs() -> Iterator[Case]:
         yield Case(f"{name}, in JSON", post("/v1/zero-shot", {"image": text, "labels": ["a"]}), allowed)
         files = form(("labels", b"a"))[: -len(b"--B--\r\n")] + form(("images", data), is_file=True)
         yield Case(f"{name}, in a form", post("/v1/zero-shot", files, FORM), ANY)
-    text = base64.b64encode(_plain("PNG")).decode()
+    text = base64.b64encode(plain("PNG")).decode()
     several = {"images": [text] * 4, "labels": ["a"]}
     yield Case("four of 49 million pixels", post("/v1/zero-shot", several), frozenset({200}))
-
-
-@functools.cache
-def _bombs() -> list[tuple[str, bytes, frozenset[int | None]]]:
-    read, refused = frozenset({200}), frozenset({422})
-    return [
-        ("PNG of 49 million pixels", _plain("PNG"), read),
-        ("GIF of 49 million pixels", _plain("GIF"), read),
-        ("JPEG of 49 million pixels", _plain("JPEG"), read),
-        ("PNG that says 50,000 x 50,000", png(b"\0" * 1000, 50_000, 50_000), refused),
-        ("PNG that says 4 billion x 4 billion", png(b"\0", 2**32 - 1, 2**32 - 1), refused),
-        ("PNG that says 0 x 0", png(b"", 0, 0), refused),
-        ("PNG with 200 MB for 8 x 8 pixels", png(b"\0" * 200 * MEGABYTE, 8, 8), ANY),
-        ("PNG with a text of 200 MB", png(b"\0" * 200, 8, 8, b"zTXt", b"a\0\0", 200 * MEGABYTE), ANY),
-        ("PNG with a colour profile of 200 MB", png(b"\0" * 200, 8, 8, b"iCCP", b"a\0\0", 200 * MEGABYTE), ANY),
-        ("PNG of 1 x 40,000", png(b"\0" * 200_000, 1, 40_000), refused),
-        ("JPEG with 5,000 scans", many_scans(5_000), refused),
-        ("JPEG that says 65,535 x 65,535", _jpeg_of(65_535, 65_535), refused),
-        ("WebP that says 16 million x 16 million", webp(2**24 - 1, 2**24 - 1), refused),
-        ("GIF with 10,000 frames", gif(10_000), ANY),
-        ("GIF that says 65,535 x 65,535", gif(1, 65_535), refused),
-        ("GIF with a frame larger than itself", gif(1, 8, 65_535), ANY),
-        ("WebP with 1,000 frames", _frames(1_000), ANY),
-    ]
 
 
 @family
@@ -752,57 +594,3 @@ SSRF = (
     "data:text/html;base64,aGk=",
     "data:image/png,aGk=",
 )
-
-
-def png(pixels: bytes, width: int, height: int, kind: bytes = b"", head: bytes = b"", length: int = 0) -> bytes:
-    """A grey PNG of packed `pixels`, before them a chunk of a `kind` whose `length` zeros are packed after `head`."""
-    extra = _chunk(kind, head + zlib.compress(b"\0" * length, 9)) if kind else b""
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    parts = [_chunk(b"IHDR", header), extra, _chunk(b"IDAT", zlib.compress(pixels, 9)), _chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def many_scans(number: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
-    data = picture("JPEG", (64, 64), progressive=True)
-    last = data[data.rindex(b"\xff\xda") : -2]
-    return data[:-2] + last * number + b"\xff\xd9"
-
-
-def _jpeg_of(width: int, height: int) -> bytes:
-    data = picture("JPEG")
-    start = data.index(b"\xff\xc0") + 5
-    return data[:start] + struct.pack(">HH", height, width) + data[start + 4 :]
-
-
-def webp(width: int, height: int) -> bytes:
-    """A WebP of which only the header is there."""
-    body = b"\0\0\0\0" + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
-    chunk = b"WEBPVP8X" + struct.pack("<I", len(body)) + body
-    return b"RIFF" + struct.pack("<I", len(chunk)) + chunk
-
-
-def gif(frames: int, size: int = 8, frame_size: int | None = None) -> bytes:
-    """A GIF whose frames are one grey pixel and then nothing."""
-    frame_size = frame_size or size
-    screen = b"GIF89a" + struct.pack("<HH", size, size) + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
-    frame = b"," + struct.pack("<HHHH", 0, 0, frame_size, frame_size) + b"\0" + b"\x02\x02\x4c\x01\0"
-    return screen + frame * frames + b";"
-
-
-def _frames(number: int) -> bytes:
-    file = io.BytesIO()
-    frames = [Image.new("RGB", (16, 16), (i % 256, 0, 0)) for i in range(number)]
-    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=1, quality=1, method=0)
-    return file.getvalue()
-
-
-@functools.cache
-def _plain(kind: str) -> bytes:
-    file = io.BytesIO()
-    Image.new("L" if kind == "GIF" else "RGB", (7000, 7000)).save(file, kind)
-    return file.getvalue()

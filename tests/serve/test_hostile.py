@@ -25,19 +25,16 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from serve.auth import new_key
-from tests.serve.hostile import (
-    FAMILIES,
+from tests.serve.evil_pictures import picture, png
+from tests.serve.hostile import FAMILIES, SSRF, good_bodies
+from tests.serve.wire import (
     JSON,
     MEGABYTE,
     PNG,
-    SSRF,
     Answer,
     Case,
     connect,
     form,
-    good_bodies,
-    picture,
-    png,
     post,
     problem,
     receive,

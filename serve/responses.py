@@ -1,0 +1,22 @@
+"""Answers as HTTP responses: a model as JSON, which version gave it, and how long each stage took."""
+
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+
+def answer(content: BaseModel, version: str = "", seconds: dict[str, float] | None = None) -> Response:
+    """The model as JSON, without what is not set."""
+    return json_response(content.model_dump_json(exclude_none=True), timing_headers(version, seconds or {}))
+
+
+def json_response(content: str, headers: dict[str, str], status: int = 200) -> Response:
+    """A JSON text."""
+    return Response(content, status, headers, media_type="application/json")
+
+
+def timing_headers(version: str, seconds: dict[str, float]) -> dict[str, str]:
+    """The version that answered, and Server-Timing."""
+    headers = {"X-Model-Version": version} if version else {}
+    if seconds:
+        headers["Server-Timing"] = ", ".join(f"{stage};dur={1000 * s:.2f}" for stage, s in seconds.items())
+    return headers
