@@ -56,7 +56,7 @@ def make_app() -> FastAPI:
         to_thread.current_default_thread_limiter().total_tokens = settings["at_once"]
         if settings["warm_up"]:
             # Here, in every process: which of them a request from outside meets is left to chance.
-            first, *_ = Path(settings["warm_up"]).read_text().split("\n", 1)
+            first = Path(settings["warm_up"]).read_text().partition("\n")[0]
             await to_thread.run_sync(zero_shot, ZeroShot.model_validate_json(first))
         yield
 
