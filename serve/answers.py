@@ -1,6 +1,7 @@
 """The routes that answer with the model: each reads a request, asks the service, and forms the answer."""
 
 import base64
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,9 @@ def add_answers(api: FastAPI, service: Service, intake: Intake) -> None:
         JSON, a form with files under `image` or `images`, or a picture's bytes with the options in the query. Of
         several pictures, one that cannot be read has its error in place of predictions; a single one is a 422.
         """
+        started = time.perf_counter()
         pictures, options = await intake.zero_shot(request)
+        read = time.perf_counter() - started
         labels, templates = await _labels_and_templates(service, options)
         scored = await _score(service, pictures, labels, templates, options)
         results = [
@@ -54,7 +57,7 @@ def add_answers(api: FastAPI, service: Service, intake: Intake) -> None:
         response = ZeroShotResponse(
             model=scored.version, templates=list(templates), scores=options.kind, results=results
         )
-        return answer(response, scored.version, scored.seconds)
+        return answer(response, scored.version, {"read": read} | scored.seconds)
 
     @api.post("/v1/zero-shot-image-classification", response_model=list[LabelScore])
     async def hugging_face(body: HuggingFaceRequest) -> Response:

@@ -63,8 +63,8 @@ def _set_local_haproxy() -> None:
         "SERVER_STATE_BASE": "",
     }.items():
         os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", str(folder / file))
-    # Ray has the same ports in every cluster. Where two clusters share a machine, one's HAProxy has been seen to ask the
-    # other's replica, or the proxy that it falls back to: an answer by the wrong model, past the right one's keys.
+    # Ray has the same ports in every cluster. Where two share a machine, one's HAProxy has been seen to ask the other's
+    # replica, or the proxy that it falls back to: an answer by the wrong model, past the right one's keys.
     for name in ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC"):
         os.environ.setdefault(f"RAY_SERVE_{name}_PORT", str(_free_port()))
     first = random.SystemRandom().randrange(10_000, 32_000, _PORTS)

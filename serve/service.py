@@ -140,12 +140,14 @@ class Service:
 
     async def encode_images(self, version: str, pictures: Sequence[bytes]) -> Encoded:
         """Features of pictures, spread over the replicas."""
+        started = time.perf_counter()
         parts = [pictures[i : i + _PICTURES_A_CALL] for i in range(0, len(pictures), _PICTURES_A_CALL)]
-        if len(parts) == 1:
-            return await self._call(self._image.encode, version, parts[0])
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._call(self._image.encode, version, part)) for part in parts]
-        return _joined([task.result() for task in tasks])
+        encoded = _joined([task.result() for task in tasks])
+        # What the replicas do not know of: their queues before Python, and the way there and back.
+        encoded.seconds["call"] = time.perf_counter() - started - sum(encoded.seconds.values())
+        return encoded
 
     async def encode_texts(self, version: str, texts: Sequence[str]) -> Encoded:
         """Features of texts."""

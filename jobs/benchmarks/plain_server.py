@@ -1,6 +1,7 @@
 """The peer of the service: open_clip behind FastAPI and uvicorn, a request at a time, as a careful team writes it.
 
-python -m jobs.benchmarks.plain_server FOLDER --port N [--cached] [--warm-up FILE] [--workers W] [--threads T] [--at-once A]
+python -m jobs.benchmarks.plain_server FOLDER --port N [--cached] [--warm-up FILE] [--workers W] [--threads T]
+    [--at-once A]
 """
 
 import argparse
@@ -108,7 +109,9 @@ def _main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--cached", action="store_true", help="keep the labels' features")
-    parser.add_argument("--warm-up", default="", help="file whose first line is a request that each process begins with")
+    parser.add_argument(
+        "--warm-up", default="", help="file whose first line is a request that each process begins with"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each")
     parser.add_argument("--at-once", type=int, default=1, help="requests that each works on at once")

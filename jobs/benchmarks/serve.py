@@ -199,13 +199,13 @@ class _Measurement:
         }
 
     def _stages(self, rate: float) -> dict[str, float]:
-        """Where a request's time goes, by the service's own word; what it does not know of is transport."""
-        outcome = self._open_loop(self._servers[SERVICE], rate, {"x-rayclip-timing": "1"})
+        """Where a request's time goes, by the service's own word; what it does not know of is HTTP and HAProxy."""
+        outcome = self._open_loop(self._servers[SERVICE], rate)
         stages: dict[str, list[float]] = defaultdict(list)
         for row in outcome.answered:
             total = 1e3 * (outcome.done_s[row] - outcome.sent_s[row])
             known = {name: float(duration) for name, duration in _STAGE.findall(outcome.timings[row])}
-            for name, duration in {**known, "transport": total - sum(known.values()), "total": total}.items():
+            for name, duration in {**known, "http": total - sum(known.values()), "total": total}.items():
                 stages[name].append(duration)
         return {name: round(statistics.median(values), 2) for name, values in stages.items()}
 
@@ -260,7 +260,7 @@ class _Measurement:
             self._say(f"{name} at {rate:.3g}/s: {rows[-1]}")
         return rows
 
-    def _open_loop(self, server: Server, rate: float, headers: dict[str, str] | None = None) -> Outcome:
+    def _open_loop(self, server: Server, rate: float) -> Outcome:
         self._windows += 1
         long_enough_s = _FEWEST / rate
         load = Load(
@@ -271,7 +271,6 @@ class _Measurement:
             even=long_enough_s > self._case.window_s,  # so few are not left to chance
             seed=self._windows,
             timeout_s=_ANSWER_TIMEOUT_S / 2,
-            headers=headers or {},
         )
         return send(load)
 

@@ -76,7 +76,7 @@ def test_moving_the_alias_swaps_the_model_with_no_failed_request(service, regist
         )
         assert (done.returncode, done.stdout) == (0, "models:/tiny@champion: version 2 -> 1\n"), done.stderr
         until(lambda: serving(service) == {"tiny/1"}, "version 1 is back")
-        time.sleep(1)
+        time.sleep(2)
     assert set(load.statuses()) == {200}
     models = load.models()
     assert Counter(models).keys() == {"tiny/1", "tiny/2"}
@@ -90,7 +90,8 @@ def test_each_version_answers_by_itself_while_both_are_loaded(service, registry,
     client = MlflowClient(registry)
     first = service.post("/v1/zero-shot", body)
     client.set_registered_model_alias("tiny", "champion", "3")
-    until(lambda: serving(service) == {"tiny/3"}, "version 3 takes over")
+    # Not from the moment on when the coordinator says so: each ingress replica hears of it with its next report.
+    until(lambda: service.post("/v1/zero-shot", body)["model"] == "tiny/3", "version 3 answers")
     third = service.post("/v1/zero-shot", body)
     assert (first["model"], third["model"]) == ("tiny/1", "tiny/3")
     assert first["results"] != third["results"]
@@ -98,7 +99,7 @@ def test_each_version_answers_by_itself_while_both_are_loaded(service, registry,
     assert service.post("/v1/zero-shot", {**body, "model": "tiny/1"}) == first
     until(lambda: service.ask("POST", "/v1/zero-shot", {**body, "model": "tiny/1"})[0] == 404, "1 is let go of")
     client.set_registered_model_alias("tiny", "champion", "1")
-    until(lambda: serving(service) == {"tiny/1"}, "version 1 is back")
+    until(lambda: service.post("/v1/zero-shot", body)["model"] == "tiny/1", "version 1 is back")
 
 
 def test_a_damaged_version_never_takes_over_and_is_named(service, registry, tmp_path, write_model, encoded):
