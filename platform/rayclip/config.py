@@ -291,7 +291,7 @@ class WorkersConfig(Config):
 class EmbedConfig(Config):
     """python -m jobs.embed"""
 
-    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a checkpoint")
+    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
     data: str = Field(description="folder of a data set: tar shards and their manifest.parquet")
     output: str = Field(description="folder that the Parquet parts go to; a run that was interrupted goes on in it")
     what: Literal["pictures", "texts", "both"] = Field("both", description="what is embedded")
@@ -305,7 +305,7 @@ class EmbedConfig(Config):
 class ClassifyConfig(Config):
     """python -m jobs.classify"""
 
-    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a checkpoint")
+    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
     data: str | None = Field(None, description="folder of a data set; this or embeddings")
     embeddings: str | None = Field(None, description="output of jobs.embed by the same model, in place of data")
     output: str = Field(description="folder that the Parquet parts go to; a run that was interrupted goes on in it")

@@ -65,7 +65,7 @@ _OPEN_CLIP = {
     "ViT-M/16": _vit(512, 16, 512, _text(512)),
     "ViT-M/32-alt": _vit(384, 32, 512, _text(384)),
     "ViT-H/14": _vit(1024, 14, 1280, _text(1024, layers=24), layers=32, heads=16),
-    "ViT-g/14": _vit(1024, 14, 1408, _text(1024, layers=24), layers=40, heads=16, mlp_ratio=4.3637),
+    "ViT-g/14": _vit(1024, 14, 1408, _text(1024, layers=24), layers=40, heads=16, mlp_ratio=4.3636),
 }
 
 _LAPTOP = {

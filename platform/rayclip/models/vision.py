@@ -55,16 +55,17 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: pictures of another shape.
         """
-        patches_BKC, position_W = self._patches(image_BHWC), self.positional_embedding
+        patches_BKC = self._patches(image_BHWC)
+        position: Tensor = self.positional_embedding  # [N, W], or, of each picture's own patches, [B, N, W]
         if self.training and self.patch_dropout:
             # Before the projection, so that what is left out costs nothing.
             kept_BK = self._draw(*patches_BKC.shape[:2]).to(patches_BKC.device, non_blocking=True)
             patches_BKC = patches_BKC.take_along_dim(kept_BK[..., None], dim=1)
-            position_W = F.embedding(F.pad(kept_BK + 1, (1, 0)), position_W)
+            position = F.embedding(F.pad(kept_BK + 1, (1, 0)), position)
         patches_BKW = F.linear(patches_BKC, self.conv1.weight.flatten(1))
         batch, num_patches, width = patches_BKW.shape
         first = self.class_embedding.expand(batch, 1, width)
-        x_BNW = torch.cat([first, patches_BKW], dim=1) + position_W
+        x_BNW = torch.cat([first, patches_BKW], dim=1) + position
         length = 1 + num_patches
         x_TW = self.ln_pre(x_BNW).view(batch * length, width)
         rows_B = torch.arange(0, batch * length, length, device=x_TW.device)
@@ -76,7 +77,7 @@ class VisionTransformer(nn.Module):
         It is drawn on the host: that generator's state is in every checkpoint.
         """
         num_kept = max(1, round(num_patches * (1 - self.patch_dropout)))
-        return torch.rand(batch, num_patches).argsort(dim=1)[:, :num_kept].sort(dim=1).values
+        return torch.rand(batch, num_patches, device="cpu").argsort(dim=1)[:, :num_kept].sort(dim=1).values
 
     def _patches(self, image_BHWC: Tensor) -> Tensor:
         """Cut into normalised patches, flattened as conv1's weight is. -> [B, P, 3 * patch * patch]"""
