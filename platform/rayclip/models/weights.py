@@ -147,12 +147,13 @@ def read_tensors(file: Path) -> Tensors:
 
 def _load(file: Path) -> object:
     with file.open("rb") as opened:
-        is_safetensors = opened.read(9)[8:] == b"{"
-    if is_safetensors:
-        return load_file(file)
-    if is_archive(file):
-        return read_archive(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+        if opened.read(9)[8:] == b"{":
+            return load_file(file)
+        if is_archive(file):
+            return read_archive(file)
+        opened.seek(0)
+        # Not by its path: by the end of that torch.load would choose the format.
+        return torch.load(opened, map_location="cpu", weights_only=True)
 
 
 def _read_ours(file: Path, settings: dict[str, Any]) -> Weights:
