@@ -21,6 +21,7 @@ def test_a_locked_tower_from_exported_weights(
     start = CLIP(tiny_config)
     write_weights(tmp_path / "start", Weights(tiny_config, start.state_dict(), ""), "huggingface", "start")
     changes = {
+        "epochs": 2,
         "weights": "start",
         "lock": "image",
         "optimizer": {"layer_decay": 0.5},
@@ -47,7 +48,7 @@ def test_weights_that_do_not_fit_are_said_before_anything_starts(
     write_dataset(tmp_path / "data", make_samples(60))
     other = tiny_config.model_copy(update={"embed_dim": 8})
     write_weights(tmp_path / "start", Weights(other, CLIP(other).state_dict(), ""), "rayclip", "start")
-    config = make_config("tuned", tmp_path / "data", weights=str(tmp_path / "start"))
+    config = make_config("tuned", tmp_path / "data", epochs=1, weights=str(tmp_path / "start"))
     with pytest.raises(UserError, match=r"start': the weights are of another model: their embed_dim is 8, not 16$"):
         train_job.main(TrainConfig.model_validate(config))
     config["weights"] = "nowhere"
