@@ -310,7 +310,7 @@ def decode_or_error(data: bytes, size: int, max_pixels: int) -> np.ndarray | Req
 
 def read_model(source: Source, tracking_uri: str | None) -> CLIP:
     """The model from the folder where that is on this machine too, else fetched by its URI. Raises UserError."""
-    if Path(source.folder).is_dir():
+    if Path(source.folder).exists():
         return load_model(source.folder)
     # Here, since MLflow takes seconds to import and a replica beside the coordinator does not need it.
     from rayclip.tracking.registry import resolve_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.benchmarks.peers import load_open_clip
+from jobs.benchmarks.peers import load_open_clip, load_transformers
 from rayclip.config import ModelConfig, TextConfig, VisionConfig
 from rayclip.data.formats.tar import write_shard
 from rayclip.data.manifest import Manifest
@@ -19,6 +19,15 @@ def open_clip():
     """open_clip, the reference that peer tests compare with."""
     try:
         return load_open_clip()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """Hugging Face's transformers, likewise."""
+    try:
+        return load_transformers()
     except UserError as error:
         pytest.skip(str(error))
 

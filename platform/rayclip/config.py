@@ -1,8 +1,8 @@
 """Every job's settings: pydantic, frozen, unknown keys refused, each key described once, here."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Config(BaseModel):
@@ -19,17 +19,35 @@ def _check_heads(width: int, heads: int) -> None:
 class VisionConfig(Config):
     """The image tower: a Vision Transformer."""
 
+    kind: Literal["vit"] = Field("vit", description="a Vision Transformer; the default")
     image_size: int = Field(224, gt=0, description="side of the square input picture, in pixels")
     patch_size: int = Field(32, gt=0, description="side of a patch, in pixels; divides image_size")
     width: int = Field(768, gt=0, description="width of the residual stream")
     layers: int = Field(12, gt=0, description="number of transformer blocks")
     heads: int = Field(12, gt=0, description="attention heads; divides width")
+    mlp_ratio: float = Field(4.0, gt=0, description="width of the MLP over that of the stream, the product rounded")
+    patch_dropout: float = Field(0.0, ge=0, lt=1, description="share of a picture's patches that training leaves out")
 
     @model_validator(mode="after")
     def _divisible(self) -> "VisionConfig":
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
         _check_heads(self.width, self.heads)
+        return self
+
+
+class ResNetConfig(Config):
+    """The image tower: the CLIP paper's modified ResNet, with attention pooling."""
+
+    kind: Literal["resnet"] = Field("resnet", description="a modified ResNet")
+    image_size: int = Field(224, gt=0, multiple_of=32, description="side of the square input picture, in pixels")
+    width: int = Field(64, gt=0, multiple_of=2, description="channels after the stem; the pool has half as many heads")
+    layers: tuple[int, int, int, int] = Field((3, 4, 6, 3), description="bottleneck blocks of each of the four stages")
+
+    @model_validator(mode="after")
+    def _no_empty_stage(self) -> "ResNetConfig":
+        if min(self.layers) < 1:
+            raise ValueError(f"layers {list(self.layers)} must be four numbers of at least 1")
         return self
 
 
@@ -52,9 +70,15 @@ class ModelConfig(Config):
     """A CLIP: two towers and the space they share."""
 
     embed_dim: int = Field(512, gt=0, description="dimension of the shared space")
-    vision: VisionConfig = Field(VisionConfig(), description="the image tower")
+    vision: VisionConfig | ResNetConfig = Field(VisionConfig(), discriminator="kind", description="the image tower")
     text: TextConfig = Field(TextConfig(), description="the text tower")
     quick_gelu: bool = Field(False, description="x * sigmoid(1.702 x) in place of GELU, as in OpenAI's weights")
+
+    @field_validator("vision", mode="before")
+    @classmethod
+    def _kind(cls, vision: Any) -> Any:
+        """A tower that does not say its kind is a Vision Transformer: once there were no others."""
+        return {"kind": "vit", **vision} if isinstance(vision, dict) else vision
 
 
 class DataConfig(Config):
@@ -76,6 +100,7 @@ class OptimizerConfig(Config):
     weight_decay: float = Field(0.2, ge=0, description="on matrices; gains, biases and the logit scale have none")
     warmup_samples: int = Field(0, ge=0, description="samples over which the rate rises from zero to its peak")
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm; None does not")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's rate over that of the layer above it")
 
 
 class ZeroShotTask(Config):
@@ -150,6 +175,8 @@ class TrainConfig(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's name; its folder is runs/NAME")
     seed: int = Field(0, ge=0, description="of the weights, the order and the augmentation")
     model: str | ModelConfig = Field(description="a preset's name, or the model in full")
+    weights: str | None = Field(None, description="start from these: a checkpoint, exported weights, or models:/...")
+    lock: Literal["none", "image", "text"] = Field("none", description="tower that stays as it is (with image: LiT)")
     data: DataConfig = Field(description="the training data")
     epochs: int | None = Field(None, gt=0, description="duration in passes over the data; this or samples")
     samples: int | None = Field(None, gt=0, description="duration in samples seen, rounded up to whole chunks")
@@ -264,7 +291,7 @@ class WorkersConfig(Config):
 class EmbedConfig(Config):
     """python -m jobs.embed"""
 
-    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a checkpoint")
+    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
     data: str = Field(description="folder of a data set: tar shards and their manifest.parquet")
     output: str = Field(description="folder that the Parquet parts go to; a run that was interrupted goes on in it")
     what: Literal["pictures", "texts", "both"] = Field("both", description="what is embedded")
@@ -278,7 +305,7 @@ class EmbedConfig(Config):
 class ClassifyConfig(Config):
     """python -m jobs.classify"""
 
-    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a checkpoint")
+    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
     data: str | None = Field(None, description="folder of a data set; this or embeddings")
     embeddings: str | None = Field(None, description="output of jobs.embed by the same model, in place of data")
     output: str = Field(description="folder that the Parquet parts go to; a run that was interrupted goes on in it")
@@ -296,6 +323,18 @@ class ClassifyConfig(Config):
         if (self.data is None) == (self.embeddings is None):
             raise ValueError("give exactly one of data and embeddings")
         return self
+
+
+class ConvertConfig(Config):
+    """python -m jobs.convert"""
+
+    input: str = Field(description="a checkpoint, exported weights (a folder or a file), or models:/NAME@ALIAS")
+    output: str = Field(description="folder that is written; it must not exist")
+    format: Literal["rayclip", "open_clip", "huggingface"] = Field("rayclip", description="what is written")
+    model: str | None = Field(
+        None, description="preset that a bare state dict is of; None tells by its shapes, and takes GELU"
+    )
+    tracking_uri: str | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")
 
 
 class BenchmarkConfig(Config):

@@ -12,5 +12,6 @@ class UserError(ValueError):
 
 def nearest(name: str, allowed: list[str]) -> str:
     """A hint for a name that is not allowed: the nearest that is, or the whole list."""
-    close = get_close_matches(name, allowed, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(sorted(allowed))}"
+    any_case = {other.lower(): other for other in allowed}
+    close = get_close_matches(name.lower(), any_case, n=1, cutoff=0.5)
+    return f"did you mean '{any_case[close[0]]}'?" if close else f"allowed: {', '.join(sorted(allowed))}"

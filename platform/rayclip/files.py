@@ -31,3 +31,19 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON, whole and then named."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+SETTINGS_BESIDE = {
+    "model.safetensors": "config.json",
+    "open_clip_model.safetensors": "open_clip_config.json",
+    "pytorch_model.bin": "config.json",
+    "open_clip_pytorch_model.bin": "open_clip_config.json",
+}
+"""Names of files with weights, the preferred first, and of the file beside them that says what model they are of."""
+
+
+def find_weights(path: Path) -> Path | None:
+    """The file with weights that a path names: itself, or the first that the folder holds; None where there is none."""
+    if path.is_file():
+        return path
+    return next((path / name for name in SETTINGS_BESIDE if (path / name).is_file()), None)

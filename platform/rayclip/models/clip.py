@@ -7,12 +7,14 @@ Parameters have the names and shapes of OpenAI's state dict, which are open_clip
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rayclip.config import ModelConfig, TextConfig
+from rayclip.config import ModelConfig, TextConfig, VisionConfig
+from rayclip.models.resnet import ModifiedResNet
 from rayclip.models.text import pack
 from rayclip.models.transformer import Transformer
 from rayclip.models.vision import VisionTransformer
@@ -31,14 +33,16 @@ class CLIP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         text = config.text
+        self.config = config
         self.context_length = text.context_length
-        self.visual = VisionTransformer(config.vision, config.embed_dim, config.quick_gelu)
+        self.visual = _image_tower(config)
         self.token_embedding = nn.Embedding(text.vocab_size, text.width)
         self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
         self.transformer = Transformer(text.width, text.layers, text.heads, config.quick_gelu)
         self.ln_final = nn.LayerNorm(text.width)
         self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        self._image_locked = False
         self._init_text(text)
 
     @torch.no_grad()
@@ -56,6 +60,28 @@ class CLIP(nn.Module):
                 nn.init.normal_(weight, std=residual_std)
             elif name.endswith("c_fc.weight"):
                 nn.init.normal_(weight, std=(2 * config.width) ** -0.5)
+
+    def lock(self, tower: Literal["image", "text"]) -> None:
+        """Keep one tower as it is: no gradients, and no graph to find them; a ResNet's statistics stay too.
+
+        With the image tower locked this is LiT (arXiv:2111.07991). The logit scale is trained all the same.
+        """
+        kept: tuple[nn.Module, ...] = (self.token_embedding, self.transformer, self.ln_final)
+        if tower == "image":
+            kept, self._image_locked = (self.visual,), True
+        else:
+            self.positional_embedding.requires_grad_(False)
+            self.text_projection.requires_grad_(False)
+        for module in kept:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "CLIP":
+        """As nn.Module.train; a locked image tower stays in evaluation."""
+        super().train(mode)
+        if self._image_locked:
+            self.visual.eval()
+        return self
 
     def forward(self, image_BHWC: Tensor, tokens_BL: Tensor, num_tokens_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of both sides, float32 [B, embed_dim] of length 1, and the logit scale, exp(parameter)."""
@@ -105,3 +131,9 @@ class CLIP(nn.Module):
     def clamp_logit_scale_(self) -> None:
         """Keep the scale in 1..100 (paper, section 2.5): call after each optimizer step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def _image_tower(config: ModelConfig) -> VisionTransformer | ModifiedResNet:
+    if isinstance(config.vision, VisionConfig):
+        return VisionTransformer(config.vision, config.embed_dim, config.quick_gelu)
+    return ModifiedResNet(config.vision, config.embed_dim)

@@ -63,10 +63,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with GELU, or QuickGELU, between them."""
 
-    def __init__(self, width: int, quick_gelu: bool) -> None:
+    def __init__(self, width: int, quick_gelu: bool, mlp_ratio: float) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+        hidden = round(width * mlp_ratio)
+        self.c_fc = nn.Linear(width, hidden)
+        self.c_proj = nn.Linear(hidden, width)
         self.activation = _quick_gelu if quick_gelu else F.gelu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,12 +77,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: attention, then MLP."""
 
-    def __init__(self, width: int, heads: int, quick_gelu: bool) -> None:
+    def __init__(self, width: int, heads: int, quick_gelu: bool, mlp_ratio: float) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, quick_gelu)
+        self.mlp = MLP(width, quick_gelu, mlp_ratio)
 
     def forward(self, x_TW: Tensor, groups: Groups, causal: bool, rows_B: Tensor | None = None) -> Tensor:
         """-> [T, W], or, at `rows_B` only, [B, W]."""
@@ -97,9 +98,9 @@ class Transformer(nn.Module):
     projection and its MLP for those rows only: the same result for about a sixth of the block's work.
     """
 
-    def __init__(self, width: int, layers: int, heads: int, quick_gelu: bool) -> None:
+    def __init__(self, width: int, layers: int, heads: int, quick_gelu: bool, mlp_ratio: float = 4.0) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu, mlp_ratio) for _ in range(layers))
 
     def forward(self, x_TW: Tensor, rows_B: Tensor, groups: Groups, causal: bool) -> Tensor:
         """Run the blocks.

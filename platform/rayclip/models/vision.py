@@ -1,6 +1,7 @@
 """The image tower: a Vision Transformer read at its class token.
 
-Shape suffixes: B pictures; P patches a picture; W width; T = B * (1 + P) tokens; C colour channels.
+Shape suffixes: B pictures; P patches a picture; K those of them that are computed; W width; N = 1 + K tokens a
+picture; T = B * N tokens; C colour channels.
 """
 
 import torch
@@ -24,13 +25,13 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool) -> None:
         super().__init__()
         width, patch = config.width, config.patch_size
-        self.image_size, self.patch_size = config.image_size, patch
+        self.image_size, self.patch_size, self.patch_dropout = config.image_size, patch, config.patch_dropout
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + (config.image_size // patch) ** 2, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.layers, config.heads, quick_gelu)
+        self.transformer = Transformer(width, config.layers, config.heads, quick_gelu, config.mlp_ratio)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
         self.register_buffer("mean", 255 * torch.tensor(IMAGE_MEAN).view(3, 1), persistent=False)
@@ -43,6 +44,8 @@ class VisionTransformer(nn.Module):
     def pool(self, image_BHWC: Tensor) -> Tensor:
         """Features before the projection, which linear probes use.
 
+        In training, `patch_dropout` leaves a random part of every picture's patches out (FLIP, arXiv:2212.00794).
+
         Args:
             image_BHWC: [B, image_size, image_size, 3] RGB; uint8, or floating and already normalised.
 
@@ -52,14 +55,29 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: pictures of another shape.
         """
-        patches_BPW = F.linear(self._patches(image_BHWC), self.conv1.weight.flatten(1))
-        batch, num_patches, width = patches_BPW.shape
+        patches_BKC = self._patches(image_BHWC)
+        position: Tensor = self.positional_embedding  # [N, W], or, of each picture's own patches, [B, N, W]
+        if self.training and self.patch_dropout:
+            # Before the projection, so that what is left out costs nothing.
+            kept_BK = self._draw(*patches_BKC.shape[:2]).to(patches_BKC.device, non_blocking=True)
+            patches_BKC = patches_BKC.take_along_dim(kept_BK[..., None], dim=1)
+            position = F.embedding(F.pad(kept_BK + 1, (1, 0)), position)
+        patches_BKW = F.linear(patches_BKC, self.conv1.weight.flatten(1))
+        batch, num_patches, width = patches_BKW.shape
         first = self.class_embedding.expand(batch, 1, width)
-        x_BNW = torch.cat([first, patches_BPW], dim=1) + self.positional_embedding
+        x_BNW = torch.cat([first, patches_BKW], dim=1) + position
         length = 1 + num_patches
         x_TW = self.ln_pre(x_BNW).view(batch * length, width)
         rows_B = torch.arange(0, batch * length, length, device=x_TW.device)
         return self.ln_post(self.transformer(x_TW, rows_B, [(batch, length)], causal=False))
+
+    def _draw(self, batch: int, num_patches: int) -> Tensor:
+        """A random subset of each picture's patches, in order, int64 [B, K].
+
+        It is drawn on the host: that generator's state is in every checkpoint.
+        """
+        num_kept = max(1, round(num_patches * (1 - self.patch_dropout)))
+        return torch.rand(batch, num_patches, device="cpu").argsort(dim=1)[:, :num_kept].sort(dim=1).values
 
     def _patches(self, image_BHWC: Tensor) -> Tensor:
         """Cut into normalised patches, flattened as conv1's weight is. -> [B, P, 3 * patch * patch]"""

@@ -27,18 +27,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from rayclip.config import ClassifyConfig, EmbedConfig, ModelConfig
+from rayclip.config import ClassifyConfig, EmbedConfig
 from rayclip.data.decode import BadSampleError, eval_array, read_caption, read_image
 from rayclip.data.formats.tar import Sample, read_samples
 from rayclip.data.manifest import Manifest
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
+from rayclip.files import find_weights
 from rayclip.inference.encoder import Encoder
 from rayclip.orchestration.parts import Part, PartFolder, plan_parts
 from rayclip.orchestration.pool import run_parts, start
 from rayclip.tracking.mlflow import resolve_uri
 from rayclip.tracking.registry import ModelSource, is_registered, resolve_model
-from rayclip.training.checkpoint import load_model, read_config
+from rayclip.training.checkpoint import load_model
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Model:
 
     def encoder(self, device: str) -> Encoder:
         """The model, loaded."""
-        there = self.source.folder.is_dir()
+        there = self.source.folder.exists()
         folder = self.source.folder if there else resolve_model(self.uri, self.tracking_uri).folder
         return Encoder(load_model(folder), get_tokenizer(self.context_length), device)
 
@@ -77,9 +78,9 @@ def open_model(uri: str, tracking_uri: str | None) -> Model:
     """Find a model and hold that it loads. Raises UserError."""
     source = resolve_model(uri, tracking_uri)
     model = load_model(source.folder)
-    config = ModelConfig.model_validate(read_config(source.folder)["model"])
+    config = model.config
     tokenizer = get_tokenizer(config.text.context_length)
-    with (source.folder / "model.safetensors").open("rb") as weights:
+    with (find_weights(source.folder) or source.folder).open("rb") as weights:
         digest = hashlib.file_digest(weights, "sha256").hexdigest()
     pinned = f"models:/{source.version}" if is_registered(uri) else str(source.folder)
     sizes = config.vision.image_size, config.text.context_length, config.embed_dim

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+from pydantic import ValidationError
 
+from rayclip.config import TrainConfig
 from rayclip.errors import UserError
 from rayclip.files import write_json
 from rayclip.training.checkpoint import read_metrics
@@ -59,7 +61,7 @@ class RunFolder:
 
     def check_same(self, record: dict[str, Any], config: dict[str, Any]) -> None:
         """Raise UserError where a run of this name was started with other settings."""
-        before, now = record["config"], config
+        before, now = _with_defaults(record["config"]), config
         for section in before.keys() | now.keys():
             if section not in _MAY_CHANGE and not _same(before.get(section), now.get(section)):
                 raise UserError(
@@ -102,6 +104,14 @@ def _read_or_none(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run of an older version had, with the keys that have been added since."""
+    try:
+        return TrainConfig.model_validate(config).model_dump(mode="json")
+    except ValidationError:
+        return config
 
 
 def _same(before: object, now: object) -> bool:

@@ -21,13 +21,14 @@ from rayclip.data.stream import Stream, StreamSpec
 from rayclip.errors import UserError
 from rayclip.evaluation.tasks import Evaluator
 from rayclip.models.presets import preset
+from rayclip.models.weights import fit_weights
 from rayclip.orchestration.cluster import check_resources, connect
 from rayclip.orchestration.progress import ProgressLine
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import latest_checkpoint, remaining_dataset
 from rayclip.orchestration.worker import Job, Monitor, train_worker
 from rayclip.tracking import mlflow as tracking
-from rayclip.tracking.registry import link_checkpoint, register
+from rayclip.tracking.registry import is_registered, link_checkpoint, register, resolve_model
 from rayclip.training.checkpoint import read_state
 
 _POLL_S = 0.5
@@ -51,6 +52,9 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
     Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
     uri = tracking.resolve_uri(config.tracking.uri)
     tracking.connect(uri)
+    if config.weights is not None and record is None:
+        assert isinstance(config.model, ModelConfig)
+        fit_weights(resolve_model(config.weights, uri).folder, config.model)
 
     workers = config.cluster
     # One core beside the workers reads ahead for them.
@@ -87,7 +91,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
         for name, task in config.evaluation.tasks.items()
     }
     evaluation = config.evaluation.model_copy(update={"tasks": tasks})
-    return config.model_copy(update={"model": model, "data": data, "evaluation": evaluation})
+    weights = config.weights
+    if weights is not None and not is_registered(weights):
+        weights = str(Path(weights).absolute())
+    return config.model_copy(update={"model": model, "weights": weights, "data": data, "evaluation": evaluation})
 
 
 def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:

@@ -23,10 +23,11 @@ from rayclip.evaluation.tasks import Evaluator
 from rayclip.files import write_text
 from rayclip.inference.encoder import Encoder
 from rayclip.models.clip import CLIP
+from rayclip.models.weights import fit_weights
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import batches
 from rayclip.tracking.mlflow import MlflowTracker, connect, flatten
-from rayclip.tracking.registry import link_checkpoint
+from rayclip.tracking.registry import link_checkpoint, resolve_model
 from rayclip.training.checkpoint import RunState, read_metrics, restore, write_checkpoint
 from rayclip.training.loop import Hooks, Metrics, Plan, Trainer
 from rayclip.training.optimizer import RowAdamW, build_optimizer
@@ -109,7 +110,7 @@ class Worker:
         """Train from the latest checkpoint to the end of the stream."""
         assert isinstance(self.config.model, ModelConfig)
         torch.manual_seed(self.config.seed)
-        self.model = CLIP(self.config.model).to(ray.train.torch.get_device())
+        self.model = self._new_model(self.config.model).to(ray.train.torch.get_device())
         self.optimizer: RowAdamW = build_optimizer(self.model, self.config.optimizer)
         state = self._restore()
         ledger = Stream(self.job.spec, state.ledger).ledger()
@@ -133,6 +134,16 @@ class Worker:
             evaluate_every=config.evaluation.every_samples,
             max_bad_fraction=config.data.max_bad_fraction,
         )
+
+    def _new_model(self, settings: ModelConfig) -> CLIP:
+        """Fresh, or with the weights that a run starts from; a checkpoint, where there is one, is restored later."""
+        model = CLIP(settings)
+        if self.config.weights is not None and ray.train.get_checkpoint() is None:
+            source = resolve_model(self.config.weights, self.job.tracking_uri)
+            model.load_state_dict(fit_weights(source.folder, settings))
+        if self.config.lock != "none":
+            model.lock(self.config.lock)
+        return model
 
     def _restore(self) -> RunState:
         checkpoint = ray.train.get_checkpoint()

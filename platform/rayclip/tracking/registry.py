@@ -22,13 +22,14 @@ from mlflow.exceptions import MlflowException
 from safetensors import SafetensorError, safe_open
 
 from rayclip.errors import UserError, nearest
+from rayclip.files import SETTINGS_BESIDE, find_weights
 from rayclip.tracking.mlflow import connect, flatten, resolve_uri
 
 MODEL_FILES = ("model.safetensors", "config.json", "metrics.json")
 """What a served model needs of a checkpoint."""
 
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[^/@]+)|/(?P<number>\d+))")
-_FORMS = "a model is models:/NAME@ALIAS, models:/NAME/VERSION or the folder of a checkpoint"
+_FORMS = "a model is models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint or exported weights"
 
 
 def link_checkpoint(
@@ -117,7 +118,9 @@ def roll_back(uri: str, to: int | None, tracking_uri: str | None) -> tuple[int, 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that can be loaded. `version` is what every answer names; `folder` holds MODEL_FILES or a checkpoint."""
+    """A model that can be loaded. `version` is what every answer names; `folder` holds MODEL_FILES or a checkpoint, or
+    it is exported weights: a folder, or one file.
+    """
 
     name: str
     version: str
@@ -136,7 +139,8 @@ class Version(NamedTuple):
 
 
 def resolve_model(uri: str, tracking_uri: str | None) -> ModelSource:
-    """The model that `uri` names: models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint's folder.
+    """The model that `uri` names: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint's folder, or
+    exported weights (a folder, or one file).
 
     Raises UserError for one that is not there or not whole, and where MLflow is needed and does not answer.
     """
@@ -253,16 +257,24 @@ def _download(version: Version, tracking_uri: str, folder: Path) -> None:
 
 def _checkpoint(path: str) -> ModelSource:
     folder = Path(path).absolute()
-    if not folder.is_dir():
+    if not folder.exists():
         raise UserError(f"no model at '{path}': the folder does not exist; {_FORMS}")
-    _check_files(folder, f"'{path}'", ("model.safetensors", "config.json"))
-    try:
-        name = json.loads((folder / "config.json").read_text()).get("name")
-    except (OSError, ValueError, AttributeError):
-        raise UserError(f"'{path}' is no checkpoint: its config.json cannot be read") from None
-    with (folder / "model.safetensors").open("rb") as weights:
-        digest = hashlib.file_digest(weights, "sha256").hexdigest()
+    weights = find_weights(folder) or folder / "model.safetensors"
+    name = None
+    if folder.is_dir():  # else it is one file with a state dict
+        settings = SETTINGS_BESIDE[weights.name]
+        _check_files(folder, f"'{path}'", (weights.name, settings))
+        name = _name(folder / settings, path)
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return ModelSource(str(name or folder.name), f"{folder.name}@{digest[:8]}", folder)
+
+
+def _name(settings: Path, path: str) -> object:
+    try:
+        return json.loads(settings.read_text()).get("name")
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"'{path}' is no checkpoint: its {settings.name} cannot be read") from None
 
 
 def _check_files(folder: Path, what: str, files: tuple[str, ...] = MODEL_FILES) -> None:
@@ -272,12 +284,15 @@ def _check_files(folder: Path, what: str, files: tuple[str, ...] = MODEL_FILES) 
         within = sorted([*folder.glob("*/model.safetensors"), *folder.glob("checkpoints/*/model.safetensors")])
         hint = f"; did you mean '{os.path.relpath(within[-1].parent)}'?" if within else ""
         raise UserError(f"{what} is no checkpoint: it has no {' and no '.join(missing)}{hint}")
+    weights = files[0]
+    if not weights.endswith(".safetensors"):
+        return
     try:
         # Reads the header alone, and holds it against the file's length.
-        with safe_open(folder / "model.safetensors", framework="numpy"):
+        with safe_open(folder / weights, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{what} is damaged: model.safetensors cannot be read: {_first_line(error)}") from None
+        raise UserError(f"{what} is damaged: {weights} cannot be read: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

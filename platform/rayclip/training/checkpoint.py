@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rayclip.config import ModelConfig
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
+from rayclip.models.weights import read_weights
 
 _RANDOM_STATE = "torch_random_state"
 
@@ -90,18 +88,11 @@ def restore(folder: Path, model: CLIP, optimizer: Optimizer) -> RunState:
 
 
 def load_model(folder: str | Path) -> CLIP:
-    """The model of a checkpoint, on the CPU. Raises UserError where the folder is no checkpoint, or a damaged one."""
-    folder = Path(folder)
-    config = read_config(folder)
-    try:
-        model = CLIP(ModelConfig.model_validate(config["model"]))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (KeyError, ValidationError):
-        raise UserError(f"'{folder}/config.json' describes no model") from None
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"'{folder}/model.safetensors' does not hold the model's weights: {reason}") from None
-    return model
+    """The model of a checkpoint, or of exported weights (models/weights.py), on the CPU.
+
+    Raises UserError where there is none, or a damaged one.
+    """
+    return read_weights(folder).model()
 
 
 def _optimizer_tensors(model: CLIP, optimizer: Optimizer) -> dict[str, Tensor]:

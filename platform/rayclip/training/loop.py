@@ -155,4 +155,6 @@ class Trainer:
 def _data_parallel(model: CLIP) -> nn.Module:
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # A batch norm's statistics are those of the first rank: that is whose weights are saved.
+    has_statistics = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    return DistributedDataParallel(model, broadcast_buffers=has_statistics, gradient_as_bucket_view=True)

@@ -1,5 +1,7 @@
 """AdamW as CLIP uses it, at a cost that follows the vocabulary in use."""
 
+import re
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,9 @@ from torch import Tensor, nn
 
 from rayclip.config import OptimizerConfig
 from rayclip.models.clip import CLIP
+from rayclip.models.vision import VisionTransformer
+
+_HEADS = ("ln_post", "proj", "attnpool", "ln_final", "text_projection", "logit_scale")
 
 
 def build_optimizer(model: CLIP, config: OptimizerConfig) -> "RowAdamW":
@@ -19,12 +24,39 @@ def build_optimizer(model: CLIP, config: OptimizerConfig) -> "RowAdamW":
     """
     # NCCL cannot add row-sparse gradients up.
     model.token_embedding.sparse = not dist.is_initialized() or dist.get_backend() == "gloo"
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rates, members = layer_rates(model, config.layer_decay), defaultdict(list)
+    for name, parameter in trained:
+        members[rates[name], parameter.ndim >= 2].append(parameter)
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": config.weight_decay if is_matrix else 0.0, "lr_scale": scale}
+        for (scale, is_matrix), parameters in members.items()
     ]
     return RowAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def layer_rates(model: CLIP, decay: float) -> dict[str, float]:
+    """What each parameter's learning rate is multiplied by, by name: layer-wise decay (BEiT, arXiv:2106.08254).
+
+    In each tower the head (last norm, projection, attention pool) has 1, the block below it `decay`, and so on down to
+    the embeddings, or the stem. A ResNet's blocks are its four stages.
+    """
+    depth = {"image": 4, "text": len(model.transformer.resblocks)}
+    if isinstance(model.visual, VisionTransformer):
+        depth["image"] = len(model.visual.transformer.resblocks)
+    rates = {}
+    for name, _ in model.named_parameters():
+        top = depth["image" if name.startswith("visual.") else "text"] + 1
+        rates[name] = decay ** (top - _layer(name.removeprefix("visual."), top))
+    return rates
+
+
+def _layer(name: str, top: int) -> int:
+    """The layer of a tower's parameter: 0 for what comes before the blocks, `top` for what comes after them."""
+    block = re.match(r"transformer\.resblocks\.(\d+)\.|layer(\d)\.", name)
+    if block:
+        return int(block[1]) + 1 if block[1] else int(block[2])
+    return top if name.startswith(_HEADS) else 0
 
 
 class RowAdamW(torch.optim.AdamW):

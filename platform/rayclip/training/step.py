@@ -55,7 +55,7 @@ def train_step(
     if max_grad_norm is not None:
         _clip_gradient(model, max_grad_norm)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     optimizer.step()
     model.clamp_logit_scale_()
     return StepResult(total_loss, num_trained, num_skipped, logit_scale.item())
