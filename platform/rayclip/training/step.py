@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from rayclip.collective import all_gather_rows, gather_counts, reduce_counts, world_size
+from rayclip.collective import all_gather_rows, gather_counts, reduce_counts
 from rayclip.data.stream import Batch
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
-from rayclip.training.loss import info_nce
+from rayclip.training.gradient import Inputs, forward_backward
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,9 @@ def train_step(
     if not num_trained:
         return StepResult(math.nan, 0, num_skipped, model.logit_scale.exp().item())
 
-    image, text, logit_scale = net(
-        *(_to(batch[name], real, device) for name in ("image", "tokens")), torch.from_numpy(batch["num_tokens"][real])
-    )
-    loss = info_nce(image, text, logit_scale, batch_sizes)
+    logit_scale = model.logit_scale.exp().item()
     optimizer.zero_grad(set_to_none=True)
-    # Data parallelism averages gradients over ranks; shares of one loss must be summed.
-    (loss * world_size()).backward()
+    loss = forward_backward(net, _inputs(batch, real), batch_sizes, device)
     total_loss = reduce_counts(loss).item()
     if not math.isfinite(total_loss):
         raise UserError(f"the loss is {total_loss}: {_identity(batch)}")
@@ -58,7 +54,7 @@ def train_step(
         group["lr"] = lr
     optimizer.step()
     model.clamp_logit_scale_()
-    return StepResult(total_loss, num_trained, num_skipped, logit_scale.item())
+    return StepResult(total_loss, num_trained, num_skipped, logit_scale)
 
 
 def _clip_gradient(model: nn.Module, max_norm: float) -> None:
@@ -75,10 +71,12 @@ def _clip_gradient(model: nn.Module, max_norm: float) -> None:
         value.mul_(scale)
 
 
-def _to(array: np.ndarray, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+def _inputs(batch: Batch, rows: np.ndarray) -> Inputs:
     # Most batches have nothing to leave out, and then nothing is copied.
-    array = array if len(rows) == len(array) else array[rows]
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    whole = len(rows) == len(batch["num_tokens"])
+    arrays = (batch["image"], batch["tokens"], batch["num_tokens"])
+    image, tokens, num_tokens = (torch.from_numpy(array if whole else array[rows]) for array in arrays)
+    return image, tokens, num_tokens
 
 
 def _identity(batch: Batch) -> str:
