@@ -59,13 +59,14 @@ def _in_micro_batches(
     leaves = [torch.cat(images), torch.cat(texts), *(tensors[0].detach() for tensors in scale_and_bias)]
     share = _backward([leaf.requires_grad_() for leaf in leaves], batch_sizes, loss)
     image_grad, text_grad, *other_grads = (leaf.grad for leaf in leaves)
-    for number, grads in enumerate(zip(image_grad.split(size), text_grad.split(size), strict=True), start=1):
-        # Gradients are summed over ranks with the last micro-batch, which brings the scale's gradient too.
-        ends = number == len(micro_batches)
-        with nullcontext() if ends else _without_sync(net):
-            with _replayed(random_states[number - 1], device):
-                again = _outputs(net, micro_batches[number - 1], device)
-            torch.autograd.backward(again if ends else again[:2], [*grads, *other_grads] if ends else grads)
+    for number, grads in enumerate(zip(image_grad.split(size), text_grad.split(size), strict=True)):
+        last = number == len(micro_batches) - 1
+        # Ranks sum their gradients up with the last micro-batch, which is the one that the scale's gradient goes with.
+        with nullcontext() if last else _without_sync(net):
+            with _replayed(random_states[number], device):
+                again = _outputs(net, micro_batches[number], device)
+            given = [*grads, *other_grads] if last else grads
+            torch.autograd.backward(again[: len(given)], given)
     return share
 
 
