@@ -1,5 +1,6 @@
 """Every job's settings: pydantic, frozen, unknown keys refused, each key described once, here."""
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -73,6 +74,8 @@ class ModelConfig(Config):
     vision: VisionConfig | ResNetConfig = Field(VisionConfig(), discriminator="kind", description="the image tower")
     text: TextConfig = Field(TextConfig(), description="the text tower")
     quick_gelu: bool = Field(False, description="x * sigmoid(1.702 x) in place of GELU, as in OpenAI's weights")
+    init_logit_scale: float = Field(math.log(1 / 0.07), ge=0, le=math.log(100), description="the scale's logarithm")
+    init_logit_bias: float | None = Field(None, description="added to scores, for loss.kind=sigmoid; None has no bias")
 
     @field_validator("vision", mode="before")
     @classmethod
@@ -89,6 +92,18 @@ class DataConfig(Config):
     crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="a crop's width over its height")
     shuffle_window: int = Field(8, gt=0, description="chunks fetched together, their samples mixed among each other")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unreadable samples that stops the run")
+
+
+class LossConfig(Config):
+    """How pictures and captions are drawn to their partners and away from all others of the batch."""
+
+    kind: Literal["info_nce", "sigmoid"] = Field(
+        "info_nce", description="info_nce: CLIP's, each among all; sigmoid: SigLIP's, each pair by itself"
+    )
+    distribution: Literal["gather", "ring"] = Field(
+        "gather", description="gather: captions of all workers at once; ring: one worker's after another's, less memory"
+    )
+    tile_size: int = Field(1024, gt=0, description="rows and columns of the matrix of scores computed at once")
 
 
 class OptimizerConfig(Config):
@@ -181,6 +196,13 @@ class TrainConfig(Config):
     epochs: int | None = Field(None, gt=0, description="duration in passes over the data; this or samples")
     samples: int | None = Field(None, gt=0, description="duration in samples seen, rounded up to whole chunks")
     batch_size: int = Field(gt=0, description="pairs a step, over all workers; negatives come from all of them")
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="pairs of a worker in the towers at once; fewer take less memory; None: all"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute activations anew in the backward pass, in place of keeping them"
+    )
+    loss: LossConfig = Field(LossConfig(), description="what is minimised")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the optimizer")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is measured")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when state is saved")
@@ -195,6 +217,12 @@ class TrainConfig(Config):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of cluster.num_workers {self.cluster.num_workers}"
             )
+        if (
+            isinstance(self.model, ModelConfig)
+            and self.model.init_logit_bias is not None
+            and self.loss.kind != "sigmoid"
+        ):
+            raise ValueError("model.init_logit_bias is for loss.kind=sigmoid; leave it out")
         # Here and not when it is first measured: that may be hours later.
         tasks, best = self.evaluation.tasks, self.evaluation.best
         measured = [f"{name}.{metric}" for name, task in tasks.items() for metric in task.metrics]
@@ -340,7 +368,7 @@ class ConvertConfig(Config):
 class BenchmarkConfig(Config):
     """python -m jobs.benchmark"""
 
-    name: Literal["tokenizer", "text_tower", "serve", "batching"] = Field(description="what is measured")
+    name: Literal["tokenizer", "text_tower", "loss", "serve", "batching"] = Field(description="what is measured")
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
     samples: int = Field(20_000, gt=0, description="captions to tokenise")
     threads: int | None = Field(None, gt=0, description="torch threads; None leaves torch's own choice")

@@ -140,3 +140,25 @@ def test_too_many_bad_samples_end_the_run_with_one_line(tmp_path, data, make_con
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
     assert run.info.status == "FAILED"
+
+
+def test_two_workers_with_the_sigmoid_loss_around_a_ring_in_micro_batches(tmp_path, pictures, make_config, monkeypatch):
+    """And with activations computed anew; the bias that this loss needs comes by itself and is in the checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    config = make_config(
+        "sigmoid",
+        pictures,
+        epochs=2,
+        batch_size=20,
+        micro_batch_size=4,
+        activation_checkpointing=True,
+        loss={"kind": "sigmoid", "distribution": "ring"},
+        evaluation={"tasks": {"classes": {"kind": "zero_shot", "path": str(pictures)}}},
+        cluster={"num_workers": 2},
+    )
+    summary = train_job.main(TrainConfig.model_validate(config))
+    assert summary["samples_seen"] == 80
+    assert summary["zero_shot"]["classes"]["num_samples"] == 40
+    model = load_model(summary["checkpoint"])
+    assert -10.5 < model.logit_bias.item() < -9.5 and model.logit_bias.item() != -10
+    assert model.logit_scale.exp().item() == pytest.approx(10, rel=0.05)

@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from rayclip.config import OptimizerConfig
+from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
+from rayclip.inference.encoder import Encoder
+from rayclip.inference.zero_shot import class_matrix
 from rayclip.models.clip import CLIP
+from rayclip.models.presets import with_logit_bias
 from rayclip.training import checkpoint
 from rayclip.training.checkpoint import (
     RunState,
@@ -122,6 +126,19 @@ def test_a_checkpoint_before_the_first_step_can_be_restored(tmp_path, tiny_confi
     other, other_optimizer = start(tiny_config, seed=1)
     assert restore(tmp_path / "first", other, other_optimizer) == RunState()
     assert_equal(state_of(model, optimizer), state_of(other, other_optimizer))
+
+
+def test_a_logit_bias_is_part_of_the_model(tmp_path, tiny_config):
+    config = with_logit_bias(tiny_config)
+    model, optimizer = start(config)
+    with torch.no_grad():
+        model.logit_bias.fill_(-8.5)
+    write_checkpoint(tmp_path / "biased", model, optimizer, RunState(), {"model": config.model_dump(mode="json")}, {})
+    loaded = load_model(tmp_path / "biased")
+    assert loaded.logit_bias.item() == -8.5
+    encoder = Encoder(loaded, get_tokenizer(16), "cpu")
+    assert encoder.logit_scale == pytest.approx(10)
+    assert class_matrix(encoder, ["one", "two"], "a {}").shape == (2, config.embed_dim)
 
 
 def test_load_model_gives_the_model(written):

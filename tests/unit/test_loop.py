@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from rayclip.config import ModelConfig, OptimizerConfig
+from rayclip.config import LossConfig, ModelConfig, OptimizerConfig
 from rayclip.data.decode import CAUSES
 from rayclip.data.manifest import Manifest
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
+from rayclip.models.presets import with_logit_bias
 from rayclip.training import loop as loop_module
 from rayclip.training import meter as meter_module
 from rayclip.training.checkpoint import RunState, restore, write_checkpoint
@@ -157,6 +158,18 @@ def test_a_run_that_crashed_ends_with_the_same_bits(tmp_path, data, tiny_config,
     other = Run(tmp_path / "other", data, tiny_config, make_plan(optimizer=OptimizerConfig(lr=1e-3)))
     other.start()
     assert other.everything() != whole.everything()
+
+
+def test_a_run_in_micro_batches_and_with_a_bias_goes_on_too(tmp_path, data, tiny_config):
+    plan = make_plan(loss=LossConfig(kind="sigmoid"), micro_batch_size=4)
+    whole = Run(tmp_path / "whole", data, with_logit_bias(tiny_config), plan)
+    whole.start()
+    assert whole.model.logit_bias.item() != -10
+    broken = Run(tmp_path / "broken", data, with_logit_bias(tiny_config), plan)
+    with pytest.raises(CrashError):
+        broken.start(crash_after=5)
+    broken.start()
+    assert broken.everything() == whole.everything()
 
 
 def test_a_crash_repeats_only_what_was_not_saved(tmp_path, data, tiny_config):

@@ -8,7 +8,7 @@ from torch import nn
 from rayclip.config import ModelConfig, TextConfig, VisionConfig
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
-from rayclip.models.presets import PRESETS, preset
+from rayclip.models.presets import PRESETS, preset, with_logit_bias
 from rayclip.models.vision import IMAGE_MEAN, IMAGE_STD
 
 START, END, VOCAB = 198, 199, 200
@@ -155,6 +155,17 @@ def test_every_preset_builds_and_unknown_ones_name_the_nearest():
         preset("vit-b/32")
 
 
+def test_a_bias_is_there_where_the_loss_needs_one():
+    plain, config = CLIP(small_config()), with_logit_bias(small_config())
+    torch.manual_seed(0)
+    biased = CLIP(config)
+    assert set(biased.state_dict()) - set(plain.state_dict()) == {"logit_bias"}
+    *_, scale, bias = biased(*make_batch([5, 9]))
+    assert (scale.item(), bias.item()) == (pytest.approx(10), -10)
+    own = config.model_copy(update={"init_logit_bias": -3.0, "init_logit_scale": 1.5})
+    assert with_logit_bias(own) == own
+
+
 def open_clip_twin(open_clip, config):
     vision, text = config.vision, config.text
     twin = open_clip.model.CLIP(
@@ -174,6 +185,7 @@ def open_clip_twin(open_clip, config):
             layers=text.layers,
         ),
         quick_gelu=config.quick_gelu,
+        init_logit_bias=config.init_logit_bias,
     )
     return twin.float()
 
@@ -216,3 +228,15 @@ def test_initialisation_spreads_as_in_open_clip(open_clip):
         if weight.numel() > 1:
             assert weight.std().item() == pytest.approx(expected.std().item(), rel=0.25, abs=1e-6), name
         torch.testing.assert_close(weight.mean(), expected.mean(), atol=0.02, rtol=0, msg=name)
+
+
+@pytest.mark.peers
+def test_a_bias_goes_to_open_clip_and_back(open_clip):
+    config = with_logit_bias(small_config())
+    model = CLIP(config)
+    twin = open_clip_twin(open_clip, config)
+    twin.load_state_dict(model.state_dict(), strict=True)
+    with torch.no_grad():
+        twin.logit_bias.fill_(-7.5)
+    model.load_state_dict(twin.state_dict(), strict=True)
+    assert model.logit_bias.item() == -7.5

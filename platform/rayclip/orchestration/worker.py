@@ -23,6 +23,7 @@ from rayclip.evaluation.tasks import Evaluator
 from rayclip.files import write_text
 from rayclip.inference.encoder import Encoder
 from rayclip.models.clip import CLIP
+from rayclip.models.transformer import checkpoint_activations
 from rayclip.models.weights import fit_weights
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import batches
@@ -111,6 +112,8 @@ class Worker:
         assert isinstance(self.config.model, ModelConfig)
         torch.manual_seed(self.config.seed)
         self.model = self._new_model(self.config.model).to(ray.train.torch.get_device())
+        if self.config.activation_checkpointing:
+            checkpoint_activations(self.model)
         self.optimizer: RowAdamW = build_optimizer(self.model, self.config.optimizer)
         state = self._restore()
         ledger = Stream(self.job.spec, state.ledger).ledger()
@@ -133,6 +136,8 @@ class Worker:
             checkpoint_every=config.checkpoint.every_samples,
             evaluate_every=config.evaluation.every_samples,
             max_bad_fraction=config.data.max_bad_fraction,
+            loss=config.loss,
+            micro_batch_size=config.micro_batch_size,
         )
 
     def _new_model(self, settings: ModelConfig) -> CLIP:

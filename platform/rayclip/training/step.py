@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from rayclip.collective import all_gather_rows, gather_counts, reduce_counts, world_size
+from rayclip.collective import all_gather_rows, gather_counts, reduce_counts
+from rayclip.config import LossConfig
 from rayclip.data.stream import Batch
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
-from rayclip.training.loss import info_nce
+from rayclip.training.gradient import Inputs, forward_backward
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,20 @@ class StepResult:
 
 
 def train_step(
-    net: nn.Module, model: CLIP, optimizer: Optimizer, batch: Batch, lr: float, max_grad_norm: float | None
+    net: nn.Module,
+    model: CLIP,
+    optimizer: Optimizer,
+    batch: Batch,
+    lr: float,
+    max_grad_norm: float | None,
+    loss: LossConfig = LossConfig(),  # noqa: B008 (frozen)
+    micro_batch_size: int | None = None,
 ) -> StepResult:
     """Forward, backward and update on this rank's part of a global batch.
 
-    `net` is `model`, or `model` wrapped for data parallelism. Raises UserError, on every rank, where the loss is not
-    finite; the weights are then those before the step.
+    `net` is `model`, or `model` wrapped for data parallelism. At most `micro_batch_size` pairs of this rank go through
+    it at once, which changes memory and time and nothing else; None is all. Raises UserError, on every rank, where
+    the loss is not finite; the weights are then those before the step.
     """
     device = model.logit_scale.device
     real = np.flatnonzero(batch["num_tokens"])
@@ -42,14 +51,10 @@ def train_step(
     if not num_trained:
         return StepResult(math.nan, 0, num_skipped, model.logit_scale.exp().item())
 
-    image, text, logit_scale = net(
-        *(_to(batch[name], real, device) for name in ("image", "tokens")), torch.from_numpy(batch["num_tokens"][real])
-    )
-    loss = info_nce(image, text, logit_scale, batch_sizes)
+    logit_scale = model.logit_scale.detach().exp()
     optimizer.zero_grad(set_to_none=True)
-    # Data parallelism averages gradients over ranks; shares of one loss must be summed.
-    (loss * world_size()).backward()
-    total_loss = reduce_counts(loss).item()
+    share = forward_backward(net, _inputs(batch, real), batch_sizes, device, loss, micro_batch_size)
+    total_loss = reduce_counts(share).item()
     if not math.isfinite(total_loss):
         raise UserError(f"the loss is {total_loss}: {_identity(batch)}")
     if max_grad_norm is not None:
@@ -75,10 +80,12 @@ def _clip_gradient(model: nn.Module, max_norm: float) -> None:
         value.mul_(scale)
 
 
-def _to(array: np.ndarray, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+def _inputs(batch: Batch, rows: np.ndarray) -> Inputs:
     # Most batches have nothing to leave out, and then nothing is copied.
-    array = array if len(rows) == len(array) else array[rows]
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    whole = len(rows) == len(batch["num_tokens"])
+    arrays = (batch["image"], batch["tokens"], batch["num_tokens"])
+    image, tokens, num_tokens = (torch.from_numpy(array if whole else array[rows]) for array in arrays)
+    return image, tokens, num_tokens
 
 
 def _identity(batch: Batch) -> str:
