@@ -398,6 +398,24 @@ def test_a_shorter_context_cuts_and_all_else_is_refused(tmp_path):
             fit_weights(folder, other)
 
 
+@pytest.mark.peers
+def test_a_logit_bias_goes_with_the_weights(open_clip, tmp_path):
+    plain = FAMILIES["vit-gelu"]
+    biased = plain.model_copy(update={"init_logit_bias": -10.0, "init_logit_scale": 2.3})
+    model = random_model(biased)
+    folder = write(tmp_path, model, "open_clip")
+    twin = open_clip.create_model(f"local-dir:{folder}")
+    assert torch.equal(twin.logit_bias, model.logit_bias)
+    assert torch.equal(load_model(folder).logit_bias, model.logit_bias)
+    assert torch.equal(load_model(write(tmp_path, model, "rayclip")).logit_bias, model.logit_bias)
+    assert torch.equal(fit_weights(folder, biased)["logit_bias"], model.logit_bias)
+    assert "logit_bias" not in fit_weights(folder, plain)
+    begins = fit(random_model(plain).state_dict(), plain, biased)
+    assert begins["logit_bias"].item() == -10
+    with pytest.raises(UserError, match=r"^Hugging Face's CLIPModel has no logit bias: export to open_clip$"):
+        write(tmp_path, model, "huggingface")
+
+
 # The job
 
 

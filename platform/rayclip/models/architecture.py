@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 _HEAD_WIDTH = 64
 _RESNET_STRIDE = 32
 _GRIDS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
-_FREE = ("vision.image_size", "vision.patch_dropout", "text.context_length")
+_FREE = ("vision.image_size", "vision.patch_dropout", "text.context_length", "init_logit_scale", "init_logit_bias")
 """What may differ between weights and the model that starts from them."""
 
 
@@ -53,7 +53,9 @@ def infer(
             layers=_count(tensors, "transformer.resblocks."),
             heads=1,
         )
-        config = ModelConfig(embed_dim=tensors["text_projection"].shape[1], vision=vision, text=text)
+        bias = float(tensors["logit_bias"]) if "logit_bias" in tensors else None
+        embed_dim = tensors["text_projection"].shape[1]
+        config = ModelConfig(embed_dim=embed_dim, vision=vision, text=text, init_logit_bias=bias)
     except (KeyError, ValueError, IndexError) as error:
         missing = f"{error} is missing" if isinstance(error, KeyError) else "shapes do not fit each other"
         raise UserError(f"these are not the weights of a CLIP: {missing}") from None
@@ -82,7 +84,8 @@ def check_fit(config: ModelConfig, tensors: Tensors) -> None:
 def fit(tensors: Tensors, config: ModelConfig, wanted: ModelConfig) -> Tensors:
     """The weights of `config` as `wanted` can start from them: another picture size, a shorter context, or the same.
 
-    Position embeddings of a grid are interpolated (bicubic, antialiased), those of captions are cut.
+    Position embeddings of a grid are interpolated (bicubic, antialiased), those of captions are cut. A logit bias
+    begins as `wanted` has it where the weights have none, and is left out where `wanted` has none.
 
     Raises:
         UserError: it is another model; names the first difference.
@@ -93,6 +96,10 @@ def fit(tensors: Tensors, config: ModelConfig, wanted: ModelConfig) -> Tensors:
         if name in tensors:
             tensors[name] = _resize(tensors[name], _grid(wanted))
     tensors["positional_embedding"] = tensors["positional_embedding"][: wanted.text.context_length]
+    if wanted.init_logit_bias is None:
+        tensors.pop("logit_bias", None)
+    else:
+        tensors.setdefault("logit_bias", torch.tensor(wanted.init_logit_bias))
     return tensors
 
 
@@ -162,7 +169,7 @@ def _count(tensors: Tensors, prefix: str) -> int:
 
 def _shapes(config: ModelConfig) -> ModelConfig:
     """Without what leaves no trace in the weights."""
-    plain: dict[str, Any] = {"quick_gelu": False}
+    plain: dict[str, Any] = {"quick_gelu": False, "init_logit_scale": 0.0, "init_logit_bias": None}
     if isinstance(config.vision, VisionConfig):
         plain["vision"] = config.vision.model_copy(update={"patch_dropout": 0.0})
     return _with_heads(config.model_copy(update=plain), 1, 1)

@@ -94,6 +94,8 @@ def write_settings(config: ModelConfig) -> dict[str, Any]:
     vision, text = config.vision, config.text
     if not isinstance(vision, VisionConfig):
         raise UserError("Hugging Face's CLIPModel has no ResNet: export to open_clip")
+    if config.init_logit_bias is not None:
+        raise UserError("Hugging Face's CLIPModel has no logit bias: export to open_clip")
     activation = "quick_gelu" if config.quick_gelu else "gelu"
     towers: dict[str, dict[str, Any]] = {
         "vision_config": {"image_size": vision.image_size, "patch_size": vision.patch_size},

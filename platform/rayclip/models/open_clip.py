@@ -50,5 +50,7 @@ def write_settings(config: ModelConfig) -> dict[str, Any]:
         "vision_cfg": image,
         "text_cfg": {key: getattr(text, key) for key in keys},
     }
+    if config.init_logit_bias is not None:
+        model["init_logit_bias"] = config.init_logit_bias
     pictures = {"mean": list(IMAGE_MEAN), "std": list(IMAGE_STD), "interpolation": "bicubic", "resize_mode": "shortest"}
     return {"model_cfg": model, "preprocess_cfg": pictures}

@@ -13,7 +13,7 @@ from rayclip.config import OptimizerConfig
 from rayclip.models.clip import CLIP
 from rayclip.models.vision import VisionTransformer
 
-_HEADS = ("ln_post", "proj", "attnpool", "ln_final", "text_projection", "logit_scale")
+_HEADS = ("ln_post", "proj", "attnpool", "ln_final", "text_projection", "logit_scale", "logit_bias")
 
 
 def build_optimizer(model: CLIP, config: OptimizerConfig) -> "RowAdamW":
