@@ -144,6 +144,9 @@ class ClusterConfig(Config):
     max_failures: int = Field(3, ge=-1, description="restarts after a crash before the run fails; -1 has no limit")
 
 
+Precision = Literal["float32", "bfloat16"]
+
+
 class TrainConfig(Config):
     """python -m jobs.train"""
 
@@ -155,6 +158,7 @@ class TrainConfig(Config):
     samples: int | None = Field(None, gt=0, description="duration in samples seen, rounded up to whole chunks")
     batch_size: int = Field(gt=0, description="pairs a step, over all workers; negatives come from all of them")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the optimizer")
+    precision: Precision = Field("float32", description="of the towers; weights, features and loss stay float32")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is measured")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when state is saved")
     tracking: TrackingConfig = Field(TrackingConfig(), description="where it is recorded")
@@ -301,10 +305,13 @@ class ClassifyConfig(Config):
 class BenchmarkConfig(Config):
     """python -m jobs.benchmark"""
 
-    name: Literal["tokenizer", "text_tower", "serve", "batching"] = Field(description="what is measured")
+    name: Literal["tokenizer", "text_tower", "step", "serve", "batching"] = Field(description="what is measured")
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
     samples: int = Field(20_000, gt=0, description="captions to tokenise")
     threads: int | None = Field(None, gt=0, description="torch threads; None leaves torch's own choice")
+    preset: str = Field("ViT-B/32", description="the model of a step")
+    batch_size: int = Field(32, gt=0, description="pairs a step")
+    precision: Precision = Field("float32", description="of both sides' towers in a step")
     window_s: float = Field(8.0, gt=0, description="length of a window under load")
     model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
     settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")

@@ -132,6 +132,7 @@ class Worker:
             checkpoint_every=config.checkpoint.every_samples,
             evaluate_every=config.evaluation.every_samples,
             max_bad_fraction=config.data.max_bad_fraction,
+            precision=config.precision,
         )
 
     def _restore(self) -> RunState:

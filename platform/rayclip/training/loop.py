@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rayclip.collective import all_gather_rows, world_size
-from rayclip.config import OptimizerConfig
+from rayclip.config import OptimizerConfig, Precision
 from rayclip.data.decode import CAUSES
 from rayclip.data.ledger import Ledger
 from rayclip.data.stream import Batch
@@ -25,6 +25,7 @@ from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.training.checkpoint import RunState
 from rayclip.training.meter import Meter
+from rayclip.training.precision import in_precision
 from rayclip.training.schedule import warmup_cosine
 from rayclip.training.step import StepResult, train_step
 
@@ -43,6 +44,7 @@ class Plan:
     checkpoint_every: int
     evaluate_every: int | None
     max_bad_fraction: float
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Trainer:
     ) -> None:
         self.plan, self.model, self.optimizer, self.hooks = plan, model, optimizer, hooks
         self.state, self.ledger = state, ledger
-        self._net = _data_parallel(model)
+        self._net = _data_parallel(in_precision(model, plan.precision))
         self._meter = Meter(state)
         self._num_skipped = sum(state.skipped.values())
         self._unsaved: list[np.ndarray] = []
@@ -152,7 +154,7 @@ class Trainer:
         return every is not None and before // every < self.state.samples_seen // every
 
 
-def _data_parallel(model: CLIP) -> nn.Module:
+def _data_parallel(model: nn.Module) -> nn.Module:
     if world_size() == 1:
         return model
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
