@@ -78,6 +78,14 @@ class OptimizerConfig(Config):
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm; None does not")
 
 
+class EmaConfig(Config):
+    """A moving average of the weights, kept and measured beside them."""
+
+    half_life_samples: int = Field(
+        gt=0, description="samples seen after which what the weights were counts half of what they are"
+    )
+
+
 class ZeroShotTask(Config):
     """Classify pictures by their classes' names alone."""
 
@@ -159,6 +167,7 @@ class TrainConfig(Config):
     batch_size: int = Field(gt=0, description="pairs a step, over all workers; negatives come from all of them")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the optimizer")
     precision: Precision = Field("float32", description="of the towers; weights, features and loss stay float32")
+    ema: EmaConfig | None = Field(None, description="a moving average of the weights; None keeps none")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is measured")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when state is saved")
     tracking: TrackingConfig = Field(TrackingConfig(), description="where it is recorded")
@@ -175,6 +184,8 @@ class TrainConfig(Config):
         # Here and not when it is first measured: that may be hours later.
         tasks, best = self.evaluation.tasks, self.evaluation.best
         measured = [f"{name}.{metric}" for name, task in tasks.items() for metric in task.metrics]
+        if self.ema:
+            measured += [f"{name}.ema.{metric}" for name, task in tasks.items() for metric in task.metrics]
         if best is not None and best not in measured:
             raise ValueError(f"evaluation.best '{best}' is not measured; measured: {', '.join(measured) or '-'}")
         return self

@@ -28,6 +28,7 @@ from rayclip.orchestration.stream import batches
 from rayclip.tracking.mlflow import MlflowTracker, connect, flatten
 from rayclip.tracking.registry import link_checkpoint
 from rayclip.training.checkpoint import RunState, read_metrics, restore, write_checkpoint
+from rayclip.training.ema import Ema
 from rayclip.training.loop import Hooks, Metrics, Plan, Trainer
 from rayclip.training.optimizer import RowAdamW, build_optimizer
 
@@ -111,10 +112,11 @@ class Worker:
         torch.manual_seed(self.config.seed)
         self.model = CLIP(self.config.model).to(ray.train.torch.get_device())
         self.optimizer: RowAdamW = build_optimizer(self.model, self.config.optimizer)
+        self.ema = Ema(self.model, self.config.ema) if self.config.ema else None
         state = self._restore()
         ledger = Stream(self.job.spec, state.ledger).ledger()
         hooks = Hooks(self._step, self._log, self._evaluate, self._save)
-        trainer = Trainer(self._plan(), self.model, self.optimizer, state, ledger, hooks)
+        trainer = Trainer(self._plan(), self.model, self.optimizer, state, ledger, hooks, self.ema)
         shard = ray.train.get_dataset_shard("train")
         trainer.run(batches(shard, self.config.batch_size // self.world_size))
 
@@ -141,7 +143,7 @@ class Worker:
             state = RunState(manifest_digest=self.job.spec.digest)
         else:
             with checkpoint.as_directory() as path:
-                state = restore(Path(path), self.model, self.optimizer)
+                state = restore(Path(path), self.model, self.optimizer, self.ema)
             if self.is_first:
                 self._link(Path(checkpoint.path), state.samples_seen)
         if state.manifest_digest != self.job.spec.digest:
@@ -168,7 +170,12 @@ class Worker:
         assert isinstance(config.model, ModelConfig)
         encoder = Encoder(self.model, get_tokenizer(config.model.text.context_length), self.model.logit_scale.device)
         evaluator = Evaluator(config.evaluation.tasks, config.model.vision.image_size, config.evaluation.batch_size)
-        return evaluator.run(encoder, self.folder.pictures if self.is_first else None)
+        metrics = evaluator.run(encoder, self.folder.pictures if self.is_first else None)
+        if self.ema:
+            with self.ema.in_place():
+                for name, averaged in evaluator.run(encoder).items():
+                    metrics[name]["ema"] = averaged
+        return metrics
 
     def _save(self, state: RunState, metrics: Metrics, seen: np.ndarray) -> None:
         name = f"samples-{state.samples_seen:012}"
@@ -180,7 +187,7 @@ class Worker:
         self._quarantine(seen[seen[:, 2] > 0], state.samples_seen)
         config = self.config.model_dump(mode="json")
         with tempfile.TemporaryDirectory() as scratch:
-            write_checkpoint(Path(scratch) / name, self.model, self.optimizer, state, config, content)
+            write_checkpoint(Path(scratch) / name, self.model, self.optimizer, state, config, content, self.ema)
             if self.config.checkpoint.record_samples:
                 np.save(Path(scratch) / name / "samples.npy", seen)
             checkpoint = ray.train.Checkpoint.from_directory(str(Path(scratch) / name))
@@ -215,8 +222,8 @@ class Worker:
         shown = [
             f"{name} {key} {value:.1%}"
             for name, measured in metrics.items()
-            for key, value in measured.items()
-            if key in ("top1", "top5", "image_to_text.recall_at_1", "image_to_text.recall_at_5")
+            for key, value in flatten(measured).items()
+            if key.removeprefix("ema.") in ("top1", "top5", "image_to_text.recall_at_1", "image_to_text.recall_at_5")
         ]
         self.job.monitor.note.remote(f"at {state.samples_seen:,} samples: {', '.join(shown)}")
 

@@ -24,6 +24,7 @@ from rayclip.data.stream import Batch
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.training.checkpoint import RunState
+from rayclip.training.ema import Ema
 from rayclip.training.meter import Meter
 from rayclip.training.precision import in_precision
 from rayclip.training.schedule import warmup_cosine
@@ -63,12 +64,22 @@ class Hooks:
 
 
 class Trainer:
-    """Trains `model` from `state` on; `ledger` holds the samples that the weights have seen already."""
+    """Trains `model` from `state` on; `ledger` holds the samples that the weights have seen already.
+
+    `ema`, where there is one, follows the model.
+    """
 
     def __init__(
-        self, plan: Plan, model: CLIP, optimizer: Optimizer, state: RunState, ledger: Ledger, hooks: Hooks
+        self,
+        plan: Plan,
+        model: CLIP,
+        optimizer: Optimizer,
+        state: RunState,
+        ledger: Ledger,
+        hooks: Hooks,
+        ema: Ema | None = None,
     ) -> None:
-        self.plan, self.model, self.optimizer, self.hooks = plan, model, optimizer, hooks
+        self.plan, self.model, self.optimizer, self.hooks, self.ema = plan, model, optimizer, hooks, ema
         self.state, self.ledger = state, ledger
         self._net = _data_parallel(in_precision(model, plan.precision))
         self._meter = Meter(state)
@@ -104,6 +115,8 @@ class Trainer:
         settings = self.plan.optimizer
         lr = warmup_cosine(before, settings.lr, settings.warmup_samples, self.plan.total_samples)
         result = train_step(self._net, self.model, self.optimizer, batch, lr, settings.max_grad_norm)
+        if self.ema and result.num_trained:
+            self.ema.update(result.num_trained)
         self._account(batch, result)
         metrics = {"loss": result.loss, "learning_rate": lr, "logit_scale": result.logit_scale}
         self.hooks.step(metrics | {"rates": self._meter.rates()}, self.state)
