@@ -54,6 +54,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     return {
         "preset": config.preset,
         "batch_size": config.batch_size,
+        "micro_batch_size": config.micro_batch_size,
         "precision": config.precision,
         "tokens_mean": round(float(np.mean([batch["num_tokens"].mean() for batch in ours.batches])), 1),
         "samples_per_s": round(config.batch_size / ours_s, 2),
@@ -80,13 +81,17 @@ class Ours:
             self.model.load_state_dict(weights)
         self._net = in_precision(self.model, config.precision)
         self._optimizer = build_optimizer(self.model, _OPTIMIZER)
+        self._micro_batch_size = config.micro_batch_size
         self._next = _cycle(self.batches)
 
     def step(self) -> float:
         """Train on the next batch."""
-        loss = train_step(self._net, self.model, self._optimizer, self._next(), _OPTIMIZER.lr, None).loss
+        result = train_step(
+            self._net, self.model, self._optimizer, self._next(), _OPTIMIZER.lr, None,
+            micro_batch_size=self._micro_batch_size,
+        )  # fmt: skip
         _synchronize(self.device)
-        return loss
+        return result.loss
 
 
 class OpenClip:
@@ -101,6 +106,7 @@ class OpenClip:
             self._model.load_state_dict(weights)
         self._optimizer = _open_clip_optimizer(self._model)
         self._loss = open_clip.ClipLoss(cache_labels=True)
+        self._micro_batch_size = config.micro_batch_size or config.batch_size
         # What its loader gives: normalised float pictures, and all columns of its tokenizer.
         self._next = _cycle([(_normalised(b["image"]), torch.from_numpy(b["tokens"]).long()) for b in _batches(config)])
 
@@ -108,15 +114,32 @@ class OpenClip:
         """Train on the next batch."""
         image_BCHW, tokens_BL = (tensor.to(self.device, non_blocking=True) for tensor in self._next())
         self._optimizer.zero_grad()
-        with self._autocast():
-            image_features, text_features, logit_scale = self._model(image_BCHW, tokens_BL)
-            loss = self._loss(image_features, text_features, logit_scale)
-        loss.backward()
+        micro_batches = list(zip(*(t.split(self._micro_batch_size) for t in (image_BCHW, tokens_BL)), strict=True))
+        loss = self._accumulate(micro_batches) if len(micro_batches) > 1 else self._whole(image_BCHW, tokens_BL)
         self._optimizer.step()
         with torch.no_grad():
             self._model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         _synchronize(self.device)
         return loss.item()
+
+    def _whole(self, image_BCHW: Tensor, tokens_BL: Tensor) -> Tensor:
+        with self._autocast():
+            loss: Tensor = self._loss(*self._model(image_BCHW, tokens_BL))
+        loss.backward()
+        return loss
+
+    def _accumulate(self, micro_batches: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        """What its training loop does for --accum-freq: all features without a graph, then each micro-batch anew among
+        the others' features, with a loss on all of them each time."""
+        with torch.no_grad(), self._autocast():
+            cached = [self._model(*micro_batch)[:2] for micro_batch in micro_batches]
+        for number, micro_batch in enumerate(micro_batches):
+            with self._autocast():
+                *own, logit_scale = self._model(*micro_batch)
+                features = [*cached[:number], own, *cached[number + 1 :]]
+                loss: Tensor = self._loss(*(torch.cat(side) for side in zip(*features, strict=True)), logit_scale)
+            loss.backward()
+        return loss
 
 
 def _batches(config: BenchmarkConfig) -> list[Batch]:

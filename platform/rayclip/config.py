@@ -1,5 +1,6 @@
 """Every job's settings: pydantic, frozen, unknown keys refused, each key described once, here."""
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -55,6 +56,8 @@ class ModelConfig(Config):
     vision: VisionConfig = Field(VisionConfig(), description="the image tower")
     text: TextConfig = Field(TextConfig(), description="the text tower")
     quick_gelu: bool = Field(False, description="x * sigmoid(1.702 x) in place of GELU, as in OpenAI's weights")
+    init_logit_scale: float = Field(math.log(1 / 0.07), ge=0, le=math.log(100), description="the scale's logarithm")
+    init_logit_bias: float | None = Field(None, description="added to scores, for loss.kind=sigmoid; None has no bias")
 
 
 class DataConfig(Config):
@@ -65,6 +68,18 @@ class DataConfig(Config):
     crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="a crop's width over its height")
     shuffle_window: int = Field(8, gt=0, description="chunks fetched together, their samples mixed among each other")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unreadable samples that stops the run")
+
+
+class LossConfig(Config):
+    """How pictures and captions are drawn to their partners and away from all others of the batch."""
+
+    kind: Literal["info_nce", "sigmoid"] = Field(
+        "info_nce", description="info_nce: CLIP's, each among all; sigmoid: SigLIP's, each pair by itself"
+    )
+    distribution: Literal["gather", "ring"] = Field(
+        "gather", description="gather: captions of all workers at once; ring: one worker's after another's, less memory"
+    )
+    tile_size: int = Field(1024, gt=0, description="rows and columns of the matrix of scores computed at once")
 
 
 class OptimizerConfig(Config):
@@ -165,6 +180,13 @@ class TrainConfig(Config):
     epochs: int | None = Field(None, gt=0, description="duration in passes over the data; this or samples")
     samples: int | None = Field(None, gt=0, description="duration in samples seen, rounded up to whole chunks")
     batch_size: int = Field(gt=0, description="pairs a step, over all workers; negatives come from all of them")
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="pairs of a worker in the towers at once; fewer take less memory; None: all"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute activations anew in the backward pass, in place of keeping them"
+    )
+    loss: LossConfig = Field(LossConfig(), description="what is minimised")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the optimizer")
     precision: Precision = Field("float32", description="of the towers; weights, features and loss stay float32")
     ema: EmaConfig | None = Field(None, description="a moving average of the weights; None keeps none")
@@ -181,6 +203,12 @@ class TrainConfig(Config):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of cluster.num_workers {self.cluster.num_workers}"
             )
+        if (
+            isinstance(self.model, ModelConfig)
+            and self.model.init_logit_bias is not None
+            and self.loss.kind != "sigmoid"
+        ):
+            raise ValueError("model.init_logit_bias is for loss.kind=sigmoid; leave it out")
         # Here and not when it is first measured: that may be hours later.
         tasks, best = self.evaluation.tasks, self.evaluation.best
         measured = [f"{name}.{metric}" for name, task in tasks.items() for metric in task.metrics]
@@ -322,6 +350,7 @@ class BenchmarkConfig(Config):
     threads: int | None = Field(None, gt=0, description="torch threads; None leaves torch's own choice")
     preset: str = Field("ViT-B/32", description="the model of a step")
     batch_size: int = Field(32, gt=0, description="pairs a step")
+    micro_batch_size: int | None = Field(None, gt=0, description="pairs in the towers at once in a step; None: all")
     precision: Precision = Field("float32", description="of both sides' towers in a step")
     window_s: float = Field(8.0, gt=0, description="length of a window under load")
     model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")

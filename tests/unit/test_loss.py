@@ -1,4 +1,4 @@
-"""InfoNCE against its formula, and two processes' gradients against those of one with the whole batch."""
+"""Both losses against their formulas in float64, in tiles of all sizes, alone and over several processes."""
 
 import math
 
@@ -8,18 +8,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayclip.collective import all_gather_rows, gather_counts, reduce_counts
-from rayclip.config import ModelConfig, TextConfig, VisionConfig
-from rayclip.models.clip import CLIP
-from rayclip.training.loss import info_nce
+from rayclip.config import LossConfig
+from rayclip.training.loss import contrastive_loss, info_nce, sigmoid_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+KINDS = ("info_nce", "sigmoid")
 
-def reference_loss(image, text, scale):
-    """The formula in the paper's figure 3, number by number."""
+
+def info_nce_formula(image, text, scale):
+    """The formula in CLIP's figure 3, number by number."""
     scores = scale * image @ text.T
     total = 0.0
     for matrix in (scores, scores.T):
@@ -28,118 +29,184 @@ def reference_loss(image, text, scale):
     return total / (2 * len(scores))
 
 
-def features(num, dim=7, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (F.normalize(torch.randn(num, dim, generator=generator, dtype=torch.float64), dim=-1) for _ in range(2))
+def sigmoid_formula(image, text, scale, bias):
+    """SigLIP's algorithm 1, number by number."""
+    total = 0.0
+    for i, row in enumerate(scale * image @ text.T + bias):
+        for j, score in enumerate(row):
+            total -= math.log(1 / (1 + math.exp(-score if i == j else score)))
+    return total / len(image)
 
 
+FORMULAS = {"info_nce": info_nce_formula, "sigmoid": sigmoid_formula}
+
+
+def whole_matrix_loss(kind, image, text, scale, *bias):
+    """The losses as one writes them down, for their gradients by autograd."""
+    scores = scale * image @ text.T
+    if kind == "info_nce":
+        target = torch.arange(len(scores))
+        return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
+    signs = 2 * torch.eye(len(scores), dtype=scores.dtype) - 1
+    return -F.logsigmoid(signs * (scores + bias[0])).sum() / len(scores)
+
+
+def outputs(num, kind, dim=7, scale=14.3, dtype=torch.float64):
+    """What a model gives: features, half of them near their partners, the scale and, for sigmoid, the bias."""
+    generator = torch.Generator().manual_seed(num)
+    image, text = torch.randn(2, num, dim, generator=generator, dtype=torch.float64)
+    text[::2] = image[::2] + 0.2 * text[::2]
+    tensors = [F.normalize(image, dim=-1), F.normalize(text, dim=-1), torch.tensor(scale, dtype=torch.float64)]
+    bias = [torch.tensor(-3.0, dtype=torch.float64)] if kind == "sigmoid" else []
+    return [tensor.to(dtype).requires_grad_() for tensor in tensors + bias]
+
+
+def value_and_gradients(loss, inputs):
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+def assert_close(actual, expected, tolerance):
+    for got, wanted in zip(actual, expected, strict=True):
+        assert got.shape == wanted.shape
+        assert (got.double() - wanted).norm() <= tolerance * max(wanted.norm(), 1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num", [1, 2, 9, 40])
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-def test_the_loss_is_its_formula(num, scale):
-    image, text = features(num)
-    expected = reference_loss(image.numpy(), text.numpy(), scale)
-    in_float64 = info_nce(image, text, torch.tensor(scale, dtype=torch.float64), [num]).item()
-    assert in_float64 == pytest.approx(expected, abs=1e-12)
-    in_float32 = info_nce(image.float(), text.float(), torch.tensor(scale), [num]).item()
+def test_the_loss_is_its_formula(kind, num, scale):
+    inputs = outputs(num, kind, scale=scale)
+    expected = FORMULAS[kind](*(tensor.detach().numpy() for tensor in inputs))
+    config = LossConfig(kind=kind)
+    assert contrastive_loss(inputs, [num], config).item() == pytest.approx(expected, abs=1e-12)
+    in_float32 = contrastive_loss([tensor.float() for tensor in inputs], [num], config).item()
     assert in_float32 == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num", "tile_size"), [(1, 1), (6, 1), (9, 4), (9, 3), (9, 9), (9, 1024), (40, 7)])
+@pytest.mark.parametrize("scale", [3.0, 100.0])
+def test_gradients_in_tiles_are_those_of_the_whole_matrix(kind, num, tile_size, scale):
+    inputs = outputs(num, kind, scale=scale)
+    expected = value_and_gradients(whole_matrix_loss(kind, *inputs), inputs)
+    loss = 2.5 * contrastive_loss(inputs, [num], LossConfig(kind=kind, tile_size=tile_size))
+    assert_close(value_and_gradients(loss, inputs), [2.5 * tensor for tensor in expected], 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_is_that_of_small_steps(kind):
+    config = LossConfig(kind=kind, tile_size=2)
+    assert torch.autograd.gradcheck(lambda *inputs: contrastive_loss(inputs, [5], config), outputs(5, kind, scale=3.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_of_half_precision_are_added_up_in_full(kind):
+    """Also where autocast is on: what is lost is lost before the loss, and in its gradient's last rounding."""
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in outputs(200, kind, dim=32)[:2]]
+    rest = [tensor.detach().float().requires_grad_() for tensor in outputs(200, kind)[2:]]
+    exact = [tensor.detach().double().requires_grad_() for tensor in halves + rest]
+    expected = value_and_gradients(whole_matrix_loss(kind, *exact), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = contrastive_loss([*halves, *rest], [200], LossConfig(kind=kind, tile_size=64))
+        actual = value_and_gradients(loss, [*halves, *rest])
+    assert [tensor.dtype for tensor in actual[:3]] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert_close([actual[0], *actual[3:]], [expected[0], *expected[3:]], 1e-5)
+    assert_close(actual[1:3], expected[1:3], 4e-3)
 
 
 def test_a_model_that_knows_nothing_has_the_loss_of_guessing():
     same = torch.ones(8, 4) / 2
     assert info_nce(same, same, torch.tensor(10.0), [8]).item() == pytest.approx(math.log(8))
+    loss = sigmoid_loss(same, same, torch.tensor(0.0), torch.tensor(0.0), [8])
+    assert loss.item() == pytest.approx(8 * math.log(2))
 
 
-def test_the_gradient_is_that_of_the_formula():
-    image, text = features(5)
-    scale = torch.tensor(3.0, dtype=torch.float64)
-    inputs = [tensor.requires_grad_() for tensor in (image, text, scale)]
-    assert torch.autograd.gradcheck(lambda i, t, s: info_nce(i, t, s, [5]), inputs)
-    info_nce(*inputs, [5]).backward()
-    by_hand = []
-    for step in (1e-6, -1e-6):
-        by_hand.append(reference_loss(image.detach().numpy(), text.detach().numpy(), 3.0 + step))
-    assert scale.grad.item() == pytest.approx((by_hand[0] - by_hand[1]) / 2e-6, rel=1e-5)
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        self.elements = max(self.elements, result.numel() if isinstance(result, torch.Tensor) else 0)
+        return result
 
 
-# Two processes
-
-BATCH_SIZES = ((5, 3), (1, 7), (6, 0), (0, 4))
-
-
-def small_model():
-    torch.manual_seed(0)
-    config = ModelConfig(
-        embed_dim=24,
-        vision=VisionConfig(image_size=16, patch_size=8, width=32, layers=2, heads=2),
-        text=TextConfig(context_length=12, vocab_size=60, width=32, layers=2, heads=2),
-    )
-    return CLIP(config)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_matrix_of_scores_is_never_whole(kind):
+    inputs = outputs(96, kind, dim=4)
+    with Largest() as largest:
+        contrastive_loss(inputs, [96], LossConfig(kind=kind, tile_size=8)).backward()
+    assert largest.elements == 96 * 4
+    with Largest() as largest:
+        whole_matrix_loss(kind, *inputs).backward()
+    assert largest.elements == 96 * 96
 
 
-def small_batch(num):
-    generator = torch.Generator().manual_seed(num)
-    image = torch.randint(0, 256, (num, 16, 16, 3), dtype=torch.uint8, generator=generator)
-    tokens = torch.randint(1, 60, (num, 12), dtype=torch.int32, generator=generator)
-    return image, tokens, torch.randint(3, 13, (num,), dtype=torch.int32, generator=generator)
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_losses_equal_open_clip(open_clip, kind):
+    inputs = outputs(30, kind)
+    theirs = (open_clip.loss.ClipLoss if kind == "info_nce" else open_clip.loss.SigLipLoss)()
+    expected = value_and_gradients(theirs(*inputs), inputs)
+    actual = value_and_gradients(contrastive_loss(inputs, [30], LossConfig(kind=kind, tile_size=8)), inputs)
+    assert_close(actual, expected, 1e-12)
 
 
-def dense_gradients(model):
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    return {name: g.to_dense() if g.is_sparse else g for name, g in gradients.items()}
+# Several processes
+
+BATCH_SIZES = {
+    2: [(5, 3), (1, 7), (6, 0), (0, 4)],
+    4: [(4, 4, 4, 4), (3, 0, 5, 1), (0, 0, 2, 0), (1, 6, 0, 2)],
+}
+CASES = [(kind, distribution) for kind in KINDS for distribution in ("gather", "ring")]
 
 
-def run_worker(rank, folder):
+def run_worker(rank, world_size, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
-        results = []
-        for sizes in BATCH_SIZES:
-            model = small_model()
-            model.token_embedding.sparse = True
-            net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-            mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-            loss = info_nce(*net(*(tensor[mine] for tensor in small_batch(sum(sizes)))), list(sizes))
-            (loss * 2).backward()
-            assert model.token_embedding.weight.grad.is_sparse
-            results.append({"loss": reduce_counts(loss), "gradients": dense_gradients(model)})
-        cpu = torch.device("cpu")
-        rows = np.arange(6).reshape(3, 2)[: 3 * rank] + 10
-        results.append({"rows": all_gather_rows(torch.from_numpy(rows)), "counts": gather_counts([rank, 7], cpu)})
-        torch.save(results, f"{folder}/{rank}.pt")
+        results = {}
+        for kind, distribution in CASES:
+            for sizes in BATCH_SIZES[world_size]:
+                image, text, *others = outputs(sum(sizes), kind)
+                mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+                inputs = [*(tensor[mine].detach().requires_grad_() for tensor in (image, text)), *others]
+                config = LossConfig(kind=kind, distribution=distribution, tile_size=3)
+                loss = contrastive_loss(inputs, list(sizes), config)
+                results[kind, distribution, sizes] = value_and_gradients(2.5 * loss, inputs)
+        rows = np.arange(6).reshape(3, 2)[: 3 * (rank == 1)] + 10
+        gathered = all_gather_rows(torch.from_numpy(rows)), gather_counts([rank, 7], torch.device("cpu"))
+        torch.save((results, gathered), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory):
-    """What each of two gloo processes got."""
+@pytest.fixture(scope="module", params=[2, 4])
+def workers(request, tmp_path_factory):
+    """What each of several gloo processes got."""
     folder = tmp_path_factory.mktemp("workers")
-    mp.spawn(run_worker, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    mp.spawn(run_worker, (request.param, str(folder)), nprocs=request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
-@pytest.mark.parametrize("case", range(len(BATCH_SIZES)), ids=map(str, BATCH_SIZES))
-def test_two_processes_have_the_gradient_of_the_whole_batch(workers, case):
-    model = small_model()
-    image, text, scale = model(*small_batch(sum(BATCH_SIZES[case])))
-    scores = scale * image @ text.T
-    target = torch.arange(len(scores))
-    loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
-    loss.backward()
-    expected = dense_gradients(model)
-    assert expected["logit_scale"].abs() > 1e-3
-    for got in workers:
-        assert got[case]["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
-        assert got[case]["gradients"].keys() == expected.keys()
-        for name, gradient in expected.items():
-            error = (got[case]["gradients"][name] - gradient).norm() / gradient.norm()
-            assert error < 1e-5, name
+@pytest.mark.parametrize(("kind", "distribution"), CASES)
+def test_processes_have_the_loss_and_gradients_of_one(workers, kind, distribution):
+    for sizes in BATCH_SIZES[len(workers)]:
+        inputs = outputs(sum(sizes), kind)
+        expected = value_and_gradients(2.5 * whole_matrix_loss(kind, *inputs), inputs)
+        shares = [results[kind, distribution, sizes] for results, _ in workers]
+        loss, image, text, *others = zip(*shares, strict=True)
+        actual = [sum(loss), torch.cat(image), torch.cat(text), *map(sum, others)]
+        assert_close(actual, expected, 1e-12)
 
 
 def test_rows_and_counts_of_all_ranks_are_gathered_by_rank(workers):
-    for got in workers:
-        assert got[-1]["rows"].tolist() == [[10, 11], [12, 13], [14, 15]]
-        assert got[-1]["counts"] == [[0, 7], [1, 7]]
+    for _, (rows, counts) in workers:
+        assert rows.tolist() == [[10, 11], [12, 13], [14, 15]]
+        assert counts == [[rank, 7] for rank in range(len(workers))]
 
 
 def test_one_process_gathers_from_itself():

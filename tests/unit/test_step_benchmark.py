@@ -37,10 +37,17 @@ def test_a_steps_flops_are_those_of_its_matrices():
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_both_sides_give_the_same_losses(open_clip, monkeypatch, precision):
+@pytest.mark.parametrize(("precision", "micro_batch_size"), [("float32", None), ("bfloat16", None), ("float32", 3)])
+def test_both_sides_give_the_same_losses(open_clip, monkeypatch, precision, micro_batch_size):
     monkeypatch.setattr(step, "_peak_memory", lambda side, config: 1)
-    config = BenchmarkConfig(name="step", preset="ViT-Nano/8@32", batch_size=8, repeats=2, precision=precision)
+    config = BenchmarkConfig(
+        name="step",
+        preset="ViT-Nano/8@32",
+        batch_size=8,
+        micro_batch_size=micro_batch_size,
+        repeats=2,
+        precision=precision,
+    )
     report = step.run(config)
     assert report["loss_relative_difference"] < (1e-6 if precision == "float32" else 0.02)
     assert report["loss_relative_difference_last"] < (1e-5 if precision == "float32" else 0.02)

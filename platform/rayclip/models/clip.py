@@ -17,7 +17,6 @@ from rayclip.models.text import pack
 from rayclip.models.transformer import Transformer
 from rayclip.models.vision import VisionTransformer
 
-INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
 
 
@@ -38,7 +37,9 @@ class CLIP(nn.Module):
         self.transformer = Transformer(text.width, text.layers, text.heads, config.quick_gelu)
         self.ln_final = nn.LayerNorm(text.width)
         self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
+        bias = config.init_logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
         self._init_text(text)
 
     @torch.no_grad()
@@ -57,10 +58,12 @@ class CLIP(nn.Module):
             elif name.endswith("c_fc.weight"):
                 nn.init.normal_(weight, std=(2 * config.width) ** -0.5)
 
-    def forward(self, image_BHWC: Tensor, tokens_BL: Tensor, num_tokens_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of both sides, float32 [B, embed_dim] of length 1, and the logit scale, exp(parameter)."""
-        image = self.encode_image(image_BHWC)
-        return image, self.encode_text(tokens_BL, num_tokens_B), self.logit_scale.exp()
+    def forward(self, image_BHWC: Tensor, tokens_BL: Tensor, num_tokens_B: Tensor) -> tuple[Tensor, ...]:
+        """Features of both sides, float32 [B, embed_dim] of length 1, the logit scale, exp(parameter), and the logit
+        bias where the model has one."""
+        image, text = self.encode_image(image_BHWC), self.encode_text(tokens_BL, num_tokens_B)
+        outputs = (image, text, self.logit_scale.exp())
+        return outputs if self.logit_bias is None else (*outputs, self.logit_bias)
 
     def encode_image(self, image_BHWC: Tensor) -> Tensor:
         """Pictures as unit vectors.

@@ -3,6 +3,8 @@
 A plain name uses GELU; NAME-quickgelu is the same model as OpenAI trained it, with QuickGELU.
 """
 
+import math
+
 from rayclip.config import ModelConfig, TextConfig, VisionConfig
 from rayclip.errors import UserError, nearest
 
@@ -54,3 +56,13 @@ def preset(name: str) -> ModelConfig:
     if name not in PRESETS:
         raise UserError(f"no model is called '{name}': {nearest(name, list(PRESETS))}")
     return PRESETS[name]
+
+
+def with_logit_bias(model: ModelConfig) -> ModelConfig:
+    """The model with the bias that the sigmoid loss needs, bias and scale beginning as SigLIP's do (-10 and ln 10).
+
+    One that has a bias stays as it is.
+    """
+    if model.init_logit_bias is not None:
+        return model
+    return model.model_copy(update={"init_logit_scale": math.log(10), "init_logit_bias": -10.0})

@@ -10,6 +10,7 @@ side by side. `groups` says how: pairs (number of sequences, their length), in t
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Groups = list[tuple[int, int]]
 
@@ -100,6 +101,7 @@ class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, quick_gelu: bool) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
+        self.checkpoint_activations = False
 
     def forward(self, x_TW: Tensor, rows_B: Tensor, groups: Groups, causal: bool) -> Tensor:
         """Run the blocks.
@@ -116,8 +118,23 @@ class Transformer(nn.Module):
         """
         *blocks, last = self.resblocks
         for block in blocks:
-            x_TW = block(x_TW, groups, causal)
-        return last(x_TW, groups, causal, rows_B)
+            x_TW = self._run(block, x_TW, groups, causal)
+        return self._run(last, x_TW, groups, causal, rows_B)
+
+    def _run(self, block: nn.Module, *inputs: object) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(*inputs)  # type: ignore[no-any-return]
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let every transformer in `model` keep its blocks' inputs only, and compute the rest anew in backward.
+
+    Gradients stay what they are. Memory falls to about that of one block; time grows by a forward pass.
+    """
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.checkpoint_activations = True
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from rayclip.data.manifest import Manifest
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.errors import UserError
 from rayclip.evaluation.tasks import Evaluator
-from rayclip.models.presets import preset
+from rayclip.models.presets import preset, with_logit_bias
 from rayclip.orchestration.cluster import check_resources, connect
 from rayclip.orchestration.progress import ProgressLine
 from rayclip.orchestration.run_folder import RunFolder
@@ -81,6 +81,8 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
 def resolve(config: TrainConfig) -> TrainConfig:
     """The config with its model in full, and paths that hold in any folder. Raises UserError for an unknown model."""
     model = preset(config.model) if isinstance(config.model, str) else config.model
+    if config.loss.kind == "sigmoid":
+        model = with_logit_bias(model)
     data = config.data.model_copy(update={"path": str(Path(config.data.path).absolute())})
     tasks = {
         name: task.model_copy(update={"path": str(Path(task.path).absolute())})

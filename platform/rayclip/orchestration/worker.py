@@ -23,6 +23,7 @@ from rayclip.evaluation.tasks import Evaluator
 from rayclip.files import write_text
 from rayclip.inference.encoder import Encoder
 from rayclip.models.clip import CLIP
+from rayclip.models.transformer import checkpoint_activations
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import batches
 from rayclip.tracking.mlflow import MlflowTracker, connect, flatten
@@ -111,6 +112,8 @@ class Worker:
         assert isinstance(self.config.model, ModelConfig)
         torch.manual_seed(self.config.seed)
         self.model = CLIP(self.config.model).to(ray.train.torch.get_device())
+        if self.config.activation_checkpointing:
+            checkpoint_activations(self.model)
         self.optimizer: RowAdamW = build_optimizer(self.model, self.config.optimizer)
         self.ema = Ema(self.model, self.config.ema) if self.config.ema else None
         state = self._restore()
@@ -134,6 +137,8 @@ class Worker:
             checkpoint_every=config.checkpoint.every_samples,
             evaluate_every=config.evaluation.every_samples,
             max_bad_fraction=config.data.max_bad_fraction,
+            loss=config.loss,
+            micro_batch_size=config.micro_batch_size,
             precision=config.precision,
         )
 

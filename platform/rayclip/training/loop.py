@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rayclip.collective import all_gather_rows, world_size
-from rayclip.config import OptimizerConfig, Precision
+from rayclip.config import LossConfig, OptimizerConfig, Precision
 from rayclip.data.decode import CAUSES
 from rayclip.data.ledger import Ledger
 from rayclip.data.stream import Batch
@@ -45,6 +45,8 @@ class Plan:
     checkpoint_every: int
     evaluate_every: int | None
     max_bad_fraction: float
+    loss: LossConfig = LossConfig()  # noqa: RUF009 (frozen)
+    micro_batch_size: int | None = None
     precision: Precision = "float32"
 
 
@@ -114,7 +116,10 @@ class Trainer:
     def _step(self, batch: Batch, before: int) -> None:
         settings = self.plan.optimizer
         lr = warmup_cosine(before, settings.lr, settings.warmup_samples, self.plan.total_samples)
-        result = train_step(self._net, self.model, self.optimizer, batch, lr, settings.max_grad_norm)
+        result = train_step(
+            self._net, self.model, self.optimizer, batch, lr, settings.max_grad_norm,
+            self.plan.loss, self.plan.micro_batch_size,
+        )  # fmt: skip
         if self.ema and result.num_trained:
             self.ema.update(result.num_trained)
         self._account(batch, result)

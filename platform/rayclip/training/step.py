@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rayclip.collective import all_gather_rows, gather_counts, reduce_counts
+from rayclip.config import LossConfig
 from rayclip.data.stream import Batch
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
@@ -26,12 +27,20 @@ class StepResult:
 
 
 def train_step(
-    net: nn.Module, model: CLIP, optimizer: Optimizer, batch: Batch, lr: float, max_grad_norm: float | None
+    net: nn.Module,
+    model: CLIP,
+    optimizer: Optimizer,
+    batch: Batch,
+    lr: float,
+    max_grad_norm: float | None,
+    loss: LossConfig = LossConfig(),  # noqa: B008 (frozen)
+    micro_batch_size: int | None = None,
 ) -> StepResult:
     """Forward, backward and update on this rank's part of a global batch.
 
-    `net` is `model`, or `model` wrapped for data parallelism. Raises UserError, on every rank, where the loss is not
-    finite; the weights are then those before the step.
+    `net` is `model`, or `model` wrapped for data parallelism. At most `micro_batch_size` pairs of this rank go through
+    it at once, which changes memory and time and nothing else; None is all. Raises UserError, on every rank, where
+    the loss is not finite; the weights are then those before the step.
     """
     device = model.logit_scale.device
     real = np.flatnonzero(batch["num_tokens"])
@@ -42,10 +51,10 @@ def train_step(
     if not num_trained:
         return StepResult(math.nan, 0, num_skipped, model.logit_scale.exp().item())
 
-    logit_scale = model.logit_scale.exp().item()
+    logit_scale = model.logit_scale.detach().exp()
     optimizer.zero_grad(set_to_none=True)
-    loss = forward_backward(net, _inputs(batch, real), batch_sizes, device)
-    total_loss = reduce_counts(loss).item()
+    share = forward_backward(net, _inputs(batch, real), batch_sizes, device, loss, micro_batch_size)
+    total_loss = reduce_counts(share).item()
     if not math.isfinite(total_loss):
         raise UserError(f"the loss is {total_loss}: {_identity(batch)}")
     if max_grad_norm is not None:
@@ -54,7 +63,7 @@ def train_step(
         group["lr"] = lr
     optimizer.step()
     model.clamp_logit_scale_()
-    return StepResult(total_loss, num_trained, num_skipped, logit_scale)
+    return StepResult(total_loss, num_trained, num_skipped, logit_scale.item())
 
 
 def _clip_gradient(model: nn.Module, max_norm: float) -> None:
