@@ -101,6 +101,22 @@ class EmaConfig(Config):
     )
 
 
+class GuardConfig(Config):
+    """What is watched in every step, and what is done about it. What is left out is in the ledger, with its cause."""
+
+    action: Literal["stop", "skip", "roll_back"] = Field(
+        "stop", description="stop the run; skip the update; or go back to the last checkpoint and past the batch"
+    )
+    spike_threshold: float | None = Field(
+        None, gt=0, description="deviations above the recent losses' median that make a spike; None: none does"
+    )
+    window: int = Field(64, ge=8, description="recent losses that a spike is measured by; half of them must be there")
+    min_logit_scale: float | None = Field(
+        1.0, ge=1, description="a logit scale that has fallen to this has collapsed; None does not look"
+    )
+    max_interventions: int = Field(10, ge=0, description="troubles of a run that are borne; one more stops it")
+
+
 class ZeroShotTask(Config):
     """Classify pictures by their classes' names alone."""
 
@@ -189,6 +205,7 @@ class TrainConfig(Config):
     loss: LossConfig = Field(LossConfig(), description="what is minimised")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the optimizer")
     precision: Precision = Field("float32", description="of the towers; weights, features and loss stay float32")
+    guard: GuardConfig = Field(GuardConfig(), description="what is done about a step that goes wrong")
     ema: EmaConfig | None = Field(None, description="a moving average of the weights; None keeps none")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is measured")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when state is saved")

@@ -3,6 +3,7 @@
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ray.actor import ActorHandle
 
 from rayclip.config import ModelConfig, TrainConfig
 from rayclip.data.decode import CAUSES
-from rayclip.data.stream import Stream, StreamSpec
+from rayclip.data.stream import Batch, Stream, StreamSpec
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
 from rayclip.evaluation.tasks import Evaluator
@@ -118,7 +119,7 @@ class Worker:
         self.ema = Ema(self.model, self.config.ema) if self.config.ema else None
         state = self._restore()
         ledger = Stream(self.job.spec, state.ledger).ledger()
-        hooks = Hooks(self._step, self._log, self._evaluate, self._save)
+        hooks = Hooks(self._step, self._log, self._evaluate, self._save, self._notice, self._replay)
         trainer = Trainer(self._plan(), self.model, self.optimizer, state, ledger, hooks, self.ema)
         shard = ray.train.get_dataset_shard("train")
         trainer.run(batches(shard, self.config.batch_size // self.world_size))
@@ -140,6 +141,7 @@ class Worker:
             loss=config.loss,
             micro_batch_size=config.micro_batch_size,
             precision=config.precision,
+            guard=config.guard,
         )
 
     def _restore(self) -> RunState:
@@ -169,6 +171,15 @@ class Worker:
     def _log(self, metrics: Metrics, state: RunState) -> None:
         if self.tracker:
             self.tracker.log({f"train/{key}": value for key, value in metrics.items()}, state.samples_seen)
+
+    def _notice(self, line: str) -> None:
+        if self.is_first:
+            self.job.monitor.note.remote(line)
+
+    def _replay(self, samples: np.ndarray) -> Iterator[Batch]:
+        rank = ray.train.get_context().get_world_rank()
+        batch_size = self.config.batch_size // self.world_size
+        return Stream(self.job.spec).again(samples, batch_size, rank, self.world_size)
 
     def _evaluate(self) -> Metrics:
         config = self.config

@@ -40,6 +40,8 @@ class RunState:
     train_time_s: float = 0.0
     data_wait_s: float = 0.0
     skipped: dict[str, int] = field(default_factory=dict)
+    interventions: int = 0
+    recent_losses: list[float] = field(default_factory=list)
     ledger: dict[str, object] = field(default_factory=lambda: {"cursor": 0, "partial": {}})
     manifest_digest: str = ""
     code_version: str = ""

@@ -27,7 +27,8 @@ class Ema:
         decay = 0.5 ** (num_samples / self._half_life)
         pairs = [(self._average[name], tensor) for name, tensor in self._model.state_dict().items()]
         averaged = [(average, tensor) for average, tensor in pairs if average.is_floating_point()]
-        torch._foreach_lerp_(*(list(side) for side in zip(*averaged, strict=True)), 1 - decay)
+        averages, tensors = [average for average, _ in averaged], [tensor for _, tensor in averaged]
+        torch._foreach_lerp_(averages, tensors, 1 - decay)
         for average, tensor in pairs:
             if not average.is_floating_point():
                 average.copy_(tensor)
