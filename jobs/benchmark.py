@@ -1,4 +1,4 @@
-"""Measure a part beside its peer, in the same run: step, tokenizer, text_tower, and others."""
+"""Measure a part beside its peer, in the same run: step, loss, tokenizer, text_tower, and others."""
 
 import importlib
 import os

@@ -361,7 +361,9 @@ class ClassifyConfig(Config):
 class BenchmarkConfig(Config):
     """python -m jobs.benchmark"""
 
-    name: Literal["tokenizer", "text_tower", "step", "serve", "batching"] = Field(description="what is measured")
+    name: Literal["tokenizer", "text_tower", "step", "loss", "serve", "batching"] = Field(
+        description="what is measured"
+    )
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
     samples: int = Field(20_000, gt=0, description="captions to tokenise")
     threads: int | None = Field(None, gt=0, description="torch threads; None leaves torch's own choice")

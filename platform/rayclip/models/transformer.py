@@ -123,8 +123,8 @@ class Transformer(nn.Module):
 
     def _run(self, block: nn.Module, *inputs: object) -> Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(*inputs)  # type: ignore[no-any-return]
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from rayclip.errors import UserError
 from rayclip.files import write_json
 from rayclip.training.checkpoint import read_metrics
 
-_MAY_CHANGE = ("cluster", "checkpoint", "tracking", "evaluation")
+_MAY_CHANGE = ("cluster", "checkpoint", "tracking", "evaluation", "micro_batch_size", "activation_checkpointing")
 """Sections that do not change what the weights are; all else must be as it was when a run goes on."""
 
 

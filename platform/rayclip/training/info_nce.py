@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from rayclip.collective import rank
 from rayclip.config import LossConfig
 from rayclip.training.exchange import Sums, tour
-from rayclip.training.tiles import full_precision, tiles, wide, wide_dtype
+from rayclip.training.tiles import full_precision, inner_product, tiles, wide, wide_dtype
 
 
 def info_nce(
@@ -97,7 +97,7 @@ class _InfoNCE(torch.autograd.Function):
             grad_text_BD = tour([text_BD, by_text_B], sums, batch_sizes, config.distribution, visit)
             factor = grad / (2 * sum(batch_sizes))
             # The scale multiplies every score, so its gradient is that of the pictures along themselves.
-            grad_scale = factor * (grad_image_BD * image_BD).sum()
+            grad_scale = factor * inner_product(grad_image_BD, image_BD, config.tile_size)
             grad_image_BD *= factor * logit_scale
             grad_text_BD *= factor
         return grad_image_BD.to(image_BD.dtype), grad_text_BD.to(text_BD.dtype), grad_scale, None, None

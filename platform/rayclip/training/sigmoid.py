@@ -19,7 +19,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from rayclip.collective import rank
 from rayclip.config import LossConfig
 from rayclip.training.exchange import Sums, tour
-from rayclip.training.tiles import full_precision, tiles, wide, wide_dtype
+from rayclip.training.tiles import full_precision, inner_product, tiles, wide, wide_dtype
 
 _LINEAR_ABOVE = 40.0  # where log(1 + exp(x)) is x, in float64 too
 
@@ -75,7 +75,7 @@ class _Sigmoid(torch.autograd.Function):
             sums = Sums(text_BD.shape[1:], 0.0, lambda parts: parts.sum(0))
             grad_text_BD = tour([text_BD], sums, batch_sizes, config.distribution, visit)
             # The scale multiplies every cosine, so its gradient is that of the pictures along themselves.
-            grad_scale = (grad_image_BD * image_BD).sum()
+            grad_scale = inner_product(grad_image_BD, image_BD, config.tile_size)
             grad_image_BD *= logit_scale
         ctx.save_for_backward(grad_image_BD, grad_text_BD, grad_scale, grad_bias)
         ctx.num_pairs, ctx.dtypes = sum(batch_sizes), (image_BD.dtype, text_BD.dtype)  # type: ignore[attr-defined]

@@ -27,3 +27,9 @@ def wide_dtype(features: Tensor) -> torch.dtype:
 def full_precision(features: Tensor) -> AbstractContextManager[None]:
     """No autocast, wherever the loss is called: products of half precision would lose its last digits."""
     return torch.autocast(features.device.type, enabled=False)
+
+
+def inner_product(a_BD: Tensor, b_BD: Tensor, size: int) -> Tensor:
+    """The sum of all products of elements, some rows at a time."""
+    parts = zip(a_BD.split(size), b_BD.split(size), strict=True)
+    return torch.stack([(a * b).sum() for a, b in parts]).sum()
