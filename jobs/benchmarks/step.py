@@ -23,6 +23,7 @@ from rayclip.data.stream import Batch
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP, MAX_LOGIT_SCALE
 from rayclip.models.presets import preset
+from rayclip.models.transformer import compile_blocks
 from rayclip.models.vision import IMAGE_MEAN, IMAGE_STD
 from rayclip.training.optimizer import build_optimizer
 from rayclip.training.precision import in_precision
@@ -56,6 +57,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "micro_batch_size": config.micro_batch_size,
         "precision": config.precision,
+        "compile": config.compile,
         "tokens_mean": round(float(np.mean([batch["num_tokens"].mean() for batch in ours.batches])), 1),
         "samples_per_s": round(config.batch_size / ours_s, 2),
         "open_clip_samples_per_s": round(config.batch_size / theirs_s, 2),
@@ -79,6 +81,8 @@ class Ours:
         self.model = CLIP(preset(config.preset)).to(self.device)
         if weights is not None:
             self.model.load_state_dict(weights)
+        if config.compile:
+            compile_blocks(self.model)
         self._net = in_precision(self.model, config.precision)
         self._optimizer = build_optimizer(self.model, _OPTIMIZER)
         self._micro_batch_size = config.micro_batch_size
@@ -105,6 +109,7 @@ class OpenClip:
         if weights is not None:
             self._model.load_state_dict(weights)
         self._optimizer = _open_clip_optimizer(self._model)
+        self._net = torch.compile(self._model) if config.compile else self._model
         self._loss = open_clip.ClipLoss(cache_labels=True)
         self._micro_batch_size = config.micro_batch_size or config.batch_size
         # What its loader gives: normalised float pictures, and all columns of its tokenizer.
@@ -124,7 +129,7 @@ class OpenClip:
 
     def _whole(self, image_BCHW: Tensor, tokens_BL: Tensor) -> Tensor:
         with self._autocast():
-            loss: Tensor = self._loss(*self._model(image_BCHW, tokens_BL))
+            loss: Tensor = self._loss(*self._net(image_BCHW, tokens_BL))
         loss.backward()
         return loss
 
@@ -132,10 +137,10 @@ class OpenClip:
         """What its training loop does for --accum-freq: all features without a graph, then each micro-batch anew among
         the others' features, with a loss on all of them each time."""
         with torch.no_grad(), self._autocast():
-            cached = [self._model(*micro_batch)[:2] for micro_batch in micro_batches]
+            cached = [self._net(*micro_batch)[:2] for micro_batch in micro_batches]
         for number, micro_batch in enumerate(micro_batches):
             with self._autocast():
-                *own, logit_scale = self._model(*micro_batch)
+                *own, logit_scale = self._net(*micro_batch)
                 features = [*cached[:number], own, *cached[number + 1 :]]
                 loss: Tensor = self._loss(*(torch.cat(side) for side in zip(*features, strict=True)), logit_scale)
             loss.backward()

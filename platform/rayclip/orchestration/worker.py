@@ -24,7 +24,7 @@ from rayclip.evaluation.tasks import Evaluator
 from rayclip.files import write_text
 from rayclip.inference.encoder import Encoder
 from rayclip.models.clip import CLIP
-from rayclip.models.transformer import checkpoint_activations
+from rayclip.models.transformer import checkpoint_activations, compile_blocks
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import batches
 from rayclip.tracking.mlflow import MlflowTracker, connect, flatten
@@ -115,6 +115,8 @@ class Worker:
         self.model = CLIP(self.config.model).to(ray.train.torch.get_device())
         if self.config.activation_checkpointing:
             checkpoint_activations(self.model)
+        if self.config.compile:
+            compile_blocks(self.model)
         self.optimizer: RowAdamW = build_optimizer(self.model, self.config.optimizer)
         self.ema = Ema(self.model, self.config.ema) if self.config.ema else None
         state = self._restore()
