@@ -1,4 +1,4 @@
-"""Measure a part beside its peer, in the same run: tokenizer, text_tower, loss."""
+"""Measure a part beside its peer, in the same run: step, loss, tokenizer, text_tower, and others."""
 
 import importlib
 import os

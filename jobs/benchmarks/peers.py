@@ -12,6 +12,7 @@ from rayclip.errors import UserError
 _TORCHVISION_OPS = ("nms", "qnms")
 
 
+@cache  # the operators' names may be given once
 def load_open_clip() -> ModuleType:
     """open_clip, or a UserError that says how to get it."""
     if importlib.util.find_spec("open_clip") is None:

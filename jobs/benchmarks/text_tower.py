@@ -1,13 +1,11 @@
 """Training steps of the text tower on real tokens only, beside open_clip's on all 77 columns."""
 
-import math
-from statistics import NormalDist
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from jobs.benchmarks.captions import captions
 from jobs.benchmarks.peers import load_open_clip
 from jobs.benchmarks.timing import paired_times
 from rayclip.config import BenchmarkConfig
@@ -23,7 +21,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     model = CLIP(preset("ViT-B/32"))
     peer = load_open_clip().create_model("ViT-B-32")
     peer.load_state_dict(model.state_dict())
-    tokens, num_tokens = _captions()
+    tokens, num_tokens = (torch.from_numpy(array) for array in captions(_PAIRS))
 
     def ours() -> Tensor:
         return _backward(model.encode_text(tokens, num_tokens))
@@ -41,20 +39,6 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
         "ratio_vs_open_clip": round(ratio, 2),
         "largest_feature_difference": difference,
     }
-
-
-def _captions() -> tuple[Tensor, Tensor]:
-    """Token ids [B, 77] and lengths [B]: evenly spaced quantiles of a log-normal, so that no draw decides the ratio."""
-    generator = np.random.default_rng(0)
-    normal = NormalDist(math.log(11), 0.78)
-    lengths = np.array([math.exp(normal.inv_cdf((i + 0.5) / _PAIRS)) for i in range(_PAIRS)])
-    lengths = generator.permutation(np.clip(lengths, 4, 77).round().astype(np.int64))
-    tokens = generator.integers(1, 49_000, (_PAIRS, 77))
-    columns = np.arange(77)
-    tokens = np.where(columns < lengths[:, None] - 1, tokens, 0)
-    tokens[:, 0] = 49_406
-    tokens[np.arange(_PAIRS), lengths - 1] = 49_407
-    return torch.from_numpy(tokens).int(), torch.from_numpy(lengths).int()
 
 
 def _backward(features: Tensor) -> Tensor:

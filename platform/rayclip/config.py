@@ -118,6 +118,30 @@ class OptimizerConfig(Config):
     layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's rate over that of the layer above it")
 
 
+class EmaConfig(Config):
+    """A moving average of the weights, kept and measured beside them."""
+
+    half_life_samples: int = Field(
+        gt=0, description="samples seen after which what the weights were counts half of what they are"
+    )
+
+
+class GuardConfig(Config):
+    """What is watched in every step, and what is done about it. What is left out is in the ledger, with its cause."""
+
+    action: Literal["stop", "skip", "roll_back"] = Field(
+        "stop", description="stop the run; skip the update; or go back to the last checkpoint and past the batch"
+    )
+    spike_threshold: float | None = Field(
+        None, gt=0, description="deviations above the recent losses' median that make a spike; None: none does"
+    )
+    window: int = Field(64, ge=8, description="recent losses that a spike is measured by; half of them must be there")
+    min_logit_scale: float | None = Field(
+        1.0, ge=1, description="a logit scale that has fallen to this has collapsed; None does not look"
+    )
+    max_interventions: int = Field(10, ge=0, description="troubles of a run that are borne; one more stops it")
+
+
 class ZeroShotTask(Config):
     """Classify pictures by their classes' names alone."""
 
@@ -184,6 +208,9 @@ class ClusterConfig(Config):
     max_failures: int = Field(3, ge=-1, description="restarts after a crash before the run fails; -1 has no limit")
 
 
+Precision = Literal["float32", "bfloat16"]
+
+
 class TrainConfig(Config):
     """python -m jobs.train"""
 
@@ -204,6 +231,10 @@ class TrainConfig(Config):
     )
     loss: LossConfig = Field(LossConfig(), description="what is minimised")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the optimizer")
+    precision: Precision = Field("float32", description="of the towers; weights, features and loss stay float32")
+    compile: bool = Field(False, description="compile the transformers' token-wise parts; takes a minute at the start")
+    guard: GuardConfig = Field(GuardConfig(), description="what is done about a step that goes wrong")
+    ema: EmaConfig | None = Field(None, description="a moving average of the weights; None keeps none")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is measured")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when state is saved")
     tracking: TrackingConfig = Field(TrackingConfig(), description="where it is recorded")
@@ -226,6 +257,8 @@ class TrainConfig(Config):
         # Here and not when it is first measured: that may be hours later.
         tasks, best = self.evaluation.tasks, self.evaluation.best
         measured = [f"{name}.{metric}" for name, task in tasks.items() for metric in task.metrics]
+        if self.ema:
+            measured += [f"{name}.ema.{metric}" for name, task in tasks.items() for metric in task.metrics]
         if best is not None and best not in measured:
             raise ValueError(f"evaluation.best '{best}' is not measured; measured: {', '.join(measured) or '-'}")
         return self
@@ -368,10 +401,17 @@ class ConvertConfig(Config):
 class BenchmarkConfig(Config):
     """python -m jobs.benchmark"""
 
-    name: Literal["tokenizer", "text_tower", "loss", "serve", "batching"] = Field(description="what is measured")
+    name: Literal["tokenizer", "text_tower", "step", "loss", "serve", "batching"] = Field(
+        description="what is measured"
+    )
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
     samples: int = Field(20_000, gt=0, description="captions to tokenise")
     threads: int | None = Field(None, gt=0, description="torch threads; None leaves torch's own choice")
+    preset: str = Field("ViT-B/32", description="the model of a step")
+    batch_size: int = Field(32, gt=0, description="pairs a step")
+    micro_batch_size: int | None = Field(None, gt=0, description="pairs in the towers at once in a step; None: all")
+    precision: Precision = Field("float32", description="of both sides' towers in a step")
+    compile: bool = Field(False, description="torch.compile on both sides of a step: token-wise parts, open_clip whole")
     window_s: float = Field(8.0, gt=0, description="length of a window under load")
     model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
     settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")

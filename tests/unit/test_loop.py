@@ -214,7 +214,14 @@ def test_steps_are_told_their_loss_rate_and_scale(tmp_path, data, tiny_config):
             assert 0 <= metrics["rates"]["data_wait_share"] <= 1
             before = samples
         elif name == "log":
-            assert {"loss", "learning_rate", "logit_scale", "samples_per_s", "data_wait_share"} == metrics.keys()
+            assert metrics.keys() == {
+                "loss",
+                "learning_rate",
+                "logit_scale",
+                "grad_norm",
+                "samples_per_s",
+                "data_wait_share",
+            }
 
 
 def test_a_run_without_any_batch_is_measured_and_saved_once(tmp_path, data, tiny_config):

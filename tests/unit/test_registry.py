@@ -7,7 +7,7 @@ import threading
 import mlflow
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from rayclip.errors import UserError
 from rayclip.tracking import registry
@@ -96,6 +96,20 @@ def test_a_registered_model_is_a_local_folder_with_its_files(uri, checkpoints, n
     assert {path.name for path in source.folder.iterdir()} == set(MODEL_FILES)
     assert weights(source.folder) == weights(checkpoints[number - 1])
     assert "Downloading" not in capfd.readouterr().err
+
+
+def test_the_average_of_the_weights_can_be_the_version(uri, tmp_path):
+    checkpoint = write_model(tmp_path / "averaged", 7)
+    save_file({"weight": np.full(1000, 8, np.float32)}, checkpoint / "ema.safetensors")
+    client = connect(uri)
+    run_id = open_run(uri, "tests", "averaged", {}, {}, None)
+    model = link_checkpoint(client, run_id, checkpoint, 3, {"letters": {"top1": 0.5, "ema": {"top1": 0.6}}})
+    assert register(client, model, checkpoint, "averages", "champion", ema=True) == 1
+    source = resolve_model("models:/averages/1", uri)
+    assert {path.name for path in source.folder.iterdir()} >= set(MODEL_FILES)
+    assert load_file(source.folder / "model.safetensors")["weight"][0] == 8
+    metrics = client.get_run(run_id).data.metrics
+    assert (metrics["checkpoint/letters.top1"], metrics["checkpoint/letters.ema.top1"]) == (0.5, 0.6)
 
 
 def test_what_is_there_is_not_asked_for_again(uri, downloads, tmp_path, monkeypatch):

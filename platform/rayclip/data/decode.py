@@ -9,6 +9,9 @@ from PIL import Image
 from rayclip.data.formats.tar import Sample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+GUARD_CAUSES = ("loss_not_finite", "gradient_not_finite", "loss_spike", "logit_scale_collapsed")
+"""Why a sample that could be read was left out: what a step came to that it was in."""
+
 CAUSES = (
     "fine",
     "chunk_unreadable",
@@ -18,6 +21,7 @@ CAUSES = (
     "no_caption",
     "caption_not_utf8",
     "caption_empty",
+    *GUARD_CAUSES,
 )
 """Why a sample was skipped; its index in this tuple is the code that travels with the stream."""
 

@@ -15,7 +15,7 @@ A batch is a dict of arrays over its samples:
 
 import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -136,6 +136,22 @@ class Stream:
                 held = {name: array[batch_size:] for name, array in held.items()}
         if len(held["row"]):
             yield held
+
+    def again(self, samples: np.ndarray, batch_size: int, share: int, shares: int) -> Iterator[Batch]:
+        """One share of samples that came before, int64 [n, 2] of (position, row), in as many batches as each share.
+
+        A share that has fewer samples ends with padding.
+        """
+        wanted: dict[int, int] = {}
+        for position, row in samples[share::shares].tolist():
+            wanted[position] = wanted.get(position, 0) | 1 << row
+        start, end = min(wanted, default=0), max(wanted, default=-1) + 1
+        done = {p: (1 << self.rows_at(p)) - 1 & ~wanted.get(p, 0) for p in range(start, end)}
+        ledger = {"cursor": start, "partial": {str(p): f"{mask:x}" for p, mask in done.items()}}
+        batches = Stream(replace(self.spec, end=end), ledger).batches(batch_size)
+        largest_share = -(-len(samples) // shares)
+        for _ in range(-(-largest_share // batch_size)):
+            yield next(batches, self.padding(1))
 
     def padding(self, num_samples: int) -> Batch:
         """Rows that stand for no sample; the loop passes over them."""

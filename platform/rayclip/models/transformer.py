@@ -88,7 +88,11 @@ class Block(nn.Module):
     def forward(self, x_TW: Tensor, groups: Groups, causal: bool, rows_B: Tensor | None = None) -> Tensor:
         """-> [T, W], or, at `rows_B` only, [B, W]."""
         attended = self.attn(self.ln_1(x_TW), groups, causal, rows_B)
-        x = attended + (x_TW if rows_B is None else x_TW.index_select(0, rows_B))
+        return self.finish(attended, x_TW if rows_B is None else x_TW.index_select(0, rows_B))
+
+    def finish(self, attended: Tensor, x: Tensor) -> Tensor:
+        """What follows attention, token by token; both [T, W] -> [T, W]."""
+        x = attended + x
         return x + self.mlp(self.ln_2(x))
 
 
@@ -136,6 +140,17 @@ def checkpoint_activations(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Transformer):
             module.checkpoint_activations = True
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile what the transformers in `model` do token by token: residuals, layer norm and MLP.
+
+    Their number of tokens is a symbol of the compiled code, and how captions lie among them, which differs from batch
+    to batch, is not in it: so it is compiled once for each tower and precision, whatever lengths captions have.
+    """
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.finish = torch.compile(module.finish, dynamic=True, backend=backend)  # type: ignore[method-assign]
 
 
 def _join(parts: list[Tensor]) -> Tensor:

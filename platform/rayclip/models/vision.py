@@ -67,7 +67,8 @@ class VisionTransformer(nn.Module):
         first = self.class_embedding.expand(batch, 1, width)
         x_BNW = torch.cat([first, patches_BKW], dim=1) + position
         length = 1 + num_patches
-        x_TW = self.ln_pre(x_BNW).view(batch * length, width)
+        # Flattened before and not after: compiled code for a view would be one more.
+        x_TW = self.ln_pre(x_BNW.view(batch * length, width))
         rows_B = torch.arange(0, batch * length, length, device=x_TW.device)
         return self.ln_post(self.transformer(x_TW, rows_B, [(batch, length)], causal=False))
 

@@ -216,7 +216,8 @@ def _finish(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> di
     if config.tracking.register_as:
         client = tracking.connect(uri)
         model = link_checkpoint(client, run_id, best, best_state.samples_seen, metrics["tasks"])
-        version = register(client, model, best, config.tracking.register_as, config.tracking.alias)
+        by_average = ".ema." in (config.evaluation.best or "")
+        version = register(client, model, best, config.tracking.register_as, config.tracking.alias, by_average)
     by_kind: dict[str, dict[str, Any]] = {}
     for name, task in config.evaluation.tasks.items():
         if name in metrics["tasks"]:

@@ -3,6 +3,7 @@
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,21 @@ from ray.actor import ActorHandle
 
 from rayclip.config import ModelConfig, TrainConfig
 from rayclip.data.decode import CAUSES
-from rayclip.data.stream import Stream, StreamSpec
+from rayclip.data.stream import Batch, Stream, StreamSpec
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
 from rayclip.evaluation.tasks import Evaluator
 from rayclip.files import write_text
 from rayclip.inference.encoder import Encoder
 from rayclip.models.clip import CLIP
-from rayclip.models.transformer import checkpoint_activations
+from rayclip.models.transformer import checkpoint_activations, compile_blocks
 from rayclip.models.weights import fit_weights
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import batches
 from rayclip.tracking.mlflow import MlflowTracker, connect, flatten
 from rayclip.tracking.registry import link_checkpoint, resolve_model
 from rayclip.training.checkpoint import RunState, read_metrics, restore, write_checkpoint
+from rayclip.training.ema import Ema
 from rayclip.training.loop import Hooks, Metrics, Plan, Trainer
 from rayclip.training.optimizer import RowAdamW, build_optimizer
 
@@ -114,11 +116,14 @@ class Worker:
         self.model = self._new_model(self.config.model).to(ray.train.torch.get_device())
         if self.config.activation_checkpointing:
             checkpoint_activations(self.model)
+        if self.config.compile:
+            compile_blocks(self.model)
         self.optimizer: RowAdamW = build_optimizer(self.model, self.config.optimizer)
+        self.ema = Ema(self.model, self.config.ema) if self.config.ema else None
         state = self._restore()
         ledger = Stream(self.job.spec, state.ledger).ledger()
-        hooks = Hooks(self._step, self._log, self._evaluate, self._save)
-        trainer = Trainer(self._plan(), self.model, self.optimizer, state, ledger, hooks)
+        hooks = Hooks(self._step, self._log, self._evaluate, self._save, self._notice, self._replay)
+        trainer = Trainer(self._plan(), self.model, self.optimizer, state, ledger, hooks, self.ema)
         shard = ray.train.get_dataset_shard("train")
         trainer.run(batches(shard, self.config.batch_size // self.world_size))
 
@@ -138,6 +143,8 @@ class Worker:
             max_bad_fraction=config.data.max_bad_fraction,
             loss=config.loss,
             micro_batch_size=config.micro_batch_size,
+            precision=config.precision,
+            guard=config.guard,
         )
 
     def _new_model(self, settings: ModelConfig) -> CLIP:
@@ -156,7 +163,7 @@ class Worker:
             state = RunState(manifest_digest=self.job.spec.digest)
         else:
             with checkpoint.as_directory() as path:
-                state = restore(Path(path), self.model, self.optimizer)
+                state = restore(Path(path), self.model, self.optimizer, self.ema)
             if self.is_first:
                 self._link(Path(checkpoint.path), state.samples_seen)
         if state.manifest_digest != self.job.spec.digest:
@@ -178,12 +185,26 @@ class Worker:
         if self.tracker:
             self.tracker.log({f"train/{key}": value for key, value in metrics.items()}, state.samples_seen)
 
+    def _notice(self, line: str) -> None:
+        if self.is_first:
+            self.job.monitor.note.remote(line)
+
+    def _replay(self, samples: np.ndarray) -> Iterator[Batch]:
+        rank = ray.train.get_context().get_world_rank()
+        batch_size = self.config.batch_size // self.world_size
+        return Stream(self.job.spec).again(samples, batch_size, rank, self.world_size)
+
     def _evaluate(self) -> Metrics:
         config = self.config
         assert isinstance(config.model, ModelConfig)
         encoder = Encoder(self.model, get_tokenizer(config.model.text.context_length), self.model.logit_scale.device)
         evaluator = Evaluator(config.evaluation.tasks, config.model.vision.image_size, config.evaluation.batch_size)
-        return evaluator.run(encoder, self.folder.pictures if self.is_first else None)
+        metrics = evaluator.run(encoder, self.folder.pictures if self.is_first else None)
+        if self.ema:
+            with self.ema.in_place():
+                for name, averaged in evaluator.run(encoder).items():
+                    metrics[name]["ema"] = averaged
+        return metrics
 
     def _save(self, state: RunState, metrics: Metrics, seen: np.ndarray) -> None:
         name = f"samples-{state.samples_seen:012}"
@@ -195,7 +216,7 @@ class Worker:
         self._quarantine(seen[seen[:, 2] > 0], state.samples_seen)
         config = self.config.model_dump(mode="json")
         with tempfile.TemporaryDirectory() as scratch:
-            write_checkpoint(Path(scratch) / name, self.model, self.optimizer, state, config, content)
+            write_checkpoint(Path(scratch) / name, self.model, self.optimizer, state, config, content, self.ema)
             if self.config.checkpoint.record_samples:
                 np.save(Path(scratch) / name / "samples.npy", seen)
             checkpoint = ray.train.Checkpoint.from_directory(str(Path(scratch) / name))
@@ -230,8 +251,8 @@ class Worker:
         shown = [
             f"{name} {key} {value:.1%}"
             for name, measured in metrics.items()
-            for key, value in measured.items()
-            if key in ("top1", "top5", "image_to_text.recall_at_1", "image_to_text.recall_at_5")
+            for key, value in flatten(measured).items()
+            if key.removeprefix("ema.") in ("top1", "top5", "image_to_text.recall_at_1", "image_to_text.recall_at_5")
         ]
         self.job.monitor.note.remote(f"at {state.samples_seen:,} samples: {', '.join(shown)}")
 

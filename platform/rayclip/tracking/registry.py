@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,8 +62,12 @@ def link_checkpoint(
     return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
 
-def register(client: MlflowClient, model: LoggedModel, checkpoint: Path, name: str, alias: str) -> int:
+def register(
+    client: MlflowClient, model: LoggedModel, checkpoint: Path, name: str, alias: str, ema: bool = False
+) -> int:
     """Make a checkpoint a version of the registered model `name`, move the alias to it, and return its number.
+
+    `ema` makes the moving average of its weights the version's weights.
 
     The version holds a copy of its own, so that it outlives the run's checkpoints. A checkpoint that is a version
     already stays the one it is.
@@ -71,8 +76,12 @@ def register(client: MlflowClient, model: LoggedModel, checkpoint: Path, name: s
         if version.source == f"models:/{model.model_id}":
             move_alias(client, name, alias, int(version.version))
             return int(version.version)
-    for file in MODEL_FILES:
-        client.log_model_artifact(model.model_id, str(checkpoint / file))
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in MODEL_FILES:
+            averaged = ema and file == "model.safetensors"
+            # An artifact is called what its file is called.
+            (Path(scratch) / file).symlink_to((checkpoint / ("ema.safetensors" if averaged else file)).absolute())
+            client.log_model_artifact(model.model_id, str(Path(scratch) / file))
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     source = f"models:/{model.model_id}"

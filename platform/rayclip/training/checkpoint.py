@@ -1,6 +1,7 @@
 """A checkpoint: one folder that holds all a run needs to go on, and all a reader needs to use the model.
 
     model.safetensors       weights
+    ema.safetensors         their moving average, where the run keeps one
     optimizer.safetensors   both moments and the step count of every parameter, and torch's random state
     state.json              what has been trained on: samples seen, the ledger, what was skipped; by which code
     config.json             the resolved config of the run
@@ -22,7 +23,8 @@ from torch.optim import Optimizer
 
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
-from rayclip.models.weights import read_weights
+from rayclip.models.weights import read_tensors, read_weights
+from rayclip.training.ema import Ema
 
 _RANDOM_STATE = "torch_random_state"
 
@@ -36,19 +38,29 @@ class RunState:
     train_time_s: float = 0.0
     data_wait_s: float = 0.0
     skipped: dict[str, int] = field(default_factory=dict)
+    interventions: int = 0
+    recent_losses: list[float] = field(default_factory=list)
     ledger: dict[str, object] = field(default_factory=lambda: {"cursor": 0, "partial": {}})
     manifest_digest: str = ""
     code_version: str = ""
 
 
 def write_checkpoint(
-    folder: Path, model: CLIP, optimizer: Optimizer, state: RunState, config: dict[str, Any], metrics: dict[str, Any]
+    folder: Path,
+    model: CLIP,
+    optimizer: Optimizer,
+    state: RunState,
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+    ema: Ema | None = None,
 ) -> None:
     """Write a checkpoint folder, whole and then named; one of that name is replaced."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: p.contiguous() for name, p in model.state_dict().items()}, partial / "model.safetensors")
+    _save_weights(model.state_dict(), partial / "model.safetensors")
+    if ema is not None:
+        _save_weights(ema.state_dict(), partial / "ema.safetensors")
     save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
     for name, content in (("state", vars(state)), ("config", config), ("metrics", metrics)):
         (partial / f"{name}.json").write_text(json.dumps(content, indent=1))
@@ -71,9 +83,11 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return _read_json(folder, "metrics")
 
 
-def restore(folder: Path, model: CLIP, optimizer: Optimizer) -> RunState:
-    """Load weights, optimizer and random state in place, and say how far the run was."""
+def restore(folder: Path, model: CLIP, optimizer: Optimizer, ema: Ema | None = None) -> RunState:
+    """Load weights, optimizer, random state and average in place, and say how far the run was."""
     model.load_state_dict(load_file(folder / "model.safetensors"))
+    if ema is not None:
+        ema.load_state_dict(load_file(folder / "ema.safetensors"))
     tensors = load_file(folder / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop(_RANDOM_STATE))
     moments: dict[str, dict[str, Tensor]] = {}
@@ -87,12 +101,27 @@ def restore(folder: Path, model: CLIP, optimizer: Optimizer) -> RunState:
     return read_state(folder)
 
 
-def load_model(folder: str | Path) -> CLIP:
+def load_model(folder: str | Path, ema: bool = False) -> CLIP:
     """The model of a checkpoint, or of exported weights (models/weights.py), on the CPU.
 
-    Raises UserError where there is none, or a damaged one.
+    `ema` asks for the moving average of a checkpoint's weights. Raises UserError where there is none, or a damaged one.
     """
-    return read_weights(folder).model()
+    folder = Path(folder)
+    model = read_weights(folder).model()
+    if ema:
+        path = folder / "ema.safetensors"
+        if not path.exists():
+            raise UserError(f"'{folder}' has no {path.name}: its run kept no moving average, see the setting ema")
+        try:
+            model.load_state_dict(read_tensors(path))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"'{path}' does not hold the model's weights: {reason}") from None
+    return model
+
+
+def _save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
 
 
 def _optimizer_tensors(model: CLIP, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ share.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +17,26 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rayclip.collective import all_gather_rows, world_size
-from rayclip.config import LossConfig, OptimizerConfig
-from rayclip.data.decode import CAUSES
+from rayclip.config import GuardConfig, LossConfig, OptimizerConfig, Precision
+from rayclip.data.decode import CAUSES, GUARD_CAUSES
 from rayclip.data.ledger import Ledger
 from rayclip.data.stream import Batch
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.training.checkpoint import RunState
+from rayclip.training.ema import Ema
+from rayclip.training.guard import Guard, Snapshot, Trouble
 from rayclip.training.meter import Meter
+from rayclip.training.precision import in_precision
 from rayclip.training.schedule import warmup_cosine
 from rayclip.training.step import StepResult, train_step
 
 Metrics = dict[str, Any]
+Sample = tuple[int, int]
+"""Position and row."""
 
 _FEW_SAMPLES = 1_000  # below this many, a fraction of bad ones says little
+_FIRST_GUARD_CAUSE = CAUSES.index(GUARD_CAUSES[0])
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Plan:
     max_bad_fraction: float
     loss: LossConfig = LossConfig()  # noqa: RUF009 (frozen)
     micro_batch_size: int | None = None
+    precision: Precision = "float32"
+    guard: GuardConfig = GuardConfig()  # noqa: RUF009 (frozen)
 
 
 @dataclass(frozen=True)
@@ -54,36 +62,55 @@ class Hooks:
     `step` gets the metrics of every step, `log` those of a point to be recorded. `evaluate` measures the model as it
     is. `save` makes a checkpoint of the state, with what was measured (nothing, where nothing was), and gets the
     samples of all ranks since the last one, int64 [n, 3] of (position, row, index into CAUSES).
+    `notice` gets a line for people. `replay` gives this rank's share of samples that came before, int64 [n, 2] of
+    (position, row), in equally many batches on all ranks; it is asked where the guard rolls back.
     """
 
     step: Callable[[Metrics, RunState], None]
     log: Callable[[Metrics, RunState], None]
     evaluate: Callable[[], Metrics]
     save: Callable[[RunState, Metrics, np.ndarray], None]
+    notice: Callable[[str], None] = lambda line: None
+    replay: Callable[[np.ndarray], Iterable[Batch]] | None = None
 
 
 class Trainer:
-    """Trains `model` from `state` on; `ledger` holds the samples that the weights have seen already."""
+    """Trains `model` from `state` on; `ledger` holds the samples that the weights have seen already.
+
+    `ema`, where there is one, follows the model.
+    """
 
     def __init__(
-        self, plan: Plan, model: CLIP, optimizer: Optimizer, state: RunState, ledger: Ledger, hooks: Hooks
+        self,
+        plan: Plan,
+        model: CLIP,
+        optimizer: Optimizer,
+        state: RunState,
+        ledger: Ledger,
+        hooks: Hooks,
+        ema: Ema | None = None,
     ) -> None:
-        self.plan, self.model, self.optimizer, self.hooks = plan, model, optimizer, hooks
+        self.plan, self.model, self.optimizer, self.hooks, self.ema = plan, model, optimizer, hooks, ema
         self.state, self.ledger = state, ledger
-        self._net = _data_parallel(model)
+        self._net = _data_parallel(in_precision(model, plan.precision))
         self._meter = Meter(state)
-        self._num_skipped = sum(state.skipped.values())
+        self._count_from_checkpoint(0)
+        self._guard = Guard(plan.guard, state.recent_losses)
+        self._snapshot: Snapshot | None = None
+        self._replay: Iterable[Batch] | None = None
+        self._owed: set[Sample] = set()
         self._unsaved: list[np.ndarray] = []
 
     def run(self, batches: Iterable[Batch]) -> RunState:
         """Train to the end of `batches`, evaluate, save, and return the final state.
 
-        Raises UserError, on all ranks, for a loss that is not finite and for too many unreadable samples.
+        Raises UserError, on all ranks, for what the guard stops at and for too many unreadable samples.
         """
+        self._take_snapshot()
         # The last checkpoint is made, measured, once: one that is made again would replace the one it goes on from.
         evaluated = self._num_given() >= self.plan.total_samples
         self.model.train()
-        for batch in self._meter.timed(batches):
+        for batch in self._meter.timed(self._with_replays(batches)):
             before, given_before = self.state.samples_seen, self._num_given()
             self._step(batch, before)
             if self._num_given() == given_before:  # nothing but padding
@@ -105,10 +132,15 @@ class Trainer:
         lr = warmup_cosine(before, settings.lr, settings.warmup_samples, self.plan.total_samples)
         result = train_step(
             self._net, self.model, self.optimizer, batch, lr, settings.max_grad_norm,
-            self.plan.loss, self.plan.micro_batch_size,
+            self.plan.loss, self.plan.micro_batch_size, self._guard,
         )  # fmt: skip
+        if self.ema and result.num_trained:
+            self.ema.update(result.num_trained)
         self._account(batch, result)
+        if result.trouble:
+            self._intervene(result.trouble)
         metrics = {"loss": result.loss, "learning_rate": lr, "logit_scale": result.logit_scale}
+        metrics["grad_norm"] = result.grad_norm
         self.hooks.step(metrics | {"rates": self._meter.rates()}, self.state)
         if self._due(before, self.plan.log_every):
             self.hooks.log(metrics | self._meter.rates(), self.state)
@@ -116,14 +148,60 @@ class Trainer:
 
     def _account(self, batch: Batch, result: StepResult) -> None:
         given = np.stack([batch[name].astype(np.int64) for name in ("position", "row", "cause")], axis=1)
+        if result.trouble:
+            given[batch["num_tokens"] > 0, 2] = CAUSES.index(result.trouble.cause)
         self._unsaved.append(given[given[:, 0] >= 0])
         self.state.samples_seen += result.num_trained
         self.state.steps += result.num_trained > 0
-        self._num_skipped += result.num_skipped
+        self._num_skipped += result.num_skipped + result.num_left_out
+        self._num_left_out += result.num_left_out
         given_so_far = self._num_given()
         allowed = self.plan.max_bad_fraction * max(given_so_far, min(_FEW_SAMPLES, self.plan.total_samples))
-        if self._num_skipped > allowed:
+        if self._num_skipped - self._num_left_out > allowed:
             raise UserError(self._too_many_bad(given_so_far))
+
+    def _intervene(self, trouble: Trouble) -> None:
+        guard = self.plan.guard
+        self.state.interventions += 1
+        if self.state.interventions > guard.max_interventions:
+            raise UserError(f"{trouble.text}; guard.max_interventions allows {guard.max_interventions}")
+        if guard.action == "skip":
+            self.hooks.notice(f"{trouble.text}; skipped")
+            return
+        self._roll_back()
+        self.hooks.notice(f"{trouble.text}; went back to {self.state.samples_seen:,} samples, leaving them out")
+
+    def _roll_back(self) -> None:
+        """Take the weights of the last checkpoint; what came since then is owed once more, but for what is left out."""
+        assert self._snapshot and self.hooks.replay
+        seen, mine = self._gather_unsaved(), self._concat_unsaved()
+        left_out = seen[:, 2] >= _FIRST_GUARD_CAUSE
+        self._owed = (self._owed | _samples(seen)) - _samples(seen[left_out])
+        self._unsaved = [mine[mine[:, 2] >= _FIRST_GUARD_CAUSE]]
+        self._count_from_checkpoint(int(left_out.sum()))
+        self._snapshot.restore(self.state)
+        self._meter.start_window()
+        self._replay = self.hooks.replay(np.array(sorted(self._owed), dtype=np.int64).reshape(-1, 2))
+
+    def _count_from_checkpoint(self, num_left_out: int) -> None:
+        """Count what was skipped up to the last checkpoint, and what was left out since."""
+        skipped = self.state.skipped
+        self._num_skipped = sum(skipped.values()) + num_left_out
+        self._num_left_out = sum(skipped.get(cause, 0) for cause in GUARD_CAUSES) + num_left_out
+
+    def _with_replays(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
+            while self._replay is not None:
+                replay, self._replay = self._replay, None
+                for again in replay:
+                    yield again
+                    if self._replay is not None:  # it was rolled back once more
+                        break
+
+    def _take_snapshot(self) -> None:
+        if self.plan.guard.action == "roll_back":
+            self._snapshot = Snapshot(self.model, self.optimizer, self.ema, self.state)
 
     def _checkpoint(self, evaluate: bool) -> None:
         started = time.perf_counter()
@@ -131,20 +209,25 @@ class Trainer:
         self.ledger.add(seen[:, 0], seen[:, 1])
         self.state.skipped, self.state.ledger = self._count_skipped(seen), self.ledger.to_dict()
         self._unsaved = []
+        self._owed -= _samples(seen) if self._owed else set()
+        self._take_snapshot()
         metrics = self.hooks.evaluate() if evaluate else {}
         self.model.train()
         self.hooks.save(self.state, metrics, seen)
         self._meter.pause(time.perf_counter() - started)
 
     def _gather_unsaved(self) -> np.ndarray:
-        mine = np.concatenate([np.empty((0, 3), dtype=np.int64), *self._unsaved])
-        return all_gather_rows(torch.from_numpy(mine)).numpy()
+        return all_gather_rows(torch.from_numpy(self._concat_unsaved())).numpy()
+
+    def _concat_unsaved(self) -> np.ndarray:
+        return np.concatenate([np.empty((0, 3), dtype=np.int64), *self._unsaved])
 
     def _too_many_bad(self, given_so_far: int) -> str:
         seen = self._gather_unsaved()
-        shown = ", ".join(f"{cause} {count:,}" for cause, count in self._count_skipped(seen).items())
+        skipped = self._count_skipped(seen[seen[:, 2] < _FIRST_GUARD_CAUSE])
+        shown = ", ".join(f"{cause} {count:,}" for cause, count in skipped.items() if cause not in GUARD_CAUSES)
         return (
-            f"{self._num_skipped:,} of {given_so_far:,} samples could not be read ({shown}); "
+            f"{self._num_skipped - self._num_left_out:,} of {given_so_far:,} samples could not be read ({shown}); "
             f"data.max_bad_fraction allows {self.plan.max_bad_fraction:g}"
         )
 
@@ -157,7 +240,11 @@ class Trainer:
         return every is not None and before // every < self.state.samples_seen // every
 
 
-def _data_parallel(model: CLIP) -> nn.Module:
+def _samples(rows: np.ndarray) -> set[Sample]:
+    return {(position, row) for position, row in rows[:, :2].tolist()}
+
+
+def _data_parallel(model: nn.Module) -> nn.Module:
     if world_size() == 1:
         return model
     # A batch norm's statistics are those of the first rank: that is whose weights are saved.

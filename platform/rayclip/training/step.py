@@ -1,7 +1,7 @@
 """One optimizer step on one global batch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -9,21 +9,30 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rayclip.collective import all_gather_rows, gather_counts, reduce_counts
-from rayclip.config import LossConfig
+from rayclip.config import GuardConfig, LossConfig
 from rayclip.data.stream import Batch
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.training.gradient import Inputs, forward_backward
+from rayclip.training.guard import Guard, Trouble
+
+_FINITE = GuardConfig(min_logit_scale=None)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, over all ranks."""
+    """What a step did, over all ranks. `logit_scale` is that of the loss.
+
+    Where there was trouble, the samples that could be read are not trained but left out.
+    """
 
     loss: float
     num_trained: int
     num_skipped: int
     logit_scale: float
+    grad_norm: float = math.nan
+    num_left_out: int = 0
+    trouble: Trouble | None = None
 
 
 def train_step(
@@ -35,13 +44,16 @@ def train_step(
     max_grad_norm: float | None,
     loss: LossConfig = LossConfig(),  # noqa: B008 (frozen)
     micro_batch_size: int | None = None,
+    guard: Guard | None = None,
 ) -> StepResult:
     """Forward, backward and update on this rank's part of a global batch.
 
     `net` is `model`, or `model` wrapped for data parallelism. At most `micro_batch_size` pairs of this rank go through
-    it at once, which changes memory and time and nothing else; None is all. Raises UserError, on every rank, where
-    the loss is not finite; the weights are then those before the step.
+    it at once, which changes memory and time and nothing else; None is all. Where `guard` finds trouble with the loss
+    or its gradient, the weights stay as they are. Raises UserError, on every rank, for trouble that stops the run;
+    without a guard that is a loss or a gradient that is not finite.
     """
+    guard = guard or Guard(_FINITE, [])
     device = model.logit_scale.device
     real = np.flatnonzero(batch["num_tokens"])
     num_given = int((batch["position"] >= 0).sum())
@@ -54,20 +66,29 @@ def train_step(
     logit_scale = model.logit_scale.detach().exp()
     optimizer.zero_grad(set_to_none=True)
     share = forward_backward(net, _inputs(batch, real), batch_sizes, device, loss, micro_batch_size)
-    total_loss = reduce_counts(share).item()
-    if not math.isfinite(total_loss):
-        raise UserError(f"the loss is {total_loss}: {_identity(batch)}")
-    if max_grad_norm is not None:
-        _clip_gradient(model, max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-    optimizer.step()
-    model.clamp_logit_scale_()
-    return StepResult(total_loss, num_trained, num_skipped, logit_scale.item())
+    gradients = _gradients(model)
+    norm = nn.utils.get_total_norm(gradients).to(device)
+    total_loss, norms = reduce_counts(torch.stack([share, norm])).tolist()
+    trouble = guard.judge(total_loss, norms)
+    if trouble is None:
+        if max_grad_norm is not None:
+            torch._foreach_mul_(gradients, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        optimizer.step()
+        model.clamp_logit_scale_()
+        trouble = guard.judge_scale(model.logit_scale.exp().item())
+    result = StepResult(total_loss, num_trained, num_skipped, logit_scale.item(), norms / len(counts))
+    if trouble is None:
+        return result
+    trouble = replace(trouble, text=f"{trouble.text}: {_identity(batch)}")
+    if guard.stops_at(trouble):
+        raise UserError(trouble.text)
+    return replace(result, num_trained=0, num_left_out=num_trained, trouble=trouble)
 
 
-def _clip_gradient(model: nn.Module, max_norm: float) -> None:
-    """nn.utils.clip_grad_norm_, which has no norm for row-sparse gradients: theirs is that of their summed rows."""
+def _gradients(model: nn.Module) -> list[torch.Tensor]:
+    """All gradients' numbers, to look at and to scale; of row-sparse ones, their summed rows."""
     values = []
     for parameter in model.parameters():
         if parameter.grad is not None and parameter.grad.is_sparse:
@@ -75,9 +96,7 @@ def _clip_gradient(model: nn.Module, max_norm: float) -> None:
             values.append(parameter.grad.values())
         elif parameter.grad is not None:
             values.append(parameter.grad)
-    scale = (max_norm / (nn.utils.get_total_norm(values) + 1e-6)).clamp(max=1.0)
-    for value in values:
-        value.mul_(scale)
+    return values
 
 
 def _inputs(batch: Batch, rows: np.ndarray) -> Inputs:
