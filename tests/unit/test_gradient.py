@@ -155,7 +155,7 @@ CASES = {
     "sigmoid": (LossConfig(kind="sigmoid", distribution="ring"), None, False),
     "micro": (LossConfig(), 2, False),
     "micro, ring, activations anew": (LossConfig(distribution="ring"), 2, True),
-    "micro, sigmoid": (LossConfig(kind="sigmoid"), 3, False),
+    "micro where more than 5, sigmoid": (LossConfig(kind="sigmoid"), 5, False),
 }
 
 
