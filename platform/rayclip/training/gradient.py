@@ -66,7 +66,10 @@ def _in_micro_batches(
             with _replayed(random_states[number], device):
                 again = _outputs(net, micro_batches[number], device)
             given = [*grads, *other_grads] if last else grads
-            torch.autograd.backward(again[: len(given)], given)
+            # A tower that is locked has features without a graph.
+            pairs = [(tensor, grad) for tensor, grad in zip(again, given, strict=False) if tensor.requires_grad]
+            tensors, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(tensors, gradients)
     return share
 
 
