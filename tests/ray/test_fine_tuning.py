@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from jobs import convert
+from jobs import convert, embed
 from jobs import train as train_job
-from rayclip.config import ConvertConfig, TrainConfig
+from rayclip.config import ConvertConfig, EmbedConfig, TrainConfig
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.models.weights import Weights, write_weights
@@ -39,6 +39,9 @@ def test_a_locked_tower_from_exported_weights(
     convert.main(ConvertConfig(input=summary["checkpoint"], output="exported", format="open_clip"))
     exported = load_model("exported").state_dict()
     assert all(torch.equal(exported[name], tensor) for name, tensor in tuned.items())
+    embedded = embed.main(EmbedConfig(model="exported", data=str(tmp_path / "data"), output="embeddings"))
+    assert (embedded["pictures"], embedded["texts"]) == (60, 60)
+    assert embedded["model_version"].startswith("exported@")
 
 
 def test_weights_that_do_not_fit_are_said_before_anything_starts(

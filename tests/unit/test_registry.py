@@ -247,3 +247,23 @@ def test_which_names_can_move(tmp_path):
     assert not is_registered(str(tmp_path))
     with pytest.raises(UserError, match="names no registered model"):
         find_version(str(tmp_path), None)
+
+
+# Exported weights
+
+
+def test_exported_weights_are_named_by_what_they_are_in_and_what_they_hold(tmp_path):
+    folder = write_model(tmp_path / "exported", 3)
+    digest = hashlib.sha256(weights(folder)).hexdigest()[:8]
+    (folder / "model.safetensors").rename(folder / "open_clip_model.safetensors")
+    (folder / "config.json").rename(folder / "open_clip_config.json")
+    source = registry.ModelSource("letters-run", f"exported@{digest}", folder)
+    assert resolve_model(str(folder), None) == source
+    (folder / "open_clip_config.json").unlink()
+    assert "it has no open_clip_config.json" in message_of(str(folder), None)
+
+    file = folder / "open_clip_model.safetensors"
+    assert resolve_model(str(file), None) == registry.ModelSource(file.name, f"{file.name}@{digest}", file)
+    (folder / "open_clip_config.json").write_text("{}")
+    file.write_bytes(file.read_bytes()[:100])
+    assert "is damaged: open_clip_model.safetensors cannot be read" in message_of(str(folder), None)
