@@ -18,7 +18,7 @@ from jobs.benchmarks.captions import captions
 from jobs.benchmarks.flops import peak_flops, step_flops
 from jobs.benchmarks.peers import load_open_clip
 from jobs.benchmarks.timing import paired_times
-from rayclip.config import BenchmarkConfig, ModelConfig, OptimizerConfig
+from rayclip.config import BenchmarkConfig, ModelConfig, OptimizerConfig, VisionConfig
 from rayclip.data.stream import Batch
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP, MAX_LOGIT_SCALE
@@ -172,6 +172,7 @@ def _open_clip_model(open_clip: Any, name: str) -> Any:
         return open_clip.create_model(listed)
     model: ModelConfig = preset(name)
     vision, text = model.vision, model.text
+    assert isinstance(vision, VisionConfig)  # it knows all of our ResNets
     return open_clip.model.CLIP(
         model.embed_dim,
         {"layers": vision.layers, "width": vision.width, "head_width": vision.width // vision.heads,
