@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from jobs import train as train_job
@@ -14,6 +15,9 @@ from rayclip.config import TrainConfig
 from rayclip.data.manifest import Manifest
 from rayclip.data.order import Order
 from rayclip.errors import UserError
+from rayclip.models.clip import CLIP
+from rayclip.models.weights import Weights, write_weights
+from rayclip.training.checkpoint import load_model
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
@@ -72,6 +76,52 @@ def test_a_killed_worker_and_a_killed_driver_lose_and_repeat_nothing(
     check_samples(lineage, Manifest.load(data), config["seed"])
     check_tracking(tmp_path, config, [state["samples_seen"] for _, state, _ in lineage])
     check_summary(json.loads((tmp_path / "runs/chaos/summary.json").read_text()))
+
+
+def test_a_run_with_every_option_goes_on_too(
+    tmp_path, data, tiny_config, make_samples, write_dataset, make_config, start_training
+):
+    write_dataset(tmp_path / "pairs", make_samples(40, seed=1))
+    torch.manual_seed(7)
+    start = CLIP(tiny_config)
+    write_weights(tmp_path / "start", Weights(tiny_config, start.state_dict(), ""), "open_clip", "start")
+    config = make_config(
+        "options",
+        data,
+        data={"shuffle_window": WINDOW},
+        epochs=EPOCHS,
+        weights=str(tmp_path / "start"),
+        lock="image",
+        loss={"kind": "sigmoid", "distribution": "ring", "tile_size": 8},
+        micro_batch_size=6,
+        activation_checkpointing=True,
+        precision="bfloat16",
+        compile=True,
+        ema={"half_life_samples": 500},
+        guard={"action": "roll_back"},
+        evaluation={
+            "best": "pairs.ema.image_to_text.recall_at_1",
+            "tasks": {"pairs": {"kind": "retrieval", "path": str(tmp_path / "pairs")}},
+        },
+        checkpoint={"every_samples": 480, "keep": 1000, "record_samples": True},
+        cluster={"num_workers": 2},
+    )
+    training = start_training(tmp_path, config)
+    training.wait_until(in_mid_epoch)
+    training.kill()
+    training = start_training(tmp_path, config)
+    assert training.end() == 0, training.log.read_text()
+    assert "going on with run 'options' from " in training.log.read_text()
+
+    check_samples(lineage_of(training.checkpoints), Manifest.load(data), config["seed"])
+    summary = json.loads((tmp_path / "runs/options/summary.json").read_text())
+    measured = summary["retrieval"]["pairs"]
+    assert measured["num_texts"] == measured["ema"]["num_texts"] == 40
+    ends, average = (load_model(summary["checkpoint"], ema=ema).state_dict() for ema in (False, True))
+    assert all(torch.equal(ends[name], tensor) for name, tensor in start.visual.state_dict(prefix="visual.").items())
+    assert not torch.equal(ends["text_projection"], start.text_projection)
+    assert not torch.equal(ends["text_projection"], average["text_projection"])
+    assert -11 < ends["logit_bias"].item() < -9 and ends["logit_bias"].item() != -10
 
 
 def in_mid_epoch(state):
