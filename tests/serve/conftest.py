@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -149,9 +150,8 @@ def start_service(tmp_path_factory):
         return started[-1].wait()
 
     yield start
-    for service in started:
-        if service.process.poll() is None:
-            service.stop()
+    with ThreadPoolExecutor() as threads:  # each takes a while to let its requests end
+        list(threads.map(ServiceProcess.stop, [each for each in started if each.process.poll() is None]))
 
 
 @pytest.fixture(scope="session")
