@@ -1,9 +1,11 @@
 """Starting the service from one process: a Ray of its own, or the cluster that RAY_ADDRESS names."""
 
+import atexit
 import importlib.util
 import logging
 import os
 import random
+import shutil
 import socket
 import tempfile
 import warnings
@@ -55,6 +57,7 @@ def _set_local_haproxy() -> None:
     """Files and ports of its own, so that two services fit on one machine."""
     # Short: HAProxy appends 70 characters to it, and a socket has a path of at most 97.
     folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name, file in {
         "CONFIG_FILE_LOC": "haproxy.cfg",
         "SOCKET_PATH": "admin.sock",
