@@ -8,7 +8,9 @@ import argparse
 import base64
 import io
 import json
+import multiprocessing
 import os
+import socket
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -117,18 +119,25 @@ def _main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="requests that each works on at once")
     settings = parser.parse_args()
     os.environ[_SETTINGS] = json.dumps(vars(settings))
-    # For the processes that uvicorn starts: not every library under torch heeds torch's own setting.
+    # For the processes that are started: not every library under torch heeds torch's own setting.
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-    uvicorn.run(
-        "jobs.benchmarks.plain_server:make_app",
-        factory=True,
-        host="127.0.0.1",
-        port=settings.port,
-        workers=settings.workers,
-        access_log=False,
-        log_level="warning",
-        timeout_keep_alive=60,
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_serve, args=(settings.port,), daemon=True) for _ in range(settings.workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def _serve(port: int) -> None:
+    """One worker process, on a socket of its own: of one that all share, the first to wake takes every connection."""
+    config = uvicorn.Config(
+        make_app(), host="127.0.0.1", port=port, access_log=False, log_level="warning", timeout_keep_alive=60
     )
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((config.host, port))
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 if __name__ == "__main__":
