@@ -2,6 +2,7 @@
 
 import atexit
 import importlib.util
+import io
 import logging
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import socket
 import tempfile
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from rayclip.errors import UserError
@@ -125,8 +127,10 @@ def stop() -> None:
     import ray
     from ray import serve
 
-    serve.shutdown()
-    ray.shutdown()
+    # What Ray says meanwhile of actors that it kills itself goes to its logs too.
+    with redirect_stdout(io.StringIO()):
+        serve.shutdown()
+        ray.shutdown()
 
 
 def _cpus(config: ServeConfig) -> int:

@@ -131,7 +131,10 @@ def read_tensors(file: Path) -> Tensors:
     """
     try:
         content = _load(file)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except pickle.UnpicklingError:  # torch's own words for it tell people to let the file run its code
+        reason = "it is neither safetensors nor a state dict, or it holds more than tensors"
+        raise UserError(f"'{file}' does not hold the model's weights: {reason}") from None
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"'{file}' does not hold the model's weights: {reason}") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
