@@ -32,7 +32,7 @@ from rayclip.models.presets import preset
 from rayclip.training.checkpoint import read_config
 
 SERVICE, CACHED, PLAIN, BARE = "service", "plain_cached", "plain", "bare"
-_ALL_SHARES = (0.25, 0.5, 0.75, 0.9, 1.1)
+_ALL_SHARES = (0.25, 0.5, 0.75, 0.9, 0.95, 1.1)
 SHARES = {SERVICE: _ALL_SHARES, CACHED: _ALL_SHARES, PLAIN: (0.5,)}
 """Rates of each server's sweep, as shares of its own throughput."""
 MAX_P99_MS = 2_000
