@@ -413,5 +413,6 @@ class BenchmarkConfig(Config):
     precision: Precision = Field("float32", description="of both sides' towers in a step")
     compile: bool = Field(False, description="torch.compile on both sides of a step: token-wise parts, open_clip whole")
     window_s: float = Field(8.0, gt=0, description="length of a window under load")
+    cases: tuple[Literal["ViT-B/32", "small"], ...] = Field(("ViT-B/32", "small"), description="models to serve")
     model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
     settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")
