@@ -99,7 +99,8 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     if small.name in figures:
         summary["overhead_ms_p50"] = figures[small.name]["light_load"]["overhead_ms_p50"]
         summary["small_model"] = given or f"{_SMALL}, random weights"
-    return summary | {"service_settings": list(_settings(config)), **figures}
+    summary["service_settings"] = list(_settings(config))
+    return summary | figures
 
 
 class _Measurement:
