@@ -581,7 +581,7 @@ def test_what_a_client_asked_for_that_left_is_not_computed(strict):
 
 
 def settled(target, least=0.0):
-    """Texts that the text tower has computed, once nothing waits. A busy replica tells late of the `least` there are."""
+    """Texts that the text tower has computed, once nothing waits; a busy replica is late to tell of the `least`."""
     count, last, deadline = -1.0, -2.0, time.monotonic() + 60
     while (
         (count < least and time.monotonic() < deadline)
