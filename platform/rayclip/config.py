@@ -416,3 +416,30 @@ class BenchmarkConfig(Config):
     cases: tuple[Literal["ViT-B/32", "small"], ...] = Field(("ViT-B/32", "small"), description="models to serve")
     model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
     settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")
+
+
+class FitConfig(Config):
+    """python -m jobs.fit"""
+
+    source: str = Field(description="a CSV with columns name, gmacs, samples, error; or an MLflow experiment's name")
+    form: Literal["power", "power_limit", "shifted_limit", "chinchilla"] = Field(
+        "power", description="A C^-a; A C^-a + E; A (C + B)^-a + E; A N^-a + B D^-b + E: C is N gmacs times D samples"
+    )
+    frontier: Literal["all", "pareto", "bins"] | None = Field(
+        None, description="runs fitted: all; those no other beats for as little C; best of each bin. None: all"
+    )
+    bins: int = Field(5, ge=2, description="equal bins of log C, for frontier=bins")
+    dataset: str | None = Field(None, description="only rows whose column dataset says this")
+    metric: str | None = Field(None, description="TASK.METRIC of an experiment, one minus which is the error")
+    budget: float | None = Field(None, gt=0, description="compute to plan for: forward GMACs a pair times samples")
+    resamples: int = Field(2000, ge=100, description="of the runs, for the intervals")
+    seed: int = Field(0, ge=0, description="of the resampling")
+    output: str | None = Field(None, description="folder of what is written; None: runs/fits/SOURCE")
+    tracking_uri: str | None = Field(None, description="MLflow of an experiment, or None for ./mlflow/mlflow.db")
+    log_to: str | None = Field(None, description="experiment the fit is logged to; None: that of the source, if it is")
+
+    @model_validator(mode="after")
+    def _check(self) -> "FitConfig":
+        if self.form == "chinchilla" and self.frontier not in (None, "all"):
+            raise ValueError(f"form=chinchilla is a law of all runs; frontier={self.frontier} is for the others")
+        return self
