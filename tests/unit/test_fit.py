@@ -379,7 +379,7 @@ def test_the_job_from_a_csv(tmp_path, capsys):
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "a" / "points.csv").open())}
     assert {name for name, row in rows.items() if row["fitted"] == "no"} == set(reasons)
     printed = capsys.readouterr().out
-    for word in ("exponent", "fitted below largest/8", "broken: error is missing", "at C = 1e+13"):
+    for word in ("exponent", "narrow: ", "fitted below largest/8", "broken: error is missing", "at C = 1e+13"):
         assert word in printed
 
 
