@@ -1,4 +1,4 @@
-"""Fit a scaling law to runs: python -m jobs.fit SOURCE form=power frontier=pareto key=value ..."""
+"""Fit a scaling law to runs: python -m jobs.fit SOURCE form=power key=value ..."""
 
 import os
 import re

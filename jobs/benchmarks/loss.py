@@ -3,12 +3,7 @@
 Shapes: N pairs; D embed_dim.
 """
 
-import multiprocessing
-import resource
-import sys
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jobs.benchmarks.memory import extra_bytes
 from jobs.benchmarks.peers import load_open_clip
 from jobs.benchmarks.timing import paired_times
 from rayclip.config import BenchmarkConfig
@@ -49,7 +45,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     _, peer_s, peer_ratio = paired_times(ours, peer, config.repeats)
     fits = _fitting_pairs()
     ours_bytes, naive_bytes, peer_bytes = (
-        _extra_bytes(name, pairs) * (_MEASURED_PAIRS // pairs) ** 2
+        extra_bytes(_prepare, name, pairs) * (_MEASURED_PAIRS // pairs) ** 2
         for name, pairs in (("ours", _MEASURED_PAIRS), ("naive", fits), ("open_clip", fits))
     )
     return {
@@ -116,41 +112,8 @@ def _fitting_pairs() -> int:
     return pairs
 
 
-def _extra_bytes(name: str, num: int) -> int:
-    """In a process of its own: the peak of one that has measured something is that of the largest."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_measure, args=(theirs, name, num, torch.get_num_threads()))
-    process.start()
-    theirs.close()
-    extra: int = ours.recv()
-    process.join()
-    return extra
-
-
-def _measure(pipe: Connection, name: str, num: int, threads: int) -> None:
-    torch.set_num_threads(threads)
+def _prepare(name: str, num: int) -> Callable[[], Tensor]:
     loss = _LOSSES[name]()
     _forward_backward(loss, _features(64))  # so that libraries have what they keep
     features = _features(num)
-    before = _held_bytes()
-    _forward_backward(loss, features)
-    pipe.send(_peak_bytes() - before)
-
-
-def _held_bytes() -> int:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return psutil.Process().memory_info().rss
-
-
-def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    # Not getrusage: what a process inherits of its parent's peak lives on in there.
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return lambda: _forward_backward(loss, features)

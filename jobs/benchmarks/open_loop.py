@@ -19,7 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import cycle
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,7 +44,6 @@ class Load:
     """From the moment a request was due; what is not answered by then has failed."""
     connections: int = 256
     """Most connections; requests that find none free wait here, which their latency contains."""
-    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -361,7 +360,7 @@ class _Client:
 
 def _payloads(load: Load) -> list[bytes]:
     address = urlsplit(load.url)
-    headers = {"host": address.netloc, "content-type": "application/json", **load.headers}
+    headers = {"host": address.netloc, "content-type": "application/json"}
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     payloads = []
     with open(load.bodies, "rb") as file:  # noqa: PTH123

@@ -3,11 +3,9 @@
 Shapes: B pairs; H, W a picture's height and width; C its channels; L columns of the token matrix.
 """
 
-import multiprocessing
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,16 +13,17 @@ import torch
 from torch import Tensor
 
 from jobs.benchmarks.captions import captions
-from jobs.benchmarks.flops import peak_flops, step_flops
+from jobs.benchmarks.memory import extra_bytes
+from jobs.benchmarks.peak import peak_flops
 from jobs.benchmarks.peers import load_open_clip
 from jobs.benchmarks.timing import paired_times
 from rayclip.config import BenchmarkConfig, ModelConfig, OptimizerConfig, VisionConfig
 from rayclip.data.stream import Batch
-from rayclip.errors import UserError
 from rayclip.models.clip import CLIP, MAX_LOGIT_SCALE
 from rayclip.models.presets import preset
 from rayclip.models.transformer import compile_blocks
 from rayclip.models.vision import IMAGE_MEAN, IMAGE_STD
+from rayclip.scaling.flops import training_flops
 from rayclip.training.optimizer import build_optimizer
 from rayclip.training.precision import in_precision
 from rayclip.training.step import train_step
@@ -42,15 +41,19 @@ class Side(Protocol):
 
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
-    """Ratios of steps run in turn, and the peak memory of each side in a process of its own."""
-    peak_memory, peer_peak_memory = (_peak_memory(side, config) for side in (Ours, OpenClip))
+    """Ratios of steps run in turn, and the peak memory of each side in a process of its own.
+
+    `mfu` counts the plain architecture on real tokens, also the part of the last blocks that our model leaves out.
+    """
+    peak_memory, peer_peak_memory = (extra_bytes(_prepare_memory, side, config) for side in (Ours, OpenClip))
     ours = Ours(config)
     theirs = OpenClip(config, ours.model.state_dict())
     losses: tuple[list[float], list[float]] = ([], [])
     ours_s, theirs_s, ratio = paired_times(
         lambda: losses[0].append(ours.step()), lambda: losses[1].append(theirs.step()), config.repeats
     )
-    flops = np.mean([step_flops(preset(config.preset), torch.from_numpy(b["num_tokens"])) for b in ours.batches])
+    lengths = np.concatenate([batch["num_tokens"] for batch in ours.batches])
+    flops = training_flops(preset(config.preset), len(lengths), lengths.tolist()) / len(ours.batches)
     peak, peak_is = peak_flops(ours.device, config.precision)
     return {
         "preset": config.preset,
@@ -58,7 +61,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
         "micro_batch_size": config.micro_batch_size,
         "precision": config.precision,
         "compile": config.compile,
-        "tokens_mean": round(float(np.mean([batch["num_tokens"].mean() for batch in ours.batches])), 1),
+        "tokens_mean": round(float(lengths.mean()), 1),
         "samples_per_s": round(config.batch_size / ours_s, 2),
         "open_clip_samples_per_s": round(config.batch_size / theirs_s, 2),
         "ratio_vs_open_clip": round(ratio, 3),
@@ -66,7 +69,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
         "loss_relative_difference_last": abs(losses[0][-1] / losses[1][-1] - 1),
         "peak_memory_bytes": peak_memory,
         "open_clip_peak_memory_bytes": peer_peak_memory,
-        "mfu": round(float(flops) / ours_s / peak, 4),
+        "mfu": round(flops / ours_s / peak, 4),
         "mfu_peak": peak_is,
     }
 
@@ -213,37 +216,15 @@ def _cycle(items: Sequence[Any]) -> Callable[[], Any]:
     return following
 
 
-def _peak_memory(side: type[Side], config: BenchmarkConfig) -> int:
-    """Bytes at the most in two steps, the batch included: on a GPU what is allocated there, else what the process
-    holds above what its imports take."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_send_peak_memory, args=(sender, side, config), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        return int(receiver.recv())
-    except EOFError:
-        raise UserError("the memory of a step could not be measured: its process has died, maybe of too much") from None
-    finally:
-        child.join()
-
-
-def _send_peak_memory(sender: Any, side: type[Side], config: BenchmarkConfig) -> None:
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+def _prepare_memory(side: type[Side], config: BenchmarkConfig) -> Callable[[], object]:
+    """Two steps, the side's making and its batch included; what its imports take is not."""
     load_open_clip()
-    before = _resident("VmRSS")
-    measured = side(config.model_copy(update={"repeats": 1}))
-    measured.step(), measured.step()
-    on_gpu = _device().type == "cuda"
-    sender.send(torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM") - before)
 
+    def work() -> None:
+        measured = side(config.model_copy(update={"repeats": 1}))
+        measured.step(), measured.step()
 
-def _resident(key: str) -> int:
-    """A line of Linux's account of this process, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split(f"{key}:")[1].split()[0])
+    return work
 
 
 def _device() -> torch.device:

@@ -418,15 +418,19 @@ class BenchmarkConfig(Config):
     settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")
 
 
+LawForm = Literal["power", "power_limit", "shifted_limit", "chinchilla"]
+Frontier = Literal["all", "pareto", "bins"]
+
+
 class FitConfig(Config):
     """python -m jobs.fit"""
 
     source: str = Field(description="a CSV with columns name, gmacs, samples, error; or an MLflow experiment's name")
-    form: Literal["power", "power_limit", "shifted_limit", "chinchilla"] = Field(
+    form: LawForm = Field(
         "power", description="A C^-a; A C^-a + E; A (C + B)^-a + E; A N^-a + B D^-b + E: C is N gmacs times D samples"
     )
-    frontier: Literal["all", "pareto", "bins"] | None = Field(
-        None, description="runs fitted: all; those no other beats for as little C; best of each bin. None: all"
+    frontier: Frontier = Field(
+        "all", description="runs fitted: all; those no other beats for as little C; the best of each bin"
     )
     bins: int = Field(5, ge=2, description="equal bins of log C, for frontier=bins")
     dataset: str | None = Field(None, description="only rows whose column dataset says this")

@@ -17,7 +17,7 @@ from rayclip.scaling.frontier import select
 from rayclip.scaling.holdout import hold_out
 from rayclip.scaling.points import Point, read_csv
 from rayclip.tracking.experiment import read_runs
-from rayclip.tracking.mlflow import close_run, connect, open_run
+from rayclip.tracking.mlflow import close_run, connect, connect_existing, open_run
 
 
 def power(gmacs, samples):
@@ -430,7 +430,7 @@ def test_the_job_from_an_experiment_and_back_into_it(tmp_path, tiny_config):
     assert logged.data.metrics["fit/exponent"] == pytest.approx(0.111)
     files = {file.path for file in client.list_artifacts(logged.info.run_id)}
     assert files == {"config.json", "law.png", "points.csv"}
-    assert len(read_runs(uri, "ladder")) == 9
+    assert len(read_runs(connect_existing(uri), "ladder")) == 9
     assert json.dumps(main(given)) == json.dumps(summary)
     with pytest.raises(UserError, match=r"has measured 'letters.top5'; measured: letters.top1, other.top5"):
         main(given.model_copy(update={"metric": "letters.top5"}))

@@ -117,7 +117,7 @@ def test_what_is_there_is_not_asked_for_again(uri, downloads, tmp_path, monkeypa
     assert not downloads, "looking an alias up downloads nothing"
     source = fetch(version, uri)
     assert len(downloads) == 1
-    monkeypatch.setattr(registry, "connect", lambda uri: pytest.fail("MLflow was asked"))
+    monkeypatch.setattr(registry, "connect_existing", lambda uri: pytest.fail("MLflow was asked"))
     assert fetch(version, uri) == source
     assert len(downloads) == 1
 

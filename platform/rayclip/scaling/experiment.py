@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from mlflow import MlflowClient
 from pydantic import ValidationError
 
 from rayclip.config import ModelConfig
@@ -11,6 +12,7 @@ from rayclip.errors import UserError
 from rayclip.scaling.flops import forward_gmacs
 from rayclip.scaling.points import Run, make_run
 from rayclip.tracking.experiment import TrainingRun, last_point, read_runs
+from rayclip.tracking.mlflow import connect_existing, resolve_uri
 
 _PREFIX = "evaluation/"
 _USUAL = (".top1", ".image_to_text.recall_at_1")
@@ -23,13 +25,14 @@ def read_experiment(uri: str | None, experiment: str, metric: str | None = None)
 
     Raises UserError where the experiment is not there, and where the metric is not, or several could be meant.
     """
-    runs = read_runs(uri, experiment)
+    client = connect_existing(resolve_uri(uri))
+    runs = read_runs(client, experiment)
     named = {name for run in runs for name in run.metrics if name.startswith(_PREFIX)}
     measured = sorted(name.removeprefix(_PREFIX) for name in named)
     metric = metric or _usual_metric(measured, experiment)
     if metric not in measured:
         raise UserError(f"no run of '{experiment}' has measured '{metric}'; {_told(measured)}")
-    return [_read_run(uri, run, metric) for run in runs]
+    return [_read_run(client, run, metric) for run in runs]
 
 
 def _usual_metric(measured: list[str], experiment: str) -> str:
@@ -46,7 +49,7 @@ def _told(measured: list[str]) -> str:
     return f"measured: {', '.join(measured) or 'nothing'}"
 
 
-def _read_run(uri: str | None, run: TrainingRun, metric: str) -> Run:
+def _read_run(client: MlflowClient, run: TrainingRun, metric: str) -> Run:
     if run.status != "FINISHED":
         return Run(run.name, None, f"its status is {run.status}, not FINISHED")
     if _PREFIX + metric not in run.metrics:
@@ -57,7 +60,7 @@ def _read_run(uri: str | None, run: TrainingRun, metric: str) -> Run:
         gmacs = _gmacs(ModelConfig.model_validate(_nested(run.settings, "model")))
     except ValidationError as error:
         return Run(run.name, None, f"its model cannot be read: {error.errors()[0]['msg']}")
-    samples, value = last_point(uri, run.id, _PREFIX + metric)
+    samples, value = last_point(client, run.id, _PREFIX + metric)
     return make_run(run.name, {"gmacs": gmacs, "samples": samples, "error": 1 - value})
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from rayclip.config import FitConfig
 from rayclip.scaling.forms import Form, fit_many, fit_one
-from rayclip.scaling.frontier import Frontier, Selection, select
+from rayclip.scaling.frontier import Selection, select
 from rayclip.scaling.points import Point
 
 CONFIDENCE = 0.95
@@ -101,22 +101,16 @@ def fit_law(points: list[Point], config: FitConfig, num_resamples: int | None = 
     """The law of these runs. Raises NotEnoughError where they cannot carry one."""
     if not points:
         raise NotEnoughError("not enough points: there are none")
-    compute_N, gmacs_N, error_N = _logarithms(points)
-    frontier = frontier_of(config)
+    compute_N, gmacs_N, error_N = logarithms(points)
     every_1N = np.arange(len(points))[None]
-    runs = select(frontier, config.bins, compute_N, gmacs_N, error_N, every_1N)
+    runs = select(config.frontier, config.bins, compute_N, gmacs_N, error_N, every_1N)
     form = Form.of(config.form, runs)
     _check_enough(form, runs)
     theta_1K, huber = fit_one(form, runs)
     count = config.resamples if num_resamples is None else num_resamples
     index_RN = np.random.default_rng(config.seed).integers(0, len(points), (count, len(points)))
-    resampled = select(frontier, config.bins, compute_N, gmacs_N, error_N, index_RN)
+    resampled = select(config.frontier, config.bins, compute_N, gmacs_N, error_N, index_RN)
     return Law(form, runs, theta_1K, huber, fit_many(form, resampled, theta_1K, huber))
-
-
-def frontier_of(config: FitConfig) -> Frontier:
-    """Which runs are fitted: what the config says, else all."""
-    return config.frontier or "all"
 
 
 def fitted_runs(law: Law) -> set[int]:
@@ -218,7 +212,8 @@ def _num_different(values: np.ndarray) -> int:
     return int((np.diff(np.sort(values)) > 1e-3).sum()) + 1
 
 
-def _logarithms(points: list[Point]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def logarithms(points: list[Point]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Natural logarithms of their compute, GMACs and error, [N] each."""
     values = [(point.compute, point.gmacs, point.error) for point in points]
     compute_N, gmacs_N, error_N = np.log(np.array(values)).T
     return compute_N, gmacs_N, error_N

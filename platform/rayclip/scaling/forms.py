@@ -11,14 +11,12 @@ Shapes: R resamples, M places of a selection, T terms, K parameters [E, a_1, alp
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
 
 import numpy as np
 from scipy.optimize import nnls
 
+from rayclip.config import LawForm
 from rayclip.scaling.frontier import Selection
-
-FormName = Literal["power", "power_limit", "shifted_limit", "chinchilla"]
 
 _EXPONENTS = (1e-3, 5.0)  # bounds
 _AMPLITUDE = 60.0  # bound of |a|
@@ -35,12 +33,12 @@ _LEAST_HUBER = 1e-4
 class Form:
     """A form for certain runs: their mean logarithms of N and D, and the range of the shift's."""
 
-    name: FormName
+    name: LawForm
     origin: tuple[float, float]
     shift_range: tuple[float, float]
 
     @classmethod
-    def of(cls, name: FormName, runs: Selection) -> "Form":
+    def of(cls, name: LawForm, runs: Selection) -> "Form":
         """The form, centred on the one resample that `runs` has."""
         kept = runs.weight[0] > 0
         compute, gmacs = runs.compute[0][kept], runs.gmacs[0][kept]

@@ -4,11 +4,10 @@ Shapes: R resamples, N runs, M selected places (N, or a bin each); a place with 
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-Frontier = Literal["all", "pareto", "bins"]
+from rayclip.config import Frontier
 
 _ABOVE_LARGEST = 0.1  # decades that the last bin reaches beyond the largest run, as in Cherti et al.
 

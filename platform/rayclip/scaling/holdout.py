@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from rayclip.config import FitConfig
-from rayclip.scaling.fit import NotEnoughError, fit_law, fitted_runs, frontier_of
+from rayclip.scaling.fit import NotEnoughError, fit_law, fitted_runs, logarithms
 from rayclip.scaling.frontier import select
 from rayclip.scaling.points import Point
 
@@ -86,8 +86,7 @@ def _hold_out(points: list[Point], asked: set[int], config: FitConfig, divisor: 
 
 
 def _on_frontier(points: list[Point], config: FitConfig) -> set[int]:
-    if frontier_of(config) == "all":
+    if config.frontier == "all":
         return set(range(len(points)))
-    compute, gmacs, error = (np.log([getattr(p, key) for p in points]) for key in ("compute", "gmacs", "error"))
-    runs = select("pareto", config.bins, compute, gmacs, error, np.arange(len(points))[None])
+    runs = select("pareto", config.bins, *logarithms(points), np.arange(len(points))[None])
     return set(runs.run[runs.weight > 0].tolist())

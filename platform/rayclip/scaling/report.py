@@ -11,7 +11,6 @@ from rayclip.scaling.fit import (
     fit_law,
     fitted_runs,
     flags,
-    frontier_of,
     why_no_limit,
 )
 from rayclip.scaling.holdout import Holdout, hold_out
@@ -67,12 +66,12 @@ def summarise(report: Report) -> dict[str, Any]:
     return {
         "source": config.source,
         "form": config.form,
-        "frontier": frontier_of(config),
+        "frontier": config.frontier,
         "units": UNITS,
         "num_runs": len(report.runs),
         "num_fitted": law.num_fitted if law else 0,
         **{name: asdict(estimate) for name, estimate in estimates.items()},
-        "flags": [*flags(law), *_COVERAGE.get(frontier_of(config), [])] if law else [report.reason],
+        "flags": [*flags(law), *_COVERAGE.get(config.frontier, [])] if law else [report.reason],
         "holdout": [holdout.as_dict(names) for holdout in report.holdouts],
         "plan": _plan(report),
         "resamples": config.resamples,

@@ -27,13 +27,12 @@ class TrainingRun:
     metrics: Mapping[str, float]
 
 
-def read_runs(uri: str | None, experiment: str) -> list[TrainingRun]:
+def read_runs(client: MlflowClient, experiment: str) -> list[TrainingRun]:
     """The training runs of an experiment, the oldest first. Raises UserError where there is no such experiment."""
-    client = _reader(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
         names = [known.name for known in client.search_experiments()]
-        raise UserError(f"no experiment '{experiment}' in {resolve_uri(uri)}: {nearest(experiment, names)}")
+        raise UserError(f"no experiment '{experiment}' in {client.tracking_uri}: {nearest(experiment, names)}")
     runs, token = [], None
     while True:
         page = client.search_runs(
@@ -51,9 +50,9 @@ def read_runs(uri: str | None, experiment: str) -> list[TrainingRun]:
     ]
 
 
-def last_point(uri: str | None, run_id: str, metric: str) -> tuple[int, float]:
+def last_point(client: MlflowClient, run_id: str, metric: str) -> tuple[int, float]:
     """The step (samples seen) at which a run's metric was measured last, and its value there."""
-    history = _reader(uri).get_metric_history(run_id, metric)
+    history = client.get_metric_history(run_id, metric)
     last = max(history, key=lambda point: (point.step, point.timestamp))
     return last.step, last.value
 
@@ -70,21 +69,12 @@ def log_result(
     """A run of its own for what was made of others, which `read_runs` leaves out; returns its id."""
     uri = resolve_uri(uri)
     run_id = open_run(uri, experiment, name, settings, {_KIND: kind}, None)
-    client = MlflowClient(uri)
+    client = connect(uri)
     client.log_batch(run_id, metrics=[Metric(key, value, 0, 0) for key, value in metrics.items()])
     for file in files:
         client.log_artifact(run_id, str(file))
     close_run(uri, run_id, succeeded=True)
     return run_id
-
-
-def _reader(uri: str | None) -> MlflowClient:
-    """A client that makes no database where there is none."""
-    uri = resolve_uri(uri)
-    database = uri.removeprefix("sqlite:///")
-    if database != uri and not Path(database).is_file():
-        raise UserError(f"no MLflow database at '{database}': give the path of a CSV, or tracking_uri")
-    return connect(uri)
 
 
 def _values(params: Mapping[str, str]) -> dict[str, Any]:

@@ -49,6 +49,20 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
+def connect_existing(uri: str) -> MlflowClient:
+    """A client for looking things up: it makes no database where there is none. Raises UserError where none can be."""
+    database = uri.removeprefix("sqlite:///")
+    if database != uri and not Path(database).is_file():
+        raise UserError(f"no MLflow database at '{database}': train a model first, or give tracking_uri")
+    try:
+        return connect(uri)
+    except UserError:
+        raise
+    except Exception as error:  # what a store raises depends on its kind: a database's own errors among them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"MLflow cannot be read at {uri}: {reason}") from None
+
+
 def open_run(
     uri: str, experiment: str, name: str, config: Mapping[str, Any], tags: Mapping[str, str], run_id: str | None
 ) -> str:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from rayclip.errors import UserError, nearest
 from rayclip.files import SETTINGS_BESIDE, find_weights
-from rayclip.tracking.mlflow import connect, flatten, resolve_uri
+from rayclip.tracking.mlflow import connect_existing, flatten, resolve_uri
 
 MODEL_FILES = ("model.safetensors", "config.json", "metrics.json")
 """What a served model needs of a checkpoint."""
@@ -108,7 +108,7 @@ def roll_back(uri: str, to: int | None, tracking_uri: str | None) -> tuple[int, 
         raise UserError(f"'{uri}' names no alias: give models:/NAME@ALIAS")
     name, alias = match["name"], match["alias"]
     now = find_version(uri, tracking_uri).number
-    client = _reader(resolve_uri(tracking_uri))
+    client = connect_existing(resolve_uri(tracking_uri))
     if to is None:
         kept = client.get_registered_model(name).tags.get(f"{alias}.before")
         numbers = [int(version.version) for version in client.search_model_versions(f"name = '{name}'")]
@@ -177,7 +177,7 @@ def find_version(uri: str, tracking_uri: str | None) -> Version:
         raise UserError(f"'{uri}' names no registered model: {_FORMS}")
     name, alias, number = match.group("name", "alias", "number")
     tracking_uri = resolve_uri(tracking_uri)
-    client = _reader(tracking_uri)
+    client = connect_existing(tracking_uri)
     try:
         if alias is not None:
             found = client.get_model_version_by_alias(name, alias)
@@ -199,19 +199,6 @@ def fetch(version: Version, tracking_uri: str | None) -> ModelSource:
     if not all((folder / file).is_file() for file in MODEL_FILES):
         _download(version, tracking_uri, folder)
     return ModelSource(version.name, str(version), folder)
-
-
-def _reader(tracking_uri: str) -> MlflowClient:
-    """A client for looking things up: it makes no database where there is none."""
-    database = tracking_uri.removeprefix("sqlite:///")
-    if database != tracking_uri and not Path(database).is_file():
-        raise UserError(f"no MLflow database at '{database}': train and register a model first, or give tracking_uri")
-    try:
-        return connect(tracking_uri)
-    except UserError:
-        raise
-    except Exception as error:  # what a store raises depends on its kind: a database's own errors among them
-        raise UserError(f"MLflow cannot be read at {tracking_uri}: {_first_line(error)}") from None
 
 
 def _source(version: ModelVersion) -> str:
@@ -251,7 +238,7 @@ def _download(version: Version, tracking_uri: str, folder: Path) -> None:
     partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
-        client = _reader(tracking_uri)
+        client = connect_existing(tracking_uri)
         where = client.get_model_version_download_uri(version.name, str(version.number))
         got = Path(mlflow.artifacts.download_artifacts(where, dst_path=str(partial / "got"), tracking_uri=tracking_uri))
         _check_files(got, f"version {version} in {tracking_uri}")

@@ -139,8 +139,12 @@ class Trainer:
         self._account(batch, result)
         if result.trouble:
             self._intervene(result.trouble)
-        metrics = {"loss": result.loss, "learning_rate": lr, "logit_scale": result.logit_scale}
-        metrics["grad_norm"] = result.grad_norm
+        metrics = {
+            "loss": result.loss,
+            "learning_rate": lr,
+            "logit_scale": result.logit_scale,
+            "grad_norm": result.grad_norm,
+        }
         self.hooks.step(metrics | {"rates": self._meter.rates()}, self.state)
         if self._due(before, self.plan.log_every):
             self.hooks.log(metrics | self._meter.rates(), self.state)

@@ -1,13 +1,11 @@
-"""How much arithmetic a training step is, and how much the device can do at the most."""
+"""How much arithmetic the device can do at the most."""
 
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from rayclip.config import ModelConfig, Precision
+from rayclip.config import Precision
 from rayclip.errors import UserError
-from rayclip.models.clip import CLIP
 
 # Dense bfloat16 FLOP/s as published, by a part of the card's name; the first that fits.
 _PUBLISHED = {
@@ -22,22 +20,6 @@ _PUBLISHED = {
     "A10G": 70e12,
     "RTX 4090": 165e12,
 }
-
-
-def step_flops(config: ModelConfig, num_tokens_B: torch.Tensor) -> int:
-    """FLOPs of forward and backward for pairs whose captions have these lengths, two to a multiplication with addition.
-
-    Three times the matrix products of a forward as this platform's model does it: real tokens only, and nothing that
-    is not read. What a step computes again (accumulation, checkpointing) does not count.
-    """
-    side, length = config.vision.image_size, config.text.context_length
-    with torch.device("meta"):
-        model = CLIP(config)
-        image = torch.empty(len(num_tokens_B), side, side, 3, dtype=torch.uint8)
-        tokens = torch.empty(len(num_tokens_B), length, dtype=torch.int32)
-    with FlopCounterMode(display=False) as counter:
-        model(image, tokens, num_tokens_B)
-    return 3 * counter.get_total_flops()
 
 
 def peak_flops(device: torch.device, precision: Precision) -> tuple[float, str]:
