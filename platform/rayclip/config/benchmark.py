@@ -1,0 +1,28 @@
+"""Settings of benchmarks."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rayclip.config.base import Config
+from rayclip.config.training import Precision
+
+
+class BenchmarkConfig(Config):
+    """python -m jobs.benchmark"""
+
+    name: Literal["tokenizer", "text_tower", "step", "loss", "serve", "batching"] = Field(
+        description="what is measured"
+    )
+    repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
+    samples: int = Field(20_000, gt=0, description="captions to tokenise")
+    threads: int | None = Field(None, gt=0, description="torch threads; None leaves torch's own choice")
+    preset: str = Field("ViT-B/32", description="the model of a step")
+    batch_size: int = Field(32, gt=0, description="pairs a step")
+    micro_batch_size: int | None = Field(None, gt=0, description="pairs in the towers at once in a step; None: all")
+    precision: Precision = Field("float32", description="of both sides' towers in a step")
+    compile: bool = Field(False, description="torch.compile on both sides of a step: token-wise parts, open_clip whole")
+    window_s: float = Field(8.0, gt=0, description="length of a window under load")
+    cases: tuple[Literal["ViT-B/32", "small"], ...] = Field(("ViT-B/32", "small"), description="models to serve")
+    model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
+    settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")

@@ -1,0 +1,94 @@
+"""Settings of data sets: reading them for training, writing and indexing them."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rayclip.config.base import Config
+
+
+class DataConfig(Config):
+    """What a training run reads, and how it looks at it."""
+
+    path: str = Field(description="folder of a data set: tar shards and their manifest.parquet")
+    crop_scale: tuple[float, float] = Field((0.9, 1.0), description="share of the picture's area that a crop keeps")
+    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="a crop's width over its height")
+    shuffle_window: int = Field(8, gt=0, description="chunks fetched together, their samples mixed among each other")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unreadable samples that stops the run")
+
+
+class GlyphsConfig(Config):
+    """Characters drawn from the fonts that matplotlib ships, captioned with their Unicode names."""
+
+    kind: Literal["glyphs"] = Field("glyphs", description="where the pairs come from")
+    size: int = Field(36, ge=16, le=512, description="side of a picture in pixels; some more than the model's crop")
+    letter_renders: int = Field(5, gt=0, description="training pictures of each Latin, Greek or Cyrillic letter a face")
+    symbol_renders: int = Field(1, ge=0, description="training pictures of each other character a face")
+    eval_renders: int = Field(1, gt=0, description="pictures of each class a face in the two evaluation splits")
+    plain_share: float = Field(0.9, ge=0, le=1, description="share of training captions that are the bare name")
+    print_share: float = Field(0.9, ge=0, le=1, description="share of pictures in black on white; others in colours")
+    seed: int = Field(0, ge=0, description="gives every picture and caption, each by its place in the split")
+
+
+class EmojiConfig(Config):
+    """Emoji of several artists, from the npm packages emoji-datasource-ARTIST."""
+
+    kind: Literal["emoji"] = Field("emoji", description="where the pairs come from")
+    artists: tuple[str, ...] = Field(("google", "twitter", "facebook"), min_length=1, description="whose drawings")
+    held_out: str | None = Field("facebook", description="artist kept out of training, in a split of their own")
+    version: str = Field("16.0.0", description="version of the npm packages")
+    skin_tones: bool = Field(False, description="also the variants of skin tone, with the tone in words")
+    plain_share: float = Field(0.5, ge=0, le=1, description="share of training captions that are the bare name")
+    seed: int = Field(0, ge=0, description="gives every training picture its caption")
+
+    @model_validator(mode="after")
+    def _check(self) -> "EmojiConfig":
+        if self.held_out is not None and (self.held_out not in self.artists or len(self.artists) < 2):
+            raise ValueError(f"held_out '{self.held_out}' must be one of at least two artists: {list(self.artists)}")
+        return self
+
+
+class FolderConfig(Config):
+    """A folder of pictures, each with its caption beside it."""
+
+    kind: Literal["folder"] = Field("folder", description="where the pairs come from")
+    path: str = Field(description="the folder; folders within it are searched too")
+    caption_key: str = Field("caption", description="key of the caption in NAME.json, read where there is no NAME.txt")
+    held_out_share: float = Field(0.0, ge=0, lt=1, description="share of the pictures that goes into split held_out")
+
+
+class TableConfig(Config):
+    """A CSV or TSV file that names pictures and their captions."""
+
+    kind: Literal["table"] = Field("table", description="where the pairs come from")
+    path: str = Field(description="the table; paths in it are relative to its folder")
+    image_column: str | None = Field(None, description="column of the picture's path; None takes 'filepath' or its kin")
+    caption_column: str | None = Field(None, description="column of the caption; None takes 'title' or its kin")
+    separator: str | None = Field(None, min_length=1, max_length=1, description="None: a tab where the header has one")
+    held_out_share: float = Field(0.0, ge=0, lt=1, description="share of the pictures that goes into split held_out")
+
+
+SourceConfig = Annotated[GlyphsConfig | EmojiConfig | FolderConfig | TableConfig, Field(discriminator="kind")]
+
+
+class IngestConfig(Config):
+    """python -m jobs.ingest"""
+
+    source: SourceConfig = Field(description="where pictures and captions come from")
+    output: str = Field(description="folder of the data set; each split becomes a folder in it")
+    shard_samples: int = Field(1000, gt=0, description="samples a tar shard")
+    chunk_samples: int = Field(64, gt=0, description="neighbouring samples that one read fetches")
+    shorter_side: int | None = Field(None, gt=0, description="shrink pictures to this; None, and smaller ones, as is")
+    image_format: Literal["keep", "jpg", "png", "webp"] = Field(
+        "keep", description="keep: the file as it is where training can read it, otherwise png"
+    )
+    quality: int = Field(95, ge=1, le=100, description="of jpg and webp that are encoded anew")
+    seed: int = Field(0, ge=0, description="of the order in which samples are written")
+    max_bad_fraction: float = Field(0.1, ge=0, le=1, description="share of unusable pairs that stops the run")
+
+
+class IndexConfig(Config):
+    """python -m jobs.index"""
+
+    path: str = Field(description="folder of tar shards in the WebDataset layout")
+    chunk_samples: int = Field(64, gt=0, description="neighbouring samples that one read fetches")
