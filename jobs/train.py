@@ -12,7 +12,7 @@ from rayclip.orchestration.train import run_training
 
 def main(config: TrainConfig) -> dict[str, Any]:
     """Run the job. Returns the summary. Raises UserError."""
-    folder = RunFolder(Path("runs") / config.name)
+    folder = RunFolder(Path(config.runs) / config.name)
     summary = run_training(config)
     print_summary(summary, folder)
     return summary
@@ -52,4 +52,4 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    run_job(main, TrainConfig, lambda config: RunFolder(Path("runs") / config.name).summary)
+    run_job(main, TrainConfig, lambda config: RunFolder(Path(config.runs) / config.name).summary)

@@ -92,7 +92,10 @@ class ClusterConfig(Config):
 class TrainConfig(Config):
     """python -m jobs.train"""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's name; its folder is runs/NAME")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's name")
+    runs: str = Field(
+        "runs", description="where the run's folder, called NAME, is; a cluster needs one all nodes share"
+    )
     seed: int = Field(0, ge=0, description="of the weights, the order and the augmentation")
     model: str | ModelConfig = Field(description="a preset's name, or the model in full")
     weights: str | None = Field(None, description="start from these: a checkpoint, exported weights, or models:/...")

@@ -1,4 +1,4 @@
-"""The folder of a run, runs/NAME: what it was started with, its checkpoints, its pictures, its summary."""
+"""The folder of a run, NAME in `runs`: what it was started with, its checkpoints, its pictures, its summary."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,15 @@ from rayclip.errors import UserError
 from rayclip.files import write_json
 from rayclip.training.checkpoint import read_metrics
 
-_MAY_CHANGE = ("cluster", "checkpoint", "tracking", "evaluation", "micro_batch_size", "activation_checkpointing")
+_MAY_CHANGE = (
+    "runs",
+    "cluster",
+    "checkpoint",
+    "tracking",
+    "evaluation",
+    "micro_batch_size",
+    "activation_checkpointing",
+)
 """Sections that do not change what the weights are; all else must be as it was when a run goes on."""
 
 

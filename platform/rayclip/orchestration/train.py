@@ -40,7 +40,7 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
     Raises UserError for everything that a user can mend.
     """
     config = resolve(config)
-    folder = RunFolder(Path("runs").absolute() / config.name)
+    folder = RunFolder(Path(config.runs).absolute() / config.name)
     record = folder.read_record()
     if record is not None:
         folder.check_same(record, config.model_dump(mode="json"))
