@@ -12,23 +12,22 @@ from rayclip.data.order import Order
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
-EPOCHS = 60
+EPOCHS = 40
 NUM_SAMPLES = 1000
+NODE = {"num_cpus": 3, "object_store_memory": 100 * 2**20}
 
 
 @pytest.fixture
-def cluster():
+def cluster(monkeypatch):
     """A cluster of its own beside the tests' Ray: each node has room for one worker and a reader."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # its nodes share the cores of one machine
     cluster = Cluster(initialize_head=True, connect=False, head_node_args=NODE | {"include_dashboard": False})
     yield cluster
     cluster.shutdown()
 
 
-NODE = {"num_cpus": 3, "object_store_memory": 100 * 2**20}
-
-
 def test_nodes_that_come_and_go_lose_and_repeat_nothing(
-    tmp_path, cluster, make_samples, write_dataset, make_config, start_training, monkeypatch
+    tmp_path, cluster, make_samples, write_dataset, make_config, start_training
 ):
     data = tmp_path / "data"
     write_dataset(data, make_samples(NUM_SAMPLES), shard_samples=150, chunk_samples=16)
@@ -55,9 +54,11 @@ def test_nodes_that_come_and_go_lose_and_repeat_nothing(
         cluster.add_node(**NODE)
     training.wait_until(lambda _: sizes()[-1] == 3)
     assert training.end() == 0, training.log.read_text()
-    print(sizes())
 
-    records = [np.load(path) for path in training.checkpoints.glob("samples-*/samples.npy")]
+    # A worker may have been writing one more as it was told to go: what is not listed, nothing went on from.
+    snapshot = json.loads((training.checkpoints / "checkpoint_manager_snapshot.json").read_text())
+    folders = [training.checkpoints / result["checkpoint_dir_name"] for result in snapshot["checkpoint_results"]]
+    records = [np.load(folder / "samples.npy") for folder in folders]
     positions, rows, _ = np.concatenate(records).T
     manifest = Manifest.load(data)
     chunks = Order(config["seed"], len(manifest), 8).chunks(positions)
