@@ -4,15 +4,16 @@ The driver checks everything that can be wrong before anything is started, opens
 the workers alive, shows how far they are, and registers the best checkpoint at the end.
 """
 
+import math
 import subprocess
 import threading
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayclip import __version__
 from rayclip.config import ModelConfig, TrainConfig
@@ -25,7 +26,7 @@ from rayclip.models.weights import fit_weights
 from rayclip.orchestration.cluster import check_resources, connect
 from rayclip.orchestration.progress import ProgressLine
 from rayclip.orchestration.run_folder import RunFolder
-from rayclip.orchestration.stream import latest_checkpoint, remaining_dataset
+from rayclip.orchestration.stream import StreamConfig, latest_checkpoint
 from rayclip.orchestration.worker import Job, Monitor, train_worker
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.registry import is_registered, link_checkpoint, register, resolve_model
@@ -58,9 +59,10 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
 
     workers = config.cluster
     # One core beside the workers reads ahead for them.
-    connect(local_cpus=int(workers.num_workers * workers.cpus_per_worker) + 1)
-    needed = {"CPU": workers.num_workers * workers.cpus_per_worker + 1, "GPU": workers.num_workers * workers.use_gpu}
-    check_resources({k: v for k, v in needed.items() if v}, f"a run with {workers.num_workers} workers and a reader")
+    connect(local_cpus=math.ceil(workers.max_workers * workers.cpus_per_worker + 1))
+    least = workers.min_workers
+    needed = {"CPU": least * workers.cpus_per_worker + 1, "GPU": least * workers.use_gpu}
+    check_resources({k: v for k, v in needed.items() if v}, f"a run with {least} workers and a reader")
 
     folder.repair_list()
     found = latest_checkpoint(str(folder.checkpoints))
@@ -69,7 +71,8 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
 
     version = code_version()
     run_id = _open_mlflow_run(config, uri, folder, record, spec, version)
-    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     job = Job(config, spec, total_samples, str(folder.path), uri, run_id, version, monitor)
     succeeded = False
     try:
@@ -158,6 +161,7 @@ def _fit(job: Job, folder: RunFolder) -> None:
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers.num_workers,
+            elastic_resize_monitor_interval_s=workers.resize_every_s,
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
         ),
@@ -169,8 +173,8 @@ def _fit(job: Job, folder: RunFolder) -> None:
                 num_to_keep=config.checkpoint.keep, checkpoint_score_attribute="score"
             ),
         ),
-        datasets={"train": partial(remaining_dataset, job.spec, str(folder.checkpoints), workers.num_workers)},
-        dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
+        datasets={"train": ray.data.range(1)},  # stands for the stream, which is made when the workers are known
+        dataset_config=StreamConfig(job.spec, str(folder.checkpoints)),
     )
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(job.monitor, line, done), daemon=True)
