@@ -43,6 +43,7 @@ class RunState:
     ledger: dict[str, object] = field(default_factory=lambda: {"cursor": 0, "partial": {}})
     manifest_digest: str = ""
     code_version: str = ""
+    device: str = ""
 
 
 def write_checkpoint(
