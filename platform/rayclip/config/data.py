@@ -11,6 +11,9 @@ class DataConfig(Config):
     """What a training run reads, and how it looks at it."""
 
     path: str = Field(description="folder of a data set: tar shards and their manifest.parquet")
+    fraction: float = Field(
+        1.0, gt=0, le=1, description="share of the chunks that are read; smaller shares lie within larger ones"
+    )
     crop_scale: tuple[float, float] = Field((0.9, 1.0), description="share of the picture's area that a crop keeps")
     crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="a crop's width over its height")
     shuffle_window: int = Field(8, gt=0, description="chunks fetched together, their samples mixed among each other")

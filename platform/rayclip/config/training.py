@@ -25,15 +25,30 @@ class LossConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """AdamW with warm-up and a cosine to zero. Durations count samples seen."""
+    """AdamW with a warm-up and a schedule. Durations count samples seen."""
 
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
     betas: tuple[float, float] = Field((0.9, 0.98), description="decay rates of the two moments")
     eps: float = Field(1e-6, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.2, ge=0, description="on matrices; gains, biases and the logit scale have none")
     warmup_samples: int = Field(0, ge=0, description="samples over which the rate rises from zero to its peak")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine", description="after the warm-up: half a cosine to zero; or warm-up, stable, decay: constant, then down"
+    )
+    cooldown_samples: int = Field(
+        0, ge=0, description="wsd: last samples, over which the rate falls to zero; 0: a trunk, which stays constant"
+    )
+    cooldown_shape: Literal["linear", "sqrt"] = Field(
+        "sqrt", description="wsd: how the rate falls: 1 - progress; or 1 - sqrt(progress), which ends better"
+    )
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm; None does not")
     layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's rate over that of the layer above it")
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        if self.cooldown_samples and self.schedule != "wsd":
+            raise ValueError(f"cooldown_samples is for schedule=wsd, not schedule={self.schedule}; leave it out")
+        return self
 
 
 class EmaConfig(Config):
@@ -65,6 +80,9 @@ class CheckpointConfig(Config):
 
     every_samples: int = Field(1_000_000, gt=0, description="samples seen between checkpoints")
     keep: int = Field(3, gt=0, description="how many of the best checkpoints are kept, beside the latest")
+    at_samples: tuple[int, ...] = Field(
+        (), description="also one at the first step at or after each of these samples, which is always kept"
+    )
     record_samples: bool = Field(
         False, description="keep samples.npy in each: (position, row, cause) of every sample since the one before"
     )
@@ -100,6 +118,9 @@ class TrainConfig(Config):
     seed: int = Field(0, ge=0, description="of the weights, the order and the augmentation")
     model: str | ModelConfig = Field(description="a preset's name, or the model in full")
     weights: str | None = Field(None, description="start from these: a checkpoint, exported weights, or models:/...")
+    branch_from: str | None = Field(
+        None, description="go on from another run's checkpoint, whole: its folder, or FOLDER_OF_RUN@SAMPLES"
+    )
     lock: Literal["none", "image", "text"] = Field("none", description="tower that stays as it is (with image: LiT)")
     data: DataConfig = Field(description="the training data")
     epochs: int | None = Field(None, gt=0, description="duration in passes over the data; this or samples")
@@ -126,6 +147,12 @@ class TrainConfig(Config):
     def _check(self) -> "TrainConfig":
         if (self.epochs is None) == (self.samples is None):
             raise ValueError("give exactly one of epochs and samples")
+        if self.branch_from is not None and self.weights is not None:
+            raise ValueError("branch_from brings its weights: leave weights out")
+        if self.samples is not None and self.optimizer.cooldown_samples > self.samples:
+            raise ValueError(
+                f"optimizer.cooldown_samples {self.optimizer.cooldown_samples} is more than samples {self.samples}"
+            )
         if self.batch_size % self.cluster.num_workers:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of cluster.num_workers {self.cluster.num_workers}"
