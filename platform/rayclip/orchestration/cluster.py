@@ -46,6 +46,26 @@ def check_resources(needed: dict[str, float], what: str) -> None:
         raise UserError(f"{what} needs {wants}; the cluster has {holds} in all")
 
 
+def num_that_fit(bundles: list[dict[str, float]]) -> int:
+    """How many times the cluster, with nothing else on it, could place all of these together; each on one node."""
+    free = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return num_times_placed(bundles, free)
+
+
+def num_times_placed(bundles: list[dict[str, float]], free: list[dict[str, float]]) -> int:
+    """How often all bundles find room in what the nodes have free, each in the first node that has it."""
+    assert any(amount for bundle in bundles for amount in bundle.values())
+    placed = 0
+    while True:
+        for bundle in bundles:
+            node = next((n for n in free if all(n.get(k, 0) >= amount for k, amount in bundle.items())), None)
+            if node is None:
+                return placed
+            for resource, amount in bundle.items():
+                node[resource] = node.get(resource, 0) - amount
+        placed += 1
+
+
 def _worker_environment() -> dict[str, str]:
     # Workers import jobs/ from the repository root and the library from its source.
     paths = [str(_ROOT), str(_ROOT / "platform"), os.environ.get("PYTHONPATH", "")]

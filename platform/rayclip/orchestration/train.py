@@ -24,13 +24,13 @@ from rayclip.evaluation.tasks import Evaluator
 from rayclip.models.presets import preset, with_logit_bias
 from rayclip.models.weights import fit_weights
 from rayclip.orchestration.cluster import check_resources, connect
-from rayclip.orchestration.progress import ProgressLine
+from rayclip.orchestration.progress import Line, ProgressLine
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import latest_checkpoint, remaining_dataset
-from rayclip.orchestration.worker import Job, Monitor, Stopped, train_worker
+from rayclip.orchestration.worker import Job, Monitor, StoppedError, train_worker
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.registry import is_registered, link_checkpoint, register, resolve_model
-from rayclip.training.checkpoint import read_state
+from rayclip.training.checkpoint import read_metrics, read_state
 
 _POLL_S = 0.5
 
@@ -44,12 +44,12 @@ class CrashedError(UserError):
 
 
 def run_training(
-    config: TrainConfig, new_line: Callable[..., ProgressLine] = ProgressLine, judge: Judge | None = None
+    config: TrainConfig, new_line: Callable[..., Line] = ProgressLine, judge: Judge | None = None
 ) -> dict[str, Any]:
     """Train, or go on with a run that was interrupted, and return its summary. One that is complete is left as it is.
 
     `new_line(total, start=samples_seen)` makes what shows the progress. Raises UserError for everything that a user can
-    mend, CrashedError among it, and Stopped where the `judge` ends the run.
+    mend, CrashedError among it, and StoppedError where the `judge` ends the run.
     """
     config = resolve(config)
     folder = RunFolder(Path(config.runs).absolute() / config.name)
@@ -87,7 +87,7 @@ def run_training(
     try:
         _fit(job, folder, new_line, judge)
         succeeded = True
-    except Stopped:
+    except StoppedError:
         stopped = True
         raise
     finally:
@@ -162,13 +162,15 @@ def _open_mlflow_run(
     return run_id
 
 
-def _fit(job: Job, folder: RunFolder, new_line: Callable[..., ProgressLine], judge: Judge | None) -> None:
+def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judge | None) -> None:
     config = job.config
     workers = config.cluster
     found = latest_checkpoint(str(folder.checkpoints))
     line = new_line(job.total_samples, start=read_state(found).samples_seen if found else 0)
     if found:
         line.note(f"going on with run '{config.name}' from {read_state(found).samples_seen:,} samples")
+        if judge and not _goes_on_from(found, job.total_samples, judge):
+            raise StoppedError
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
@@ -203,10 +205,17 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., ProgressLine], jud
     if mistake:
         raise UserError(mistake)
     if ray.get(job.monitor.stopped.remote()):
-        raise Stopped
+        raise StoppedError
 
 
-def _watch(monitor: Any, line: ProgressLine, judge: Judge | None, done: threading.Event) -> None:
+def _goes_on_from(found: Path, total_samples: int, judge: Judge) -> bool:
+    """Ask again what may have been asked, and not heard, when the crash came."""
+    state, tasks = read_state(found), read_metrics(found)["tasks"]
+    ended = state.samples_seen + sum(state.skipped.values()) >= total_samples
+    return ended or not tasks or judge({"samples_seen": state.samples_seen, **tracking.flatten(tasks)})
+
+
+def _watch(monitor: Any, line: Line, judge: Judge | None, done: threading.Event) -> None:
     last: dict[str, Any] = {}
     finished = False
     while not finished:

@@ -106,7 +106,7 @@ class Monitor:
         return self._error
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The run was judged and does not go on; what it has trained is in its last checkpoint."""
 
 
@@ -116,7 +116,7 @@ def train_worker(config: dict[str, Any]) -> None:
     worker = Worker(job)
     try:
         worker.run()
-    except Stopped:
+    except StoppedError:
         pass
     except UserError as error:
         # Raised on all workers alike; an exception here would only make Ray try the same again.
@@ -260,7 +260,7 @@ class Worker:
         self._wait_for_verdict(state, metrics)
 
     def _wait_for_verdict(self, state: RunState, metrics: Metrics) -> None:
-        """Raise Stopped, on all workers, where the run does not go on; one that has ended has nothing to ask."""
+        """Raise StoppedError, on all workers, where the run does not go on; one that has ended has nothing to ask."""
         if not (self.job.judged and metrics) or _num_given(state) >= self.job.total_samples:
             return
         if self.is_first:
@@ -268,7 +268,7 @@ class Worker:
         while (goes_on := ray.get(self.job.monitor.verdict.remote(state.samples_seen))) is None:
             time.sleep(_VERDICT_POLL_S)
         if not goes_on:
-            raise Stopped
+            raise StoppedError
 
     def _score(self, state: RunState, metrics: Metrics) -> float:
         """What checkpoints are compared by: the metric that `evaluation.best` names, else how late they are."""
