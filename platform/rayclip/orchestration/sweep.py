@@ -19,11 +19,12 @@ from rayclip.config import SearchPlan, SweepConfig, TrainConfig
 from rayclip.errors import UserError
 from rayclip.files import write_text
 from rayclip.orchestration.cluster import check_resources, connect, num_that_fit
+from rayclip.orchestration.monitor import Board
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.sweep_plan import Planned, Planner, with_parent
 from rayclip.orchestration.sweep_search import Asha, InFolder, Journal, Source, suggest
 from rayclip.orchestration.sweep_table import FAILED, FINISHED, STARTING, STOPPED, WAITING, SweepTable, TrialLine
-from rayclip.orchestration.sweep_trial import Board, Task, TrialActor
+from rayclip.orchestration.sweep_trial import Task, TrialActor
 from rayclip.orchestration.train import code_version, resolve
 from rayclip.scaling.rungs import Row, write_rows
 from rayclip.scaling.search import trial_config, trial_name
@@ -184,6 +185,8 @@ class Sweep:
         worker = {"CPU": workers.cpus_per_worker, "GPU": float(workers.use_gpu)}
         bundles = [worker] * workers.num_workers + [{"CPU": 1.0}]
         num_cpus = sum(bundle["CPU"] for bundle in bundles)
+        # A trial has about ten processes, most of them idle: Ray warns of so many on few cores.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         connect(local_cpus=int(num_cpus * (self.config.max_concurrent or 1)))
         check_resources({"CPU": num_cpus, "GPU": worker["GPU"] * workers.num_workers}, "a trial")
         fit = num_that_fit(bundles)
@@ -213,6 +216,7 @@ class Sweep:
                 name="tune",
                 storage_path=str(self.folder.path),
                 failure_config=ray.tune.FailureConfig(max_failures=self.config.max_failures),
+                checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
                 callbacks=[_Listener(self)],
                 verbose=0,
             ),
@@ -321,7 +325,7 @@ def trial_label(trial: Any) -> str:
 
 def _reason(trial: Any) -> str:
     error = trial.get_error()
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in str(error or "its process died").splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
 
 

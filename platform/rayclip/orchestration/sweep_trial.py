@@ -13,7 +13,6 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-import ray
 import ray.tune
 from ray.actor import ActorHandle
 
@@ -41,23 +40,6 @@ class Task:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-
-
-@ray.remote(num_cpus=0)
-class Board:
-    """Where trials say how far they are, for the driver to show."""
-
-    def __init__(self) -> None:
-        self._news: dict[str, dict[str, Any]] = {}
-
-    def tell(self, name: str, **news: Any) -> None:
-        """Something new of a trial."""
-        self._news.setdefault(name, {}).update(news)
-
-    def take(self) -> dict[str, dict[str, Any]]:
-        """What was told since the last call, by trial."""
-        news, self._news = self._news, {}
-        return news
 
 
 class BoardLine:

@@ -24,10 +24,11 @@ from rayclip.evaluation.tasks import Evaluator
 from rayclip.models.presets import preset, with_logit_bias
 from rayclip.models.weights import fit_weights
 from rayclip.orchestration.cluster import check_resources, connect
+from rayclip.orchestration.monitor import Monitor
 from rayclip.orchestration.progress import Line, ProgressLine
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import latest_checkpoint, remaining_dataset
-from rayclip.orchestration.worker import Job, Monitor, StoppedError, train_worker
+from rayclip.orchestration.worker import Job, StoppedError, train_worker
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.registry import is_registered, link_checkpoint, register, resolve_model
 from rayclip.training.checkpoint import read_metrics, read_state
