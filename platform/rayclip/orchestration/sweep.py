@@ -4,14 +4,12 @@ What has to be done is a function of the config, and what has been done is in th
 started again trains what is missing. Only the decisions of a search are kept beside (sweep_search.py).
 """
 
-import logging
 import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.tune
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -21,10 +19,11 @@ from rayclip.files import write_text
 from rayclip.orchestration.cluster import check_resources, connect, num_that_fit
 from rayclip.orchestration.monitor import Board
 from rayclip.orchestration.run_folder import RunFolder
-from rayclip.orchestration.sweep_plan import Planned, Planner, with_parent
-from rayclip.orchestration.sweep_search import Asha, InFolder, Journal, Source, suggest
+from rayclip.orchestration.sweep_plan import Outcomes, Planned, Planner, with_parent
+from rayclip.orchestration.sweep_search import Asha, Journal, suggest
 from rayclip.orchestration.sweep_table import FAILED, FINISHED, STARTING, STOPPED, WAITING, SweepTable, TrialLine
-from rayclip.orchestration.sweep_trial import Task, TrialActor
+from rayclip.orchestration.sweep_trial import Task
+from rayclip.orchestration.sweep_tune import run_trials
 from rayclip.orchestration.train import code_version, resolve
 from rayclip.scaling.rungs import Row, write_rows
 from rayclip.scaling.search import trial_config, trial_name
@@ -32,13 +31,6 @@ from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.experiment import log_files, open_group
 
 _LOOK_EVERY_S = 0.5
-_TUNE_SETTINGS = {
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a run that has ended is told without being measured again
-}
 
 
 def run_sweep(config: SweepConfig) -> dict[str, Any]:
@@ -75,6 +67,7 @@ class Sweep:
         self.parent_run_id = self._open_parent()
         self.trials = {planned.name: with_parent(planned, self.parent_run_id) for planned in trials}
         self.lines = {name: planned.line(self.journal, config.metric) for name, planned in self.trials.items()}
+        self.outcomes = Outcomes(config.metric, tracking.connect(self.uri))
         self.table = SweepTable(list(self.lines.values()))
 
     def train(self) -> None:
@@ -91,7 +84,7 @@ class Sweep:
         watcher = threading.Thread(target=self._watch, args=(done,), daemon=True)
         watcher.start()
         try:
-            self._tuner(num_left, at_once).fit()
+            run_trials(self, self._asha(), num_left, at_once, self.config.max_failures, self.folder.path / "tune")
         finally:
             done.set()
             watcher.join()
@@ -119,13 +112,22 @@ class Sweep:
 
     def write_rows(self) -> list[Row]:
         """Write the table of runs as they are now."""
-        client = tracking.connect(self.uri)
         lines = self.lines
-        rows = [row for name, p in self.trials.items() for row in p.rows(lines[name], self.config.metric, client)]
+        rows = [row for name, planned in self.trials.items() for row in planned.rows(lines[name], self.outcomes)]
         write_rows(self.rows_path, rows)
         return rows
 
-    # What trials say, through Ray Tune
+    # What Ray Tune asks and tells
+
+    def next_task(self) -> Task | None:
+        """The next trial to begin; None where all have been begun."""
+        name = next((line.name for line in self.lines.values() if line.state == WAITING), None) or self._suggested()
+        if name is None:
+            return None
+        self.table.change(name, state=STARTING)
+        planned = self.trials[name]
+        judged = isinstance(self.plan, SearchPlan) and self.plan.algorithm == "asha"
+        return Task(name, planned.trial.runs, planned.starts, judged, self._board)
 
     def heard(self, name: str, result: dict[str, Any]) -> None:
         """A result of a trial."""
@@ -148,6 +150,11 @@ class Sweep:
         else:
             self.table.change(name, state=FINISHED, samples=self.lines[name].total)
         self.write_rows()
+
+    def restarted(self, name: str, reason: str) -> None:
+        """A trial's processes died, and it goes on from its checkpoint."""
+        self.table.note(f"{name} is begun again where it was: {reason}")
+        self.table.change(name, state=STARTING)
 
     # What is done
 
@@ -196,45 +203,11 @@ class Sweep:
             )
         return min(fit, self.config.max_concurrent or fit)
 
-    def _tuner(self, num_left: int, at_once: int) -> ray.tune.Tuner:
-        os.environ.update(_TUNE_SETTINGS)
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is in the table, and in its log
-        asha = isinstance(self.plan, SearchPlan) and self.plan.algorithm == "asha"
-        return ray.tune.Tuner(
-            # Next to nothing, of a resource that nothing here waits for: all cores stay free for workers.
-            ray.tune.with_resources(TrialActor, ray.tune.PlacementGroupFactory([{"memory": 1}])),
-            tune_config=ray.tune.TuneConfig(
-                search_alg=Source(self._next_task),
-                scheduler=self._asha() if asha else None,
-                num_samples=num_left,
-                max_concurrent_trials=at_once,
-                reuse_actors=True,
-                trial_name_creator=trial_label,
-                trial_dirname_creator=trial_label,
-            ),
-            run_config=ray.tune.RunConfig(
-                name="tune",
-                storage_path=str(self.folder.path),
-                failure_config=ray.tune.FailureConfig(max_failures=self.config.max_failures),
-                checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
-                callbacks=[_Listener(self)],
-                verbose=0,
-            ),
-        )
-
-    def _asha(self) -> Asha:
-        assert isinstance(self.plan, SearchPlan)
+    def _asha(self) -> Asha | None:
+        if not (isinstance(self.plan, SearchPlan) and self.plan.algorithm == "asha"):
+            return None
         longest = max(planned.totals[0] for planned in self.trials.values())
         return Asha(self.journal, self.config.metric, self.plan, longest)
-
-    def _next_task(self) -> Task | None:
-        name = next((line.name for line in self.lines.values() if line.state == WAITING), None) or self._suggested()
-        if name is None:
-            return None
-        self.table.change(name, state=STARTING)
-        planned = self.trials[name]
-        judged = isinstance(self.plan, SearchPlan) and self.plan.algorithm == "asha"
-        return Task(name, planned.trial.runs, planned.starts, judged, self._board)
 
     def _num_to_suggest(self) -> int:
         return self.plan.num_trials - len(self.trials) if isinstance(self.plan, SearchPlan) else 0
@@ -293,40 +266,6 @@ class Sweep:
         head = f"# The best of sweep {self.config.name}: {self.config.metric} {self.lines[planned.name].metric}\n"
         write_text(path, head + yaml.safe_dump(values, sort_keys=False))
         return path
-
-
-class _Listener(InFolder, ray.tune.Callback):
-    """Hands on what Ray Tune tells of trials."""
-
-    def __init__(self, sweep: Sweep) -> None:
-        self._sweep = sweep
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        self._sweep.heard(trial_label(trial), result)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._sweep.ended(trial_label(trial), trial.last_result.get("failed"))
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        name = trial_label(trial)
-        self._sweep.table.note(f"{name} is begun again where it was: {_reason(trial)}")
-        self._sweep.table.change(name, state=STARTING)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._sweep.ended(trial_label(trial), _reason(trial))
-
-
-def trial_label(trial: Any) -> str:
-    """The sweep's name for one of Ray Tune's trials."""
-    return trial.config["task"].name
-
-
-def _reason(trial: Any) -> str:
-    error = trial.get_error()
-    lines = [line for line in str(error or "its process died").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _comparable(settings: Any) -> Any:

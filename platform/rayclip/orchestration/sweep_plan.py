@@ -25,6 +25,37 @@ _COUNTED_CAPTIONS = 1024
 _LAST_SHARE = 0.1  # of a run's samples, over which its training loss is the mean
 
 
+class Outcomes:
+    """What runs that have ended came to, each looked up once."""
+
+    def __init__(self, metric: str, client: MlflowClient) -> None:
+        self.metric = metric
+        self._client = client
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def of(self, run: TrainConfig) -> dict[str, Any] | None:
+        """What a row says of the run; None for one that has not ended."""
+        if run.name not in self._known:
+            summary = read_summary(run)
+            if summary is None:
+                return None
+            self._known[run.name] = self._read(run, summary)
+        return self._known[run.name]
+
+    def _read(self, run: TrainConfig, summary: dict[str, Any]) -> dict[str, Any]:
+        names = [f"{name}.{m}" for name, task in run.evaluation.tasks.items() for m in task.metrics]
+        values, samples = measured(summary), summary["samples_seen"]
+        return {
+            "samples": samples,
+            "unique_samples": min(samples, round(run.data.fraction * Manifest.load(run.data.path).total_samples)),
+            "train_loss": mean_of_last(self._client, summary["mlflow_run_id"], "train/loss", _LAST_SHARE),
+            "error": 1 - values[self.metric],
+            "metrics": {name: values[name] for name in names},
+            "wall_time_s": summary["train_time_s"],
+            "device": summary["device"],
+        }
+
+
 @dataclass(frozen=True)
 class Planned:
     """A trial; `values` are those that a search gave it. `starts` and `totals` are the samples that each run has seen
@@ -61,15 +92,14 @@ class Planned:
             line.state, line.samples, line.metric = STOPPED, stopped["samples_seen"], stopped["value"]
         return line
 
-    def rows(self, line: TrialLine, metric: str, client: MlflowClient) -> list[Row]:
+    def rows(self, line: TrialLine, outcomes: Outcomes) -> list[Row]:
         """Its rows of the table of runs."""
         rows = []
         for run in self.measured:
-            summary = read_summary(run)
-            status = FINISHED if summary else line.state
-            row = make_row(run, self.cost, status, outcome(run, summary, metric, client) if summary else {})
-            if not summary and line.state == STOPPED:
-                row |= {"samples": line.samples, metric: line.metric}
+            known = outcomes.of(run)
+            row = make_row(run, self.cost, FINISHED if known else line.state, known or {})
+            if not known and line.state == STOPPED:
+                row |= {"samples": line.samples, outcomes.metric: line.metric}
             rows.append({**row, **self.values} | ({"reason": line.reason} if line.reason else {}))
         return rows
 
@@ -144,21 +174,6 @@ def read_summary(run: TrainConfig) -> dict[str, Any] | None:
 def measured(summary: dict[str, Any]) -> dict[str, float]:
     """TASK.METRIC of a run's summary."""
     return flatten(summary.get("zero_shot", {})) | flatten(summary.get("retrieval", {}))
-
-
-def outcome(run: TrainConfig, summary: dict[str, Any], metric: str, client: MlflowClient) -> dict[str, Any]:
-    """What a row says of a run that has ended."""
-    names = [f"{name}.{m}" for name, task in run.evaluation.tasks.items() for m in task.metrics]
-    values = measured(summary)
-    return {
-        "samples": summary["samples_seen"],
-        "unique_samples": min(summary["samples_seen"], Manifest.load(run.data.path).total_samples),
-        "train_loss": mean_of_last(client, summary["mlflow_run_id"], "train/loss", _LAST_SHARE),
-        "error": 1 - values[metric],
-        "metrics": {name: values[name] for name in names},
-        "wall_time_s": summary["train_time_s"],
-        "device": summary["device"],
-    }
 
 
 def _start(run: TrainConfig) -> int:

@@ -1,12 +1,12 @@
-"""What Ray Tune asks: which trial comes next, and whether one goes on.
+"""What a search decides: which settings come next, and whether a trial goes on.
 
-Both answer from the sweep's own journal, a line of JSON for each decision. A sweep that starts anew replays it, and is
+Both follow from the sweep's own journal, a line of JSON for each decision. A sweep that starts anew replays it, and is
 where it was: trials that were stopped stay so, and every comparison is made with the same results. Ray Tune's own
 state could not be used for that: it is written now and then, and names trials by random numbers.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +14,10 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from rayclip.config import Choices, Range, SearchPlan
 from rayclip.files import write_text
-from rayclip.orchestration.sweep_trial import Task
 from rayclip.scaling.search import Values
 
 Entry = dict[str, Any]
@@ -105,22 +103,6 @@ class Asha(InFolder, ASHAScheduler):
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         """It is left out of nothing: what it gave still counts."""
-
-
-class Source(InFolder, Searcher):
-    """Hands Ray Tune the sweep's next trial."""
-
-    def __init__(self, next_task: Callable[[], Task | None]) -> None:
-        super().__init__()
-        self._next_task = next_task
-
-    def suggest(self, trial_id: str) -> Any:
-        """The next trial's config, or the word that there is none."""
-        task = self._next_task()
-        return Searcher.FINISHED if task is None else {"task": task}
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """What a trial came to is in its folder."""
 
 
 def suggest(plan: SearchPlan, index: int, known: list[tuple[Values, float]]) -> Values:
