@@ -152,6 +152,9 @@ def test_asha_stops_trials_at_their_evaluation_and_a_mistake_is_told_not_retried
             assert {p: f for p, f in after.items() if row["name"] in p.parts} == {
                 p: f for p, f in before.items() if row["name"] in p.parts
             }
+    values["base"]["batch_size"] = 16
+    with pytest.raises(UserError, match="holds a run with batch_size = 32, not 16"):
+        sweep_job.main(SweepConfig.model_validate(values))
 
 
 def start(folder):

@@ -64,6 +64,8 @@ class Sweep:
         self.journal = Journal(self.folder.path / "journal.jsonl")
         self.planner = Planner(config, self._base(), self.folder.path, self.journal)
         trials = self.planner.trials()
+        for planned in trials:
+            planned.check_same()
         self.parent_run_id = self._open_parent()
         self.trials = {planned.name: with_parent(planned, self.parent_run_id) for planned in trials}
         self.lines = {name: planned.line(self.journal, config.metric) for name, planned in self.trials.items()}

@@ -36,7 +36,7 @@ class Outcomes:
     def of(self, run: TrainConfig) -> dict[str, Any] | None:
         """What a row says of the run; None for one that has not ended."""
         if run.name not in self._known:
-            summary = read_summary(run)
+            summary = run_folder(run).read_summary()
             if summary is None:
                 return None
             self._known[run.name] = self._read(run, summary)
@@ -79,9 +79,17 @@ class Planned:
         rungs = {rung.name for rung in self.trial.rungs}
         return [run for run in self.trial.runs if not rungs or run.name in rungs]
 
+    def check_same(self) -> None:
+        """Raise UserError where the folder of one of its runs holds a run with other settings."""
+        for run in self.trial.runs:
+            folder = run_folder(run)
+            record = folder.read_record()
+            if record is not None:
+                folder.check_same(record, run.model_dump(mode="json"))
+
     def line(self, journal: Journal, metric: str) -> TrialLine:
         """Its line in the table of trials, as it stands before the sweep goes on."""
-        summaries = [read_summary(run) for run in self.trial.runs]
+        summaries = [run_folder(run).read_summary() for run in self.trial.runs]
         trained = [end - start for start, end in zip(self.starts, self.totals, strict=True)]
         line = TrialLine(self.name, sum(trained), self.cost.training_flops)
         line.samples = sum(n for n, summary in zip(trained, summaries, strict=True) if summary)
@@ -166,9 +174,9 @@ def caption_lengths(stream: Stream) -> list[int]:
     return lengths
 
 
-def read_summary(run: TrainConfig) -> dict[str, Any] | None:
-    """What a run came to; None for one that has not ended."""
-    return RunFolder(Path(run.runs) / run.name).read_summary()
+def run_folder(run: TrainConfig) -> RunFolder:
+    """A run's folder."""
+    return RunFolder(Path(run.runs) / run.name)
 
 
 def measured(summary: dict[str, Any]) -> dict[str, float]:
