@@ -158,7 +158,7 @@ def test_asha_stops_trials_at_their_evaluation_and_a_mistake_is_told_not_retried
 
 
 def start(folder):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}"}
     environment.pop("RAY_ADDRESS", None)
     with (folder / "log").open("a") as log:
         return subprocess.Popen(

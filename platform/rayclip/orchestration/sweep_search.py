@@ -8,8 +8,7 @@ state could not be used for that: it is written now and then, and names trials b
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -80,7 +79,7 @@ class Asha(InFolder, ASHAScheduler):
             if "value" in entry:
                 result = {"samples_seen": entry["samples_seen"], metric: entry["value"]}
                 self._trial_info.setdefault(entry["trial"], self._brackets[0])
-                super().on_trial_result(None, SimpleNamespace(trial_id=entry["trial"]), result)
+                super().on_trial_result(None, _Named(entry["trial"]), result)  # type: ignore[arg-type]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """A trial that is about to begin."""
@@ -90,7 +89,7 @@ class Asha(InFolder, ASHAScheduler):
         """Whether it goes on."""
         if self._metric not in result:
             return TrialScheduler.CONTINUE
-        named = SimpleNamespace(trial_id=_name(trial))
+        named: Any = _Named(_name(trial))
         decision = super().on_trial_result(tune_controller, named, result)
         goes_on = decision == TrialScheduler.CONTINUE or "finished" in result
         self._journal.add(
@@ -103,6 +102,12 @@ class Asha(InFolder, ASHAScheduler):
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         """It is left out of nothing: what it gave still counts."""
+
+
+class _Named(NamedTuple):
+    """All that ASHA asks of a trial."""
+
+    trial_id: str
 
 
 def suggest(plan: SearchPlan, index: int, known: list[tuple[Values, float]]) -> Values:

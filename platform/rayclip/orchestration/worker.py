@@ -215,6 +215,7 @@ class Worker:
             return
         if self.is_first:
             self.job.monitor.measure.remote({"samples_seen": state.samples_seen, **flatten(metrics)})
+        goes_on: Any = None
         while (goes_on := ray.get(self.job.monitor.verdict.remote(state.samples_seen))) is None:
             time.sleep(_VERDICT_POLL_S)
         if not goes_on:
