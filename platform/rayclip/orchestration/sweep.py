@@ -122,8 +122,9 @@ class Sweep:
     # What Ray Tune asks and tells
 
     def next_task(self) -> Task | None:
-        """The next trial to begin; None where all have been begun."""
-        name = next((line.name for line in self.lines.values() if line.state == WAITING), None) or self._suggested()
+        """The next trial to begin, the dearest first: one that is begun last keeps all waiting. None after all."""
+        waiting = [line for line in self.lines.values() if line.state == WAITING]
+        name = max(waiting, key=lambda line: line.total * line.cost).name if waiting else self._suggested()
         if name is None:
             return None
         self.table.change(name, state=STARTING)
