@@ -73,12 +73,6 @@ class Planned:
         """Of the trial."""
         return self.trial.name
 
-    @property
-    def measured(self) -> list[TrainConfig]:
-        """The runs that are rows of the table."""
-        rungs = {rung.name for rung in self.trial.rungs}
-        return [run for run in self.trial.runs if not rungs or run.name in rungs]
-
     def check_same(self) -> None:
         """Raise UserError where the folder of one of its runs holds a run with other settings."""
         for run in self.trial.runs:
@@ -101,11 +95,14 @@ class Planned:
         return line
 
     def rows(self, line: TrialLine, outcomes: Outcomes) -> list[Row]:
-        """Its rows of the table of runs."""
+        """Its rows of the table of runs: a ladder's rungs, or the run of a search."""
+        shapes = {rung.name: rung.shape for rung in self.trial.rungs}
         rows = []
-        for run in self.measured:
+        for run in self.trial.runs:
+            if shapes and run.name not in shapes:
+                continue
             known = outcomes.of(run)
-            row = make_row(run, self.cost, FINISHED if known else line.state, known or {})
+            row = make_row(run, self.cost, FINISHED if known else line.state, known or {}, shapes.get(run.name))
             if not known and line.state == STOPPED:
                 row |= {"samples": line.samples, outcomes.metric: line.metric}
             rows.append({**row, **self.values} | ({"reason": line.reason} if line.reason else {}))

@@ -31,13 +31,16 @@ def count(model: ModelConfig, lengths: Sequence[int]) -> Counted:
     return Counted(num_parameters(model), forward_gmacs(model), real, full)
 
 
-def make_row(config: TrainConfig, cost: Counted, status: str, outcome: Mapping[str, Any]) -> Row:
+def make_row(
+    config: TrainConfig, cost: Counted, status: str, outcome: Mapping[str, Any], shape: str | None = None
+) -> Row:
     """A run's row. `outcome` has what is known of a run that has ended: `samples`, `unique_samples`, `train_loss`,
     `metrics` (TASK.METRIC), `error`, `wall_time_s`, `device`; of others nothing.
     """
     samples = outcome.get("samples")
     return {
         "name": config.name,
+        **({"shape": shape} if shape else {}),
         "status": status,
         "parameters": cost.parameters,
         "samples": samples,
