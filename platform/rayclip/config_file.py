@@ -1,6 +1,6 @@
 """From a YAML file and `dotted.key=value` overrides to settings, with one clear line for every mistake."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -42,6 +42,14 @@ def validate(schema: type[Schema], values: dict[str, Any], source: str) -> Schem
         # Where a name or a whole mapping is allowed, a mapping also fails to be a name: that is not the news.
         errors = [e for e in error.errors() if e["type"] != "string_type"] or error.errors()
         raise UserError(f"{source}: {_explain(schema, errors[0])}") from None
+
+
+def changed(config: Schema, values: Mapping[str, Any], source: str) -> Schema:
+    """The settings with other values at dotted keys, checked. What was not set stays unset. Raises UserError."""
+    plain = config.model_dump(exclude_unset=True)
+    for key, value in values.items():
+        _set(plain, key.split("."), value, f"{key}={value}")
+    return validate(type(config), plain, source)
 
 
 def describe(schema: type[Config]) -> str:

@@ -15,7 +15,17 @@ from rayclip.config.data import (
 from rayclip.config.evaluation import EvaluationConfig, RetrievalTask, Task, ZeroShotTask
 from rayclip.config.model import ModelConfig, ResNetConfig, TextConfig, VisionConfig
 from rayclip.config.offline import ClassifyConfig, ConvertConfig, EmbedConfig, WorkersConfig
-from rayclip.config.scaling import FitConfig, Frontier, LadderConfig, LawForm
+from rayclip.config.scaling import (
+    Choices,
+    FitConfig,
+    Frontier,
+    LadderConfig,
+    LadderPlan,
+    LawForm,
+    Range,
+    SearchPlan,
+    SweepConfig,
+)
 from rayclip.config.training import (
     CheckpointConfig,
     ClusterConfig,
@@ -31,6 +41,7 @@ from rayclip.config.training import (
 __all__ = [
     "BenchmarkConfig",
     "CheckpointConfig",
+    "Choices",
     "ClassifyConfig",
     "ClusterConfig",
     "Config",
@@ -48,14 +59,18 @@ __all__ = [
     "IndexConfig",
     "IngestConfig",
     "LadderConfig",
+    "LadderPlan",
     "LawForm",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
     "Precision",
+    "Range",
     "ResNetConfig",
     "RetrievalTask",
+    "SearchPlan",
     "SourceConfig",
+    "SweepConfig",
     "TableConfig",
     "Task",
     "TextConfig",

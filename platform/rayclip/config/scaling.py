@@ -1,12 +1,13 @@
 """Settings of scaling laws."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from rayclip.config.base import Config
 from rayclip.config.model import ModelConfig
+from rayclip.config.training import TrainConfig
 
 LawForm = Literal["power", "power_limit", "shifted_limit", "chinchilla"]
 Frontier = Literal["all", "pareto", "bins"]
@@ -77,4 +78,95 @@ class FitConfig(Config):
     def _check(self) -> "FitConfig":
         if self.form == "chinchilla" and self.frontier not in (None, "all"):
             raise ValueError(f"form=chinchilla is a law of all runs; frontier={self.frontier} is for the others")
+        return self
+
+
+class Range(Config):
+    """A value between two ends, both included; a whole number where both are."""
+
+    low: int | float = Field(description="smallest value")
+    high: int | float = Field(description="largest value")
+    log: bool = Field(False, description="spread evenly over the logarithm")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Range":
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log=true needs low above 0, not {self.low:g}")
+        return self
+
+
+class Choices(Config):
+    """One of several values."""
+
+    choices: tuple[Any, ...] = Field(min_length=1, description="the values")
+
+
+class LadderPlan(LadderConfig):
+    """The runs of a ladder, and the law that is fitted to them."""
+
+    kind: Literal["ladder"] = Field("ladder", description="what is swept")
+    form: LawForm = Field("chinchilla", description="the law's form, as in jobs.fit")
+    frontier: Frontier = Field("all", description="runs that are fitted, as in jobs.fit")
+
+
+class SearchPlan(Config):
+    """Settings of the recipe that are searched for their best."""
+
+    kind: Literal["search"] = Field("search", description="what is swept")
+    space: dict[str, Range | Choices] = Field(min_length=1, description="any dotted keys of base, and their values")
+    algorithm: Literal["random", "asha", "tpe"] = Field(
+        "random",
+        description="random: all to their end; asha: stops those behind; tpe: Optuna's, learns from those before",
+    )
+    num_trials: int = Field(gt=0, description="settings that are tried")
+    mode: Literal["max", "min"] = Field("max", description="which metric is best")
+    grace_samples: int | None = Field(None, gt=0, description="asha: samples seen before a trial may be stopped")
+    reduction_factor: float = Field(3, gt=1, description="asha: one in so many goes on at each look")
+    seed: int = Field(0, ge=0, description="of the settings that are tried")
+
+    @model_validator(mode="after")
+    def _check(self) -> "SearchPlan":
+        if (self.algorithm == "asha") != (self.grace_samples is not None):
+            raise ValueError("grace_samples is for algorithm=asha, which needs it")
+        return self
+
+
+class SweepConfig(Config):
+    """python -m jobs.sweep"""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the sweep's name, and its folder's")
+    sweeps: str = Field("runs/sweeps", description="where that folder is; a cluster needs one all nodes share")
+    metric: str = Field(description="TASK.METRIC of base that trials are compared by; the error is one minus it")
+    plan: Annotated[LadderPlan | SearchPlan, Field(discriminator="kind")] = Field(description="the trials")
+    base: TrainConfig = Field(description="the recipe, as in jobs.train; its name is the sweep's where it has none")
+    max_concurrent: int | None = Field(None, gt=0, description="trials at a time; None: as many as the cluster places")
+    max_failures: int = Field(2, ge=0, description="times that a trial whose processes die is begun again")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        """What a plan decides, the recipe need not say."""
+        if not isinstance(values, dict) or not isinstance(values.get("base"), dict):
+            return values
+        base = {"name": values.get("name"), **values["base"]}
+        plan = values.get("plan")
+        if isinstance(plan, dict) and plan.get("samples") and not base.keys() & {"samples", "epochs"}:
+            base["samples"] = max(plan["samples"])
+        return {**values, "base": base}
+
+    @model_validator(mode="after")
+    def _check(self) -> "SweepConfig":
+        evaluation = self.base.evaluation
+        measured = [f"{name}.{metric}" for name, task in evaluation.tasks.items() for metric in task.metrics]
+        if self.metric not in measured:
+            raise ValueError(f"metric '{self.metric}' is not measured; measured: {', '.join(measured) or '-'}")
+        if isinstance(self.plan, SearchPlan) and self.plan.grace_samples is not None:
+            every = evaluation.every_samples
+            if every is None or every > self.plan.grace_samples:
+                raise ValueError(
+                    f"base.evaluation.every_samples {every} must be at most plan.grace_samples "
+                    f"{self.plan.grace_samples}: trials are compared where they are measured"
+                )
         return self

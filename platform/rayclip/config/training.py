@@ -96,6 +96,7 @@ class TrackingConfig(Config):
     register_as: str | None = Field(None, description="model name under which the best checkpoint becomes a version")
     alias: str = Field("champion", description="alias that is moved to the new version")
     log_every_samples: int = Field(10_000, gt=0, description="samples seen between logged points")
+    parent_run_id: str | None = Field(None, description="MLflow run that this one is nested in; a sweep sets it")
 
 
 class ClusterConfig(Config):

@@ -46,11 +46,35 @@ def check_resources(needed: dict[str, float], what: str) -> None:
         raise UserError(f"{what} needs {wants}; the cluster has {holds} in all")
 
 
+def num_that_fit(bundles: list[dict[str, float]]) -> int:
+    """How many times the cluster, with nothing else on it, could place all of these together; each on one node."""
+    free = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return num_times_placed(bundles, free)
+
+
+def num_times_placed(bundles: list[dict[str, float]], free: list[dict[str, float]]) -> int:
+    """How often all bundles find room in what the nodes have free, each in the first node that has it."""
+    assert any(amount for bundle in bundles for amount in bundle.values())
+    placed = 0
+    while True:
+        for bundle in bundles:
+            node = next((n for n in free if all(n.get(k, 0) >= amount for k, amount in bundle.items())), None)
+            if node is None:
+                return placed
+            for resource, amount in bundle.items():
+                node[resource] = node.get(resource, 0) - amount
+        placed += 1
+
+
 def _worker_environment() -> dict[str, str]:
     # Workers import jobs/ from the repository root and the library from its source.
     paths = [str(_ROOT), str(_ROOT / "platform"), os.environ.get("PYTHONPATH", "")]
-    # Workers wait for the controller's next look at every checkpoint, and a dead one is found at the next look.
-    return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        # Workers wait for the controller's next look at every checkpoint, and a dead one is found at the next look.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away; it is one process less a run
+    }
 
 
 def _quieten() -> None:

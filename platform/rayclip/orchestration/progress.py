@@ -2,7 +2,20 @@
 
 import sys
 import time
-from typing import TextIO
+from typing import Protocol, TextIO
+
+
+class Line(Protocol):
+    """What hears how far something is."""
+
+    def update(self, done: int, rate: float | None = None, **shown: str) -> None:
+        """So much is done."""
+
+    def note(self, text: str) -> None:
+        """Something to tell once."""
+
+    def close(self) -> None:
+        """It has ended."""
 
 
 class ProgressLine:
@@ -24,7 +37,7 @@ class ProgressLine:
         now = time.monotonic()
         if rate is None:
             rate = (done - start) / max(now - started_at, 1e-9)
-        eta = _duration((self.total - done) / rate) if rate > 0 else "?"
+        eta = told_duration((self.total - done) / rate) if rate > 0 else "?"
         parts = [f"{self.unit} {done:,}/{self.total:,}", f"{rate:,.0f}/s", *(f"{k} {v}" for k, v in shown.items())]
         self._last = "  ".join([*parts, f"eta {eta}"])
         if now - self._shown_at >= self._every_s:
@@ -52,7 +65,8 @@ class ProgressLine:
             print(self._last, file=self.stream, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def told_duration(seconds: float) -> str:
+    """Minutes and seconds, and hours where there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

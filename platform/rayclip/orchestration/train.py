@@ -7,6 +7,7 @@ the workers alive, shows how far they are, and registers the best checkpoint at 
 import math
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,33 @@ from rayclip.evaluation.tasks import Evaluator
 from rayclip.models.presets import preset, with_logit_bias
 from rayclip.models.weights import fit_weights
 from rayclip.orchestration.cluster import check_resources, connect
-from rayclip.orchestration.progress import ProgressLine
+from rayclip.orchestration.monitor import Monitor
+from rayclip.orchestration.progress import Line, ProgressLine
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import StreamConfig, latest_checkpoint
-from rayclip.orchestration.worker import Job, Monitor, train_worker
+from rayclip.orchestration.worker import Job, StoppedError, train_worker
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.registry import is_registered, link_checkpoint, register, resolve_model
-from rayclip.training.checkpoint import read_state
+from rayclip.training.checkpoint import read_metrics, read_state
 
 _POLL_S = 0.5
 
 
-def run_training(config: TrainConfig) -> dict[str, Any]:
+Judge = Callable[[dict[str, float]], bool]
+"""Hears what an evaluation gave, `samples_seen` and each TASK.METRIC, and says whether the run goes on."""
+
+
+class CrashedError(UserError):
+    """Workers died more often than `cluster.max_failures` allows; another try may go better."""
+
+
+def run_training(
+    config: TrainConfig, new_line: Callable[..., Line] = ProgressLine, judge: Judge | None = None
+) -> dict[str, Any]:
     """Train, or go on with a run that was interrupted, and return its summary. One that is complete is left as it is.
 
-    Raises UserError for everything that a user can mend.
+    `new_line(total, start=samples_seen)` makes what shows the progress. Raises UserError for everything that a user can
+    mend, CrashedError among it, and StoppedError where the `judge` ends the run.
     """
     config = resolve(config)
     folder = RunFolder(Path(config.runs).absolute() / config.name)
@@ -47,7 +60,7 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
         folder.check_same(record, config.model_dump(mode="json"))
     complete = folder.read_summary()
     if complete is not None:
-        ProgressLine(complete["samples_seen"]).note(f"run '{config.name}' is complete already")
+        new_line(complete["samples_seen"]).note(f"run '{config.name}' is complete already")
         return complete
     spec, total_samples = plan_stream(config)
     Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
@@ -73,13 +86,16 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
     run_id = _open_mlflow_run(config, uri, folder, record, spec, version)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
     monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    job = Job(config, spec, total_samples, str(folder.path), uri, run_id, version, monitor)
-    succeeded = False
+    job = Job(config, spec, total_samples, str(folder.path), uri, run_id, version, monitor, judged=judge is not None)
+    succeeded = stopped = False
     try:
-        _fit(job, folder)
+        _fit(job, folder, new_line, judge)
         succeeded = True
+    except StoppedError:
+        stopped = True
+        raise
     finally:
-        tracking.close_run(uri, run_id, succeeded)
+        tracking.close_run(uri, run_id, succeeded, stopped)
     summary = _finish(config, folder, uri, run_id)
     folder.write_summary(summary)
     return summary
@@ -144,18 +160,21 @@ def _open_mlflow_run(
     resolved = config.model_dump(mode="json")
     tags = {"code_version": version, "manifest_digest": spec.digest, "data": spec.folder}
     known: str | None = record["mlflow_run_id"] if record else None
-    run_id = tracking.open_run(uri, config.tracking.experiment, config.name, resolved, tags, known)
+    parent = config.tracking.parent_run_id
+    run_id = tracking.open_run(uri, config.tracking.experiment, config.name, resolved, tags, known, parent)
     folder.write_record(resolved, run_id)
     return run_id
 
 
-def _fit(job: Job, folder: RunFolder) -> None:
+def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judge | None) -> None:
     config = job.config
     workers = config.cluster
     found = latest_checkpoint(str(folder.checkpoints))
-    line = ProgressLine(job.total_samples, start=read_state(found).samples_seen if found else 0)
+    line = new_line(job.total_samples, start=read_state(found).samples_seen if found else 0)
     if found:
         line.note(f"going on with run '{config.name}' from {read_state(found).samples_seen:,} samples")
+        if judge and not _goes_on_from(found, job.total_samples, judge):
+            raise StoppedError
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
@@ -177,22 +196,31 @@ def _fit(job: Job, folder: RunFolder) -> None:
         dataset_config=StreamConfig(job.spec, str(folder.checkpoints)),
     )
     done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(job.monitor, line, done), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(job.monitor, line, judge, done), daemon=True)
     watcher.start()
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise UserError(f"training failed after {workers.max_failures} restarts: {_last_line(error)}") from error
+        raise CrashedError(f"training failed after {workers.max_failures} restarts: {_last_line(error)}") from error
     finally:
         done.set()
         watcher.join()
         line.close()
-    stopped: Any = ray.get(job.monitor.error.remote())
-    if stopped:
-        raise UserError(stopped)
+    mistake: Any = ray.get(job.monitor.error.remote())
+    if mistake:
+        raise UserError(mistake)
+    if ray.get(job.monitor.stopped.remote()):
+        raise StoppedError
 
 
-def _watch(monitor: Any, line: ProgressLine, done: threading.Event) -> None:
+def _goes_on_from(found: Path, total_samples: int, judge: Judge) -> bool:
+    """Ask again what may have been asked, and not heard, when the crash came."""
+    state, tasks = read_state(found), read_metrics(found)["tasks"]
+    ended = state.samples_seen + sum(state.skipped.values()) >= total_samples
+    return ended or not tasks or judge({"samples_seen": state.samples_seen, **tracking.flatten(tasks)})
+
+
+def _watch(monitor: Any, line: Line, judge: Judge | None, done: threading.Event) -> None:
     last: dict[str, Any] = {}
     finished = False
     while not finished:
@@ -200,6 +228,9 @@ def _watch(monitor: Any, line: ProgressLine, done: threading.Event) -> None:
         state = ray.get(monitor.state.remote())
         for note in state.pop("notes"):
             line.note(note)
+        for measured in state.pop("measured"):
+            assert judge
+            monitor.judge.remote(int(measured["samples_seen"]), judge(measured))
         if state and state != last:
             shown = {"loss": f"{state['loss']:.3f}", "data wait": f"{state['data_wait_share']:.0%}"}
             line.update(state["samples_seen"], state["samples_per_s"], **shown)
@@ -231,6 +262,7 @@ def _finish(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> di
         **by_kind,
         "samples_seen": state.samples_seen,
         "steps": state.steps,
+        "device": state.device,
         "train_time_s": round(state.train_time_s, 1),
         "samples_per_s": round(state.samples_seen / max(state.train_time_s, 1e-9), 1),
         "data_wait_share": round(state.data_wait_s / max(state.train_time_s, 1e-9), 4),

@@ -1,6 +1,7 @@
 """Training on a Ray cluster: what runs on each worker. It adapts Ray Train's stream and reports to the pure loop."""
 
 import json
+import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from rayclip.training.loop import Hooks, Metrics, Plan, Trainer
 from rayclip.training.optimizer import RowAdamW, build_optimizer
 
 _PROGRESS_EVERY_S = 0.5
+_VERDICT_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,37 +52,12 @@ class Job:
     mlflow_run_id: str
     code_version: str
     monitor: ActorHandle
+    judged: bool = False
+    """Whether the run waits after each evaluation to hear if it goes on."""
 
 
-@ray.remote(num_cpus=0)
-class Monitor:
-    """What the first worker last said of itself, for the driver to show."""
-
-    def __init__(self) -> None:
-        self._state: dict[str, Any] = {}
-        self._notes: list[str] = []
-        self._error: str | None = None
-
-    def update(self, state: dict[str, Any]) -> None:
-        """Replace the state."""
-        self._state = state
-
-    def note(self, text: str) -> None:
-        """Something to tell once."""
-        self._notes.append(text)
-
-    def stop(self, error: str) -> None:
-        """The run has ended for a reason that a restart would meet again."""
-        self._error = error
-
-    def state(self) -> dict[str, Any]:
-        """The state, and the notes since the last call."""
-        notes, self._notes = self._notes, []
-        return self._state | {"notes": notes}
-
-    def error(self) -> str | None:
-        """Why the run was stopped, if it was."""
-        return self._error
+class StoppedError(Exception):
+    """The run was judged and does not go on; what it has trained is in its last checkpoint."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -89,6 +66,8 @@ def train_worker(config: dict[str, Any]) -> None:
     worker = Worker(job)
     try:
         worker.run()
+    except StoppedError:
+        pass
     except UserError as error:
         # Raised on all workers alike; an exception here would only make Ray try the same again.
         if worker.is_first:
@@ -175,7 +154,7 @@ class Worker:
                 self._link(Path(checkpoint.path), state.samples_seen)
         if state.manifest_digest != self.job.spec.digest:
             raise UserError(f"the data set in '{self.job.spec.folder}' is not the one this run began with")
-        state.code_version = self.job.code_version
+        state.code_version, state.device = self.job.code_version, _device_name()
         if self.is_first:
             _forget_quarantined_after(self.folder.quarantine, state.samples_seen)
         return state
@@ -218,6 +197,7 @@ class Worker:
         content = {"measured": measured, "score": self._score(state, metrics), "tasks": metrics}
         if not self.is_first:
             ray.train.report({"score": content["score"]}, checkpoint_dir_name=name)
+            self._wait_for_verdict(state, metrics)
             return
         self._quarantine(seen[seen[:, 2] > 0], state.samples_seen)
         config = self.config.model_dump(mode="json")
@@ -233,6 +213,19 @@ class Worker:
         self._link(self.folder.checkpoints / name, state.samples_seen)
         if metrics:
             self._show(metrics, state)
+        self._wait_for_verdict(state, metrics)
+
+    def _wait_for_verdict(self, state: RunState, metrics: Metrics) -> None:
+        """Raise StoppedError, on all workers, where the run does not go on; one that has ended has nothing to ask."""
+        if not (self.job.judged and metrics) or _num_given(state) >= self.job.total_samples:
+            return
+        if self.is_first:
+            self.job.monitor.measure.remote({"samples_seen": state.samples_seen, **flatten(metrics)})
+        goes_on: Any = None
+        while (goes_on := ray.get(self.job.monitor.verdict.remote(state.samples_seen))) is None:
+            time.sleep(_VERDICT_POLL_S)
+        if not goes_on:
+            raise StoppedError
 
     def _score(self, state: RunState, metrics: Metrics) -> float:
         """What checkpoints are compared by: the metric that `evaluation.best` names, else how late they are."""
@@ -273,6 +266,15 @@ class Worker:
         if lines:
             with self.folder.quarantine.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _num_given(state: RunState) -> int:
+    return state.samples_seen + sum(state.skipped.values())
+
+
+def _device_name() -> str:
+    device = ray.train.torch.get_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
 
 
 def _forget_quarantined_after(path: Path, samples_seen: int) -> None:

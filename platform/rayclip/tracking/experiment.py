@@ -1,6 +1,7 @@
 """A whole experiment of MLflow: its training runs read back, and what was made of them put beside them."""
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +70,35 @@ def log_result(
     """A run of its own for what was made of others, which `read_runs` leaves out; returns its id."""
     uri = resolve_uri(uri)
     run_id = open_run(uri, experiment, name, settings, {_KIND: kind}, None)
-    client = connect(uri)
-    client.log_batch(run_id, metrics=[Metric(key, value, 0, 0) for key, value in metrics.items()])
-    for file in files:
-        client.log_artifact(run_id, str(file))
+    log_files(uri, run_id, metrics, files)
     close_run(uri, run_id, succeeded=True)
     return run_id
+
+
+def open_group(
+    uri: str, experiment: str, kind: str, name: str, settings: Mapping[str, Any], version: str, run_id: str | None
+) -> str:
+    """The run that others are nested in, as `open_run`; `read_runs` leaves it out."""
+    return open_run(uri, experiment, name, settings, {_KIND: kind, "code_version": version}, run_id)
+
+
+def log_files(uri: str, run_id: str, metrics: Mapping[str, float], files: list[Path]) -> None:
+    """Keep numbers and files with a run; what is there already is replaced."""
+    client = connect(uri)
+    now = int(time.time() * 1000)
+    client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+    for file in files:
+        client.log_artifact(run_id, str(file))
+
+
+def mean_of_last(client: MlflowClient, run_id: str, metric: str, share: float) -> float | None:
+    """A metric's mean over the last share of a run's steps (samples seen); None where it has no point."""
+    history = client.get_metric_history(run_id, metric)
+    if not history:
+        return None
+    since = (1 - share) * max(point.step for point in history)
+    values = [point.value for point in history if point.step >= since]
+    return sum(values) / len(values)
 
 
 def _values(params: Mapping[str, str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from rayclip.errors import UserError
 
@@ -64,9 +65,17 @@ def connect_existing(uri: str) -> MlflowClient:
 
 
 def open_run(
-    uri: str, experiment: str, name: str, config: Mapping[str, Any], tags: Mapping[str, str], run_id: str | None
+    uri: str,
+    experiment: str,
+    name: str,
+    config: Mapping[str, Any],
+    tags: Mapping[str, str],
+    run_id: str | None,
+    parent_run_id: str | None = None,
 ) -> str:
-    """The id of the training run's MLflow run: `run_id` where that exists, else a new one with its config as params."""
+    """The id of the training run's MLflow run: `run_id` where that exists, else a new one with its config as params,
+    nested in the parent where one is given.
+    """
     client = connect(uri)
     if run_id is not None:
         try:
@@ -74,7 +83,8 @@ def open_run(
             return run_id
         except MlflowException:
             raise UserError(f"the run's MLflow run {run_id} is not in {uri}: was its database moved?") from None
-    run = client.create_run(_experiment_id(client, uri, experiment), run_name=name)
+    nesting = {MLFLOW_PARENT_RUN_ID: parent_run_id} if parent_run_id else {}
+    run = client.create_run(_experiment_id(client, uri, experiment), run_name=name, tags=nesting)
     params = [Param(key, json.dumps(value)[:6000]) for key, value in flatten(config).items()]
     for start in range(0, len(params), 100):
         client.log_batch(run.info.run_id, params=params[start : start + 100])
@@ -83,9 +93,9 @@ def open_run(
     return run.info.run_id
 
 
-def close_run(uri: str, run_id: str, succeeded: bool) -> None:
-    """Say that the run has ended."""
-    MlflowClient(uri).set_terminated(run_id, "FINISHED" if succeeded else "FAILED")
+def close_run(uri: str, run_id: str, succeeded: bool, stopped: bool = False) -> None:
+    """Say that the run has ended: by itself, or stopped because others are better."""
+    MlflowClient(uri).set_terminated(run_id, "KILLED" if stopped else "FINISHED" if succeeded else "FAILED")
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

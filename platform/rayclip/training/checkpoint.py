@@ -43,6 +43,7 @@ class RunState:
     ledger: dict[str, object] = field(default_factory=lambda: {"cursor": 0, "partial": {}})
     manifest_digest: str = ""
     code_version: str = ""
+    device: str = ""
     branched_at: int = 0
     """Samples seen by the run that this one went on from; its times and rates count from there."""
 
