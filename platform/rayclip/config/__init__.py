@@ -12,7 +12,15 @@ from rayclip.config.data import (
     SourceConfig,
     TableConfig,
 )
-from rayclip.config.evaluation import EvaluationConfig, RetrievalTask, Task, ZeroShotTask
+from rayclip.config.evaluation import (
+    CompareConfig,
+    DataSetConfig,
+    EvaluationConfig,
+    RetrievalTask,
+    SuiteConfig,
+    Task,
+    ZeroShotTask,
+)
 from rayclip.config.model import ModelConfig, ResNetConfig, TextConfig, VisionConfig
 from rayclip.config.offline import ClassifyConfig, ConvertConfig, EmbedConfig, WorkersConfig
 from rayclip.config.scaling import FitConfig, Frontier, LawForm
@@ -33,9 +41,11 @@ __all__ = [
     "CheckpointConfig",
     "ClassifyConfig",
     "ClusterConfig",
+    "CompareConfig",
     "Config",
     "ConvertConfig",
     "DataConfig",
+    "DataSetConfig",
     "EmaConfig",
     "EmbedConfig",
     "EmojiConfig",
@@ -55,6 +65,7 @@ __all__ = [
     "ResNetConfig",
     "RetrievalTask",
     "SourceConfig",
+    "SuiteConfig",
     "TableConfig",
     "Task",
     "TextConfig",
