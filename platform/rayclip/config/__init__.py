@@ -4,11 +4,14 @@ from rayclip.config.base import Config
 from rayclip.config.benchmark import BenchmarkConfig
 from rayclip.config.data import (
     DataConfig,
+    DigitsConfig,
     EmojiConfig,
     FolderConfig,
     GlyphsConfig,
     IndexConfig,
     IngestConfig,
+    SentimentConfig,
+    ShapesConfig,
     SourceConfig,
     TableConfig,
 )
@@ -46,6 +49,7 @@ __all__ = [
     "ConvertConfig",
     "DataConfig",
     "DataSetConfig",
+    "DigitsConfig",
     "EmaConfig",
     "EmbedConfig",
     "EmojiConfig",
@@ -64,6 +68,8 @@ __all__ = [
     "Precision",
     "ResNetConfig",
     "RetrievalTask",
+    "SentimentConfig",
+    "ShapesConfig",
     "SourceConfig",
     "SuiteConfig",
     "TableConfig",

@@ -49,7 +49,7 @@ class Answers:
     """Cosines, where they were asked for."""
 
     @property
-    def correct_N(self) -> Tensor:
+    def correct(self) -> Tensor:
         """Whether the answer is right, bool [N]."""
         return self.rank_N == 0
 
@@ -156,13 +156,13 @@ def template_report(answers: Answers, templates: tuple[str, ...]) -> dict[str, A
     Gains are paired: over the first template, and over a template of the set on average.
     """
     alone_TN = answers.template_correct_TN.double()
-    ensemble_N = answers.correct_N.double()
+    ensemble_N = answers.correct.double()
     return {
         "alone": [
             {"template": template, "top1": share(right)._asdict()}
             for template, right in zip(templates, answers.template_correct_TN, strict=True)
         ],
-        "ensemble": share(answers.correct_N)._asdict(),
+        "ensemble": share(answers.correct)._asdict(),
         "gain_over_first": mean_difference(ensemble_N - alone_TN[0])._asdict(),
         "gain_over_mean": mean_difference(ensemble_N - alone_TN.mean(dim=0))._asdict(),
     }
@@ -171,7 +171,7 @@ def template_report(answers: Answers, templates: tuple[str, ...]) -> dict[str, A
 def _mean_per_class(answers: Answers, num_classes: int) -> Figure:
     """Over the classes that have pictures; the interval takes the classes as given and their pictures as drawn."""
     counts_C = torch.bincount(answers.label_N, minlength=num_classes).double()
-    right_C = torch.bincount(answers.label_N[answers.correct_N], minlength=num_classes).double()
+    right_C = torch.bincount(answers.label_N[answers.correct], minlength=num_classes).double()
     right_C, counts_C = right_C[counts_C > 0], counts_C[counts_C > 0]
     share_C = right_C / counts_C
     mean = float(share_C.mean())

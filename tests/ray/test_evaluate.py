@@ -1,0 +1,239 @@
+"""Suites: against CLIP_benchmark on the same weights and data, in its own layout; kept features; what is said of bad data."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jobs import compare as compare_job
+from jobs import evaluate as evaluate_job
+from rayclip.config import CompareConfig, IngestConfig, SuiteConfig, WorkersConfig
+from rayclip.data.sources import SOURCES
+from rayclip.errors import UserError
+from rayclip.models.weights import read_weights, write_weights
+
+TEMPLATES = ["a photo of {c}.", "{c}", "a drawing of {c}"]
+SIZE = 32
+MODEL = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": SIZE, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+COLOURS = ("red", "green", "blue", "black", "orange", "purple", "brown")
+
+
+def png(picture):
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def write_theirs(folder, samples, shard_samples=40, split="test", **texts):
+    """A data set as clip_benchmark_export_wds writes it."""
+    (folder / split).mkdir(parents=True)
+    starts = range(0, len(samples), shard_samples)
+    for number, start in enumerate(starts):
+        with tarfile.open(folder / split / f"{number}.tar", "w") as tar:
+            for index, sample in enumerate(samples[start : start + shard_samples], start):
+                for extension, data in sample.items():
+                    info = tarfile.TarInfo(f"s{index:07}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    (folder / split / "nshards.txt").write_text(str(len(starts)))
+    for name, lines in texts.items():
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def classified(kind, count, split):
+    """Samples of one of our sources, with its class names."""
+    config = IngestConfig.model_validate({"source": {"kind": kind}, "output": "-"}).source
+    source = SOURCES[kind]
+    found = source.splits(config, Path("-"))[split]
+    step = max(1, len(found.items) // count)
+    records = [source.read(item, config) for item in found.items[::step][:count]]
+    return [{"png": png(r.image), "cls": str(r.cls).encode()} for r in records], list(found.class_names)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    generator = np.random.default_rng(0)
+    for name, kind, split, count in (("digits", "digits", "test", 150), ("letters", "glyphs", "unseen_combinations", 300)):
+        samples, names = classified(kind, count, split)
+        used = sorted({int(s["cls"]) for s in samples})
+        for sample in samples:
+            sample["cls"] = str(used.index(int(sample["cls"]))).encode()
+        names = [names[i] for i in used]
+        write_theirs(root / name, samples, classnames=names, zeroshot_classification_templates=TEMPLATES)
+    captioned, tagged = [], []
+    for i in range(90):
+        pixels = generator.integers(0, 256, (40 + i % 17, 50, 3), dtype=np.uint8)
+        colours = generator.permutation(len(COLOURS))[: 1 + i % 3]
+        for row, colour in enumerate(colours):
+            pixels[10 * row : 10 * row + 10] = np.array(Image.new("RGB", (50, 10), COLOURS[colour]))
+        captions = [f"{COLOURS[c]} noise number {i}, told the {n}th time" for n, c in enumerate(colours)]
+        hot = np.zeros(len(COLOURS), dtype=np.int64)
+        hot[colours] = 1
+        picture = png(Image.fromarray(pixels))
+        captioned.append({"png": picture, "txt": "\n".join(captions).encode()})
+        tagged.append({"png": picture, "npy": npy(hot)})
+    write_theirs(root / "flickr30k", captioned, dataset_type=["retrieval"])
+    names = {"classnames": COLOURS, "zeroshot_classification_templates": TEMPLATES, "dataset_type": ["multilabel"]}
+    write_theirs(root / "voc2007", tagged, **names)
+    return root
+
+
+@pytest.fixture(scope="module")
+def their_model(open_clip, tmp_path_factory):
+    """A model of theirs with random weights, large enough to tell pictures apart, and its folder as we read it."""
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**MODEL).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("in_proj_weight", "c_fc.weight", "conv1.weight", "embedding", "embedding.weight")):
+                weight.mul_(8)
+    folder = tmp_path_factory.mktemp("model")
+    torch.save(model.state_dict(), folder / "random.pt")
+    (folder / "open_clip").mkdir()
+    (folder / "random.pt").rename(folder / "open_clip" / "open_clip_pytorch_model.bin")
+    (folder / "open_clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
+    write_weights(folder / "ours", read_weights(folder / "open_clip"), "rayclip", "random")
+    return model, folder / "ours"
+
+
+DATASETS = {
+    "digits": {},
+    "letters": {"metric": "mean_per_class"},
+    "flickr30k": {},
+    "voc2007": {"num_classes": 7},
+}
+
+
+def suite(root, model, tmp_path, datasets=DATASETS, **changes):
+    values = {
+        "name": "theirs",
+        "model": str(model),
+        "root": str(root),
+        "datasets": datasets,
+        "cache": str(tmp_path / "cache"),
+        "output": str(tmp_path / "report"),
+        "part_samples": 64,
+        "cluster": WorkersConfig(num_workers=2),
+    }
+    return SuiteConfig.model_validate({**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def measured(root, their_model, tmp_path_factory):
+    """One run over all data sets: its summary, and where its features and report are."""
+    place = tmp_path_factory.mktemp("measured")
+    return evaluate_job.main(suite(root, their_model[1], place)), place
+
+
+def their_figures(root, name, model, open_clip, retrieval=False):
+    pytest.importorskip("clip_benchmark")
+    from clip_benchmark.datasets.builder import build_dataset, get_dataset_collate_fn
+    from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+
+    transform = open_clip.image_transform(SIZE, is_train=False)
+    task = "zeroshot_retrieval" if retrieval else "zeroshot_classification"
+    dataset = build_dataset(f"wds/{name}", root=str(root / name), transform=transform, split="test", task=task)
+    collate = get_dataset_collate_fn(f"wds/{name}") if not retrieval else get_dataset_collate_fn("mscoco_captions")
+    loader = torch.utils.data.DataLoader(dataset.batched(32, collation_fn=collate), batch_size=None)
+    if retrieval:
+        return zeroshot_retrieval.evaluate(
+            model, loader, open_clip.tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10]
+        )
+    loader.dataset.classes = dataset.classes
+    return zeroshot_classification.evaluate(
+        model, loader, open_clip.tokenize, dataset.classes, dataset.templates, "cpu", amp=False
+    )
+
+
+def values(summary, name, task="zero_shot"):
+    return {key: figure["value"] for key, figure in summary["datasets"][name][task]["figures"].items()}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["digits", "letters"])
+def test_zero_shot_is_what_clip_benchmark_gives(name, root, their_model, measured, open_clip):
+    theirs, ours = their_figures(root, name, their_model[0], open_clip), values(measured[0], name)
+    assert 0 < theirs["acc1"] < theirs["acc5"] < 1, "random weights that tell nothing apart would show nothing"
+    assert ours["top1"] == pytest.approx(theirs["acc1"], abs=1e-4)
+    assert ours["top5"] == pytest.approx(theirs["acc5"], abs=1e-4)
+    assert ours["mean_per_class"] == pytest.approx(theirs["mean_per_class_recall"], abs=1e-4)
+
+
+@pytest.mark.peers
+def test_multi_label_is_what_clip_benchmark_gives(root, their_model, measured, open_clip):
+    theirs = their_figures(root, "voc2007", their_model[0], open_clip)["mean_average_precision"]
+    assert values(measured[0], "voc2007")["mean_ap"] == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.peers
+def test_retrieval_is_what_clip_benchmark_gives(root, their_model, measured, open_clip):
+    theirs = their_figures(root, "flickr30k", their_model[0], open_clip, retrieval=True)
+    ours = values(measured[0], "flickr30k", "retrieval")
+    for k in (1, 5, 10):
+        assert ours[f"image_to_text.recall_at_{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-4)
+        assert ours[f"text_to_image.recall_at_{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-4)
+
+
+@pytest.mark.peers
+def test_features_are_kept_and_damaged_ones_made_anew(root, their_model, measured):
+    first, place = measured
+    assert first["extraction"]["new_samples"] == first["extraction"]["samples"] > 600
+    config = suite(root, their_model[1], place, output=str(place / "second"))
+    second = evaluate_job.main(config)
+    assert second["extraction"]["new_samples"] == 0
+    assert {n: r["score"] for n, r in second["datasets"].items()} == {
+        n: r["score"] for n, r in first["datasets"].items()
+    }
+    summaries = sorted((place / "cache").glob("*/features-*/summary.json"))
+    part = summaries[0].parent / "part-000000.parquet"
+    before = part.read_bytes()
+    part.unlink()
+    assert 0 < evaluate_job.main(config)["extraction"]["new_samples"] <= 64
+    assert len(part.read_bytes()) == len(before)
+
+
+@pytest.mark.peers
+def test_a_report_lies_in_the_folder_and_reports_are_compared(measured, root, their_model, tmp_path):
+    summary, place = measured
+    report = place / "report"
+    assert json.loads((report / "summary.json").read_text())["model_version"] == summary["model_version"]
+    page = (report / "report.html").read_text()
+    assert all(result["title"] in page for result in summary["datasets"].values())
+    assert "http://" not in page and "https://" not in page and 'src="data:image/png;base64,' in page
+    config = CompareConfig(runs=(str(report), str(report)), output=str(tmp_path / "comparison"))
+    compared = compare_job.main(config)
+    same = compared["datasets"]["digits"]["difference"][1]
+    assert same == {"value": 0.0, "low": 0.0, "high": 0.0, "paired": True}
+
+
+@pytest.mark.peers
+def test_a_data_set_that_cannot_be_measured_is_one_line(root, their_model, tmp_path):
+    sample = {"png": png(Image.new("RGB", (40, 40))), "cls": b"0"}
+    broken = {
+        "beyond": ([sample, {**sample, "cls": b"2"}], r"sample 's0000001' has class 2, but the class list names 2: 0 to 1"),
+        "empty": ([sample], r"class 1 'b' has no picture: the class list is of other data, or set allow_empty_classes"),
+        "bare": ([sample], r"sample 's0000000' has no caption in a \.txt file: retrieval needs one a picture"),
+        "torn": ([{**sample, "png": b"no"}], r"sample 's0000000' cannot be evaluated: image_undecodable"),
+    }
+    for name, (samples, line) in broken.items():
+        write_theirs(tmp_path / name, samples, classnames=["a", "b"])
+        task = {"tasks": ["retrieval"], "metric": "image_recall_at_1"} if name == "bare" else {}
+        with pytest.raises(UserError, match=rf"^data set '{name}': {line}"):
+            evaluate_job.main(suite(tmp_path, their_model[1], tmp_path / "out", {name: task}))
