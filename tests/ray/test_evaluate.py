@@ -1,4 +1,4 @@
-"""Suites: against CLIP_benchmark on the same weights and data, in its own layout; kept features; what is said of bad data."""
+"""Suites: against CLIP_benchmark on the same weights and data, in its own layout; what is kept; and bad data."""
 
 import io
 import json
@@ -70,7 +70,10 @@ def classified(kind, count, split):
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     generator = np.random.default_rng(0)
-    for name, kind, split, count in (("digits", "digits", "test", 150), ("letters", "glyphs", "unseen_combinations", 300)):
+    for name, kind, split, count in (
+        ("digits", "digits", "test", 150),
+        ("letters", "glyphs", "unseen_combinations", 300),
+    ):
         samples, names = classified(kind, count, split)
         used = sorted({int(s["cls"]) for s in samples})
         for sample in samples:
@@ -227,7 +230,10 @@ def test_a_report_lies_in_the_folder_and_reports_are_compared(measured, root, th
 def test_a_data_set_that_cannot_be_measured_is_one_line(root, their_model, tmp_path):
     sample = {"png": png(Image.new("RGB", (40, 40))), "cls": b"0"}
     broken = {
-        "beyond": ([sample, {**sample, "cls": b"2"}], r"sample 's0000001' has class 2, but the class list names 2: 0 to 1"),
+        "beyond": (
+            [sample, {**sample, "cls": b"2"}],
+            r"sample 's0000001' has class 2, but the class list names 2: 0 to 1",
+        ),
         "empty": ([sample], r"class 1 'b' has no picture: the class list is of other data, or set allow_empty_classes"),
         "bare": ([sample], r"sample 's0000000' has no caption in a \.txt file: retrieval needs one a picture"),
         "torn": ([{**sample, "png": b"no"}], r"sample 's0000000' cannot be evaluated: image_undecodable"),

@@ -16,9 +16,35 @@ from rayclip.evaluation.features import Pictures
 from rayclip.evaluation.layout import open_split
 from rayclip.evaluation.suite import entries, open_suite, resolve
 
-PAPER = """imagenet birdsnap cifar10 cifar100 clevr_counts caltech101 country211 dtd eurosat fgvc_aircraft fer2013
-flowers102 food101 gtsrb hateful_memes kitti_distance kinetics700 mnist oxford_pets voc2007 patch_camelyon resisc45
-sst2_rendered stl10 sun397 stanford_cars ucf101""".split()
+PAPER = [
+    "imagenet",
+    "birdsnap",
+    "cifar10",
+    "cifar100",
+    "clevr_counts",
+    "caltech101",
+    "country211",
+    "dtd",
+    "eurosat",
+    "fgvc_aircraft",
+    "fer2013",
+    "flowers102",
+    "food101",
+    "gtsrb",
+    "hateful_memes",
+    "kitti_distance",
+    "kinetics700",
+    "mnist",
+    "oxford_pets",
+    "voc2007",
+    "patch_camelyon",
+    "resisc45",
+    "sst2_rendered",
+    "stl10",
+    "sun397",
+    "stanford_cars",
+    "ucf101",
+]
 SHIFTS = ["imagenet_v2", "imagenet_r", "imagenet_a", "imagenet_sketch", "objectnet"]
 
 

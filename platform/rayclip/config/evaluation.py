@@ -97,6 +97,5 @@ class CompareConfig(Config):
 
     runs: tuple[str, ...] = Field(min_length=1, description="reports of jobs.evaluate, or folders of them")
     output: str = Field("runs/comparison", description="folder of the page, the plots and the table")
-    resamples: int = Field(2000, ge=100, description="of the pictures, for intervals without a formula")
     experiment: str | None = Field(None, description="MLflow experiment that it is logged to; None: none")
     tracking_uri: str | None = Field(None, description="MLflow, or None for ./mlflow/mlflow.db")

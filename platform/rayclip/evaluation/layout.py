@@ -7,8 +7,8 @@
     FOLDER/SPLIT/CLASS/*.jpg                         or a folder a class, in the order of their names
 
 This is how CLIP_benchmark's users have them; both texts may lie in SPLIT too, where jobs.ingest puts them. Nothing is
-written there: what a folder lacks to be read in chunks (an index of its shards, or shards of its loose pictures) goes to
-a cache.
+written there: what a folder lacks to be read in chunks (an index of its shards, or shards of its loose pictures) goes
+to a cache.
 """
 
 import hashlib

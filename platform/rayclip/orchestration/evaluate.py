@@ -13,14 +13,15 @@ from rayclip.config import SuiteConfig
 from rayclip.errors import UserError
 from rayclip.evaluation import scoring
 from rayclip.evaluation.features import FeatureFolder
+from rayclip.evaluation.page import write_report
+from rayclip.evaluation.reports import ANSWERS, SUMMARY
 from rayclip.evaluation.retrieval import recall_at_k
 from rayclip.evaluation.suite import DataSet, open_suite
 from rayclip.files import whole_file, write_json
 from rayclip.inference.zero_shot import class_prompts, mean_of_prompts
 from rayclip.orchestration.embed import Model, open_model
 from rayclip.orchestration.features import Extraction, extract, pictures_of, prompts_of
-
-ANSWERS = "answers.parquet"
+from rayclip.tracking.experiment import log_result
 
 _MAIN_FIGURE = {"accuracy": "top1", "image_recall_at_1": "text_to_image.recall_at_1"}
 """The figure that a data set's metric names, where it is called otherwise."""
@@ -50,8 +51,26 @@ def evaluate(config: SuiteConfig) -> Result:
         "extraction": extraction,
         "output": str(output),
     }
-    write_json(output / "summary.json", summary)
+    write_json(output / SUMMARY, summary)
+    page = output / "report.html"
+    write_report(page, summary, {name: sorted((output / name).glob("*.png")) for name in results})
+    _log(config, summary, page)
     return summary
+
+
+def _log(config: SuiteConfig, summary: Result, page: Path) -> None:
+    if config.experiment is None:
+        return
+    metrics = {
+        f"{config.name}/{name}/{task}/{figure}": value["value"]
+        for name, result in summary["datasets"].items()
+        for task in _TASKS
+        if task in result
+        for figure, value in result[task]["figures"].items()
+    }
+    settings = {**config.model_dump(mode="json"), "model_version": summary["model_version"]}
+    name = f"{config.name} {summary['model_version']}"
+    log_result(config.tracking_uri, config.experiment, "evaluation", name, settings, metrics, [page])
 
 
 def output_folder(config: SuiteConfig, model: Model) -> Path:
@@ -89,7 +108,7 @@ def _measure(dataset: DataSet, model: Model, features: dict[str, FeatureFolder],
     if not found:
         raise UserError(f"data set '{dataset.name}': its tasks give no {dataset.config.metric}: set metric, or labels")
     result["score"] = found[0]
-    write_json(folder / "summary.json", result)
+    write_json(folder / SUMMARY, result)
     return result
 
 
