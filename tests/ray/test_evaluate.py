@@ -235,7 +235,7 @@ def test_a_data_set_that_cannot_be_measured_is_one_line(root, their_model, tmp_p
             r"sample 's0000001' has class 2, but the class list names 2: 0 to 1",
         ),
         "empty": ([sample], r"class 1 'b' has no picture: the class list is of other data, or set allow_empty_classes"),
-        "bare": ([sample], r"sample 's0000000' has no caption in a \.txt file: retrieval needs one a picture"),
+        "bare": ([sample], r"sample 's0000000' has no caption \(no_caption\): retrieval needs a \.txt"),
         "torn": ([{**sample, "png": b"no"}], r"sample 's0000000' cannot be evaluated: image_undecodable"),
     }
     for name, (samples, line) in broken.items():

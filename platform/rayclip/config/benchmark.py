@@ -11,7 +11,7 @@ from rayclip.config.training import Precision
 class BenchmarkConfig(Config):
     """python -m jobs.benchmark"""
 
-    name: Literal["tokenizer", "text_tower", "step", "loss", "serve", "batching"] = Field(
+    name: Literal["tokenizer", "text_tower", "step", "loss", "serve", "batching", "features"] = Field(
         description="what is measured"
     )
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
@@ -25,4 +25,5 @@ class BenchmarkConfig(Config):
     window_s: float = Field(8.0, gt=0, description="length of a window under load")
     cases: tuple[Literal["ViT-B/32", "small"], ...] = Field(("ViT-B/32", "small"), description="models to serve")
     model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
+    workers: int = Field(2, gt=0, description="processes with a core each that extract features")
     settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")

@@ -24,13 +24,15 @@ def write_bars(path: Path, comparison: dict[str, Any]) -> None:
         axes = figure.add_subplot()
         for number, model in enumerate(models):
             scores = [of_one["scores"][number] for of_one in datasets.values()]
-            there = [(row, score) for row, score in enumerate(scores) if score]
+            scores = [of_one["scores"][number] for of_one in datasets.values()]
+            there = [(row, value) for row, value in enumerate(scores) if value is not None]
             rows = np.array([row for row, _ in there], dtype=float) + height * (number - (len(models) - 1) / 2)
             axes.barh(rows, [score["value"] for _, score in there], height, label=model, color=_colour(number))
             for row, (_, score) in zip(rows, there, strict=True):
                 if score["low"] is not None:
                     axes.plot([score["low"], score["high"]], [row, row], color="#1f2328", linewidth=1)
-        axes.set_yticks(range(len(datasets)), [f"{d['title']}, {d['metric']}" for d in datasets.values()])
+        names = [f"{of_one['title']}, {of_one['metric']}" for of_one in datasets.values()]
+        axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.grid(True, axis="x", linewidth=0.3)
@@ -40,7 +42,7 @@ def write_bars(path: Path, comparison: dict[str, Any]) -> None:
 
 
 def write_radar(path: Path, comparison: dict[str, Any]) -> bool:
-    """An axis a data set, a line a model; False, and nothing written, for fewer than three axes that all models have."""
+    """An axis a data set, a line a model; False, and nothing written, for fewer than three that all models have."""
     models = comparison["models"]
     datasets = [d for d in comparison["datasets"].values() if all(d["scores"])]
     if len(datasets) < _LEAST_AXES:

@@ -18,16 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from rayclip.config import SuiteConfig, WorkersConfig
-from rayclip.data.decode import BadSampleError, eval_array, read_image
+from rayclip.data.decode import BadSampleError, eval_array, read_captions, read_image
 from rayclip.data.formats.tar import Sample
 from rayclip.errors import UserError
 from rayclip.evaluation.features import FeatureFolder
 from rayclip.evaluation.layout import stamp
 from rayclip.evaluation.suite import DataSet
-from rayclip.orchestration.cluster import check_resources, connect
 from rayclip.orchestration.embed import Embedder, Model, Read, Reading, shared_encoder, vectors
 from rayclip.orchestration.parts import Part, PartFolder, plan_parts
-from rayclip.orchestration.pool import Job, run_jobs
+from rayclip.orchestration.pool import Job, connect_for, run_jobs
 from rayclip.orchestration.progress import ProgressLine
 
 _PROMPTS_A_PART = 2048
@@ -109,7 +108,7 @@ def extract(extractions: Sequence[Extraction], workers: WorkersConfig) -> dict[s
     total = sum(extraction.num_samples for extraction in extractions)
     new, busy_s, started = 0, 0.0, time.monotonic()
     if parts:
-        _connect(workers)
+        connect_for(workers)
         there = total - sum(extractions[i].num_samples for i in incomplete)
         there += sum(folders[i].missing()[1]["rows"]["samples"] for i in incomplete)
         progress = ProgressLine(total, start=there)
@@ -134,12 +133,6 @@ def _missing(folder: PartFolder) -> list[int]:
     folder.check()
     folder.begin()
     return folder.missing()[0]
-
-
-def _connect(workers: WorkersConfig) -> None:
-    connect(local_cpus=int(workers.num_workers * workers.cpus_per_worker))
-    needed = {"CPU": workers.num_workers * workers.cpus_per_worker, "GPU": workers.num_workers * workers.use_gpu}
-    check_resources({k: v for k, v in needed.items() if v}, f"a job with {workers.num_workers} workers")
 
 
 def _folder(config: SuiteConfig, identity: dict[str, Any], num_parts: int) -> PartFolder:
@@ -201,14 +194,10 @@ class FeatureReader(Embedder):
 
     def _read_captions(self, key: str, sample: Sample) -> list[str]:
         try:
-            captions = [line.strip() for line in sample["txt"].decode().splitlines() if line.strip()]
-        except (KeyError, UnicodeDecodeError):
-            captions = []
-        if not captions:
-            raise self._error(
-                f"sample '{key}' has no caption in a .txt file: retrieval needs one a picture, a line each"
-            )
-        return captions
+            return read_captions(sample)
+        except BadSampleError as error:
+            needs = "retrieval needs a .txt file with one or more, a line each"
+            raise self._error(f"sample '{key}' has no caption ({error.cause}): {needs}") from None
 
     def _error(self, what: str) -> UserError:
         return UserError(f"data set '{self.labels.dataset}': {what}")

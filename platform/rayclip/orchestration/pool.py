@@ -38,11 +38,16 @@ def start(folder: PartFolder, workers: WorkersConfig) -> dict[str, Any] | None:
     if complete is not None:
         ProgressLine(complete["samples"]).note(f"'{folder.path}' is complete already")
         return complete
+    connect_for(workers)
+    folder.begin()
+    return None
+
+
+def connect_for(workers: WorkersConfig) -> None:
+    """Join or start Ray. Raises UserError for a cluster without room for the workers."""
     connect(local_cpus=int(workers.num_workers * workers.cpus_per_worker))
     needed = {"CPU": workers.num_workers * workers.cpus_per_worker, "GPU": workers.num_workers * workers.use_gpu}
     check_resources({k: v for k, v in needed.items() if v}, f"a job with {workers.num_workers} workers")
-    folder.begin()
-    return None
 
 
 def run_parts(
