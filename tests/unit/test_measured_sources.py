@@ -43,9 +43,9 @@ def test_digits_are_those_of_scikit_learn():
     config = DigitsConfig(size=8)
     for item in listed(config)["test"].items[:20]:
         record = SOURCES["digits"].read(item, config)
-        assert record.cls == digits.target[item.index]
+        assert record.cls == digits.target[item.number]
         ink = 255 - np.asarray(record.image.convert("L"), dtype=float)
-        np.testing.assert_allclose(ink, digits.images[item.index] * 255 / 16, atol=1)
+        np.testing.assert_allclose(ink, digits.images[item.number] * 255 / 16, atol=1)
 
 
 def test_words_of_sentiment_are_of_one_side_and_one_split():

@@ -22,13 +22,13 @@ class Cell(NamedTuple):
 Score = Mapping[str, Any]
 
 
-def write_report(path: Path, summary: Mapping[str, Any], pictures: Mapping[str, Sequence[Path]]) -> None:
-    """One model on all data sets of a suite; `pictures` are shown with their data set."""
+def write_report(path: Path, summary: Mapping[str, Any], bars: Path, pictures: Mapping[str, Sequence[Path]]) -> None:
+    """One model on all data sets of a suite: `bars` are its scores, `pictures` are shown with their data set."""
     rows = [
         [Cell(result["title"]), Cell(result["metric"]), score(result["score"]), *_counts(result)]
         for result in summary["datasets"].values()
     ]
-    body = [table(["data set", "metric", "score", "pictures", "classes", "notes"], rows)]
+    body = [table(["data set", "metric", "score", "pictures", "classes", "notes"], rows), figure(bars)]
     if summary["not_there"]:
         missing = [[Cell(name), Cell(why)] for name, why in summary["not_there"].items()]
         body += ["<h2>Not there</h2>", table(["data set", "why"], missing)]

@@ -8,18 +8,28 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from rayclip.errors import UserError
 from rayclip.evaluation.scoring import mean_difference
 
 ANSWERS = "answers.parquet"
 SUMMARY = "summary.json"
-_Z = 1.959963984540054
+_PAIRED = ("accuracy", "mean_top1_top5", "mean_per_class")
+"""Metrics that are means over pictures."""
+
+
+class _Pairs(NamedTuple):
+    """Of the same pictures: their classes, and how many classes each model put before the true one."""
+
+    label_N: Tensor
+    base_N: Tensor
+    other_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -89,9 +99,9 @@ def _difference(name: str, base: Report, other: Report) -> dict[str, Any]:
     """Score of `other` less that of `base`, with its 95% interval where there is one."""
     ours, theirs = (report.datasets[name] for report in (other, base))
     value = ours["score"]["value"] - theirs["score"]["value"]
-    if ours["metric"] in ("accuracy", "mean_top1_top5") and (pairs := _pairs(name, base, other)) is not None:
-        figure = mean_difference(_worth(pairs[1], ours["metric"]) - _worth(pairs[0], ours["metric"]))
-        return {**figure._asdict(), "paired": True}
+    if ours["metric"] in _PAIRED and (pairs := _pairs(name, base, other)) is not None:
+        worth = [_worth(rank_N, pairs.label_N, ours["metric"]) for rank_N in (pairs.other_N, pairs.base_N)]
+        return {**mean_difference(worth[0] - worth[1])._asdict(), "paired": True}
     halves = [_half_width(result["score"]) for result in (ours, theirs)]
     if None in halves:
         return {"value": value, "low": None, "high": None, "paired": False}
@@ -99,21 +109,27 @@ def _difference(name: str, base: Report, other: Report) -> dict[str, Any]:
     return {"value": value, "low": value - half, "high": value + half, "paired": False}
 
 
-def _pairs(name: str, base: Report, other: Report) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The ranks that both gave the true classes of the same pictures, in one order; None where these differ."""
+def _pairs(name: str, base: Report, other: Report) -> _Pairs | None:
+    """Both models' answers to the same pictures, in one order; None where the pictures differ."""
     files = [report.folder / name / ANSWERS for report in (base, other)]
     if not all(file.is_file() for file in files):
         return None
     tables = [pq.read_table(file, columns=["id", "label", "rank"]).sort_by("id") for file in files]
     if any(not tables[0][column].equals(tables[1][column]) for column in ("id", "label")):
         return None
-    ranks = [torch.tensor(table["rank"].to_numpy()) for table in tables]
-    return ranks[0], ranks[1]
+    columns = [tables[0]["label"], *(table["rank"] for table in tables)]
+    return _Pairs(*(torch.tensor(column.to_numpy(), dtype=torch.int64) for column in columns))
 
 
-def _worth(rank_N: torch.Tensor, metric: str) -> torch.Tensor:
+def _worth(rank_N: Tensor, label_N: Tensor, metric: str) -> Tensor:
+    """What each picture adds, so that the mean of all is the metric."""
     top1_N = (rank_N < 1).double()
-    return top1_N if metric == "accuracy" else (top1_N + (rank_N < 5).double()) / 2
+    if metric == "mean_top1_top5":
+        return (top1_N + (rank_N < 5).double()) / 2
+    if metric == "mean_per_class":
+        counts_C = torch.bincount(label_N)
+        return top1_N * len(label_N) / int((counts_C > 0).sum()) / counts_C[label_N]
+    return top1_N
 
 
 def _half_width(score: dict[str, float | None]) -> float | None:

@@ -104,12 +104,12 @@ def _where(name: str, config: DataSetConfig, root: str) -> str:
 def _open(name: str, config: DataSetConfig, folder: Path, cache: Path) -> DataSet:
     try:
         split = split_folder(folder, config.split)
-        manifest = open_split(split, cache)
         if config.tasks == ("retrieval",):
-            return DataSet(name, config, folder, cache, manifest, (), (), ())
+            return DataSet(name, config, folder, cache, open_split(split, cache), (), (), ())
         names = config.class_names or read_class_names(folder, split)
         check_class_names(names)
         templates = resolve_templates(config.templates or read_templates(folder, split) or config.default_templates)
+        manifest = open_split(split, cache)
     except UserError as error:
         raise UserError(f"data set '{name}': {error}") from None
     notes = []

@@ -14,7 +14,8 @@ from rayclip.errors import UserError
 from rayclip.evaluation import scoring
 from rayclip.evaluation.features import FeatureFolder
 from rayclip.evaluation.page import write_report
-from rayclip.evaluation.reports import ANSWERS, SUMMARY
+from rayclip.evaluation.plots import write_bars
+from rayclip.evaluation.reports import ANSWERS, SUMMARY, Report, compare
 from rayclip.evaluation.retrieval import recall_at_k
 from rayclip.evaluation.suite import DataSet, open_suite
 from rayclip.files import whole_file, write_json
@@ -52,8 +53,9 @@ def evaluate(config: SuiteConfig) -> Result:
         "output": str(output),
     }
     write_json(output / SUMMARY, summary)
-    page = output / "report.html"
-    write_report(page, summary, {name: sorted((output / name).glob("*.png")) for name in results})
+    bars, page = output / "scores.png", output / "report.html"
+    write_bars(bars, compare([Report(output, summary)]))
+    write_report(page, summary, bars, {name: sorted((output / name).glob("*.png")) for name in results})
     _log(config, summary, page)
     return summary
 

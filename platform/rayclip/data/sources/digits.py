@@ -20,20 +20,20 @@ _MOST_INK = 16
 class Item(NamedTuple):
     """One picture, by its number in scikit-learn's array."""
 
-    index: int
+    number: int
     cls: int
 
 
 def splits(config: DigitsConfig, cache: Path) -> dict[str, Split]:
     """`train` and `test`, both with classes."""
     items = [Item(index, int(label)) for index, label in enumerate(_digits()[1])]
-    parts = {"train": [i for i in items if i.index % _ONE_IN], "test": [i for i in items if not i.index % _ONE_IN]}
+    parts = {"train": [i for i in items if i.number % _ONE_IN], "test": [i for i in items if not i.number % _ONE_IN]}
     return {name: Split(chosen, CLASS_NAMES) for name, chosen in parts.items()}
 
 
 def read(item: Item, config: DigitsConfig) -> Record:
     """Dark ink on white, enlarged."""
-    paper = 255 - _digits()[0][item.index] * (255 / _MOST_INK)
+    paper = 255 - _digits()[0][item.number] * (255 / _MOST_INK)
     picture = Image.fromarray(paper.astype(np.uint8)).resize((config.size, config.size), Image.Resampling.BICUBIC)
     return Record(picture.convert("RGB"), CLASS_NAMES[item.cls], item.cls)
 

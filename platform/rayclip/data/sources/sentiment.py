@@ -5,6 +5,7 @@ paper's rendered SST2). The sentences are made of the words here.
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from rayclip.config import SentimentConfig
@@ -64,7 +65,7 @@ def read(item: Item, config: SentimentConfig) -> Record:
 
 def _item(seed: int, split: str, index: int) -> Item:
     cls = index % 2
-    draws = iter(uniform(seed, SPLITS.index(split), index, range(5)).tolist())
+    draws = iter(uniform(seed, SPLITS.index(split), index, np.arange(5)).tolist())
     words = [
         choices[int(next(draws) * len(choices))]
         for choices in (_SUBJECTS, _VERBS, _ADJECTIVES[split][cls], _ENDINGS, tuple(TRAIN_FACES))

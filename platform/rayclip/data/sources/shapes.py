@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from rayclip.config import ShapesConfig
@@ -43,8 +44,8 @@ def read(item: Item, config: ShapesConfig) -> Record:
     """Draw it."""
     num_shapes = item.cls + LEAST
     key = config.seed, SPLITS.index(item.split), item.index
-    cells = uniform(*key, 0, range(_CELLS**2)).argsort()[:num_shapes].tolist()
-    draws = uniform(*key, 1, range(1 + _DRAWS_A_SHAPE * num_shapes)).tolist()
+    cells = uniform(*key, 0, np.arange(_CELLS**2)).argsort()[:num_shapes].tolist()
+    draws = uniform(*key, 1, np.arange(1 + _DRAWS_A_SHAPE * num_shapes)).tolist()
     ground = _GROUNDS[int(draws[0] * len(_GROUNDS))]
     inks = [colour for name, colour in PALETTE.items() if name != ground]
     side = config.size * _SUPERSAMPLE
