@@ -6,7 +6,8 @@ from typing import Any
 
 from jobs.cli import print_table, run_job
 from rayclip.config import SuiteConfig
-from rayclip.orchestration.evaluate import evaluate
+from rayclip.orchestration.evaluate import evaluate, output_folder
+from rayclip.tracking.registry import resolve_model
 
 
 def main(config: SuiteConfig) -> dict[str, Any]:
@@ -38,11 +39,10 @@ def _told_extraction(done: dict[str, Any]) -> str:
     return f"{done['new_samples']:,} of {done['samples']:,} new, the others were there{rate}"
 
 
+def _summary_path(config: SuiteConfig) -> Path:
+    version = resolve_model(config.model, config.tracking_uri).version
+    return output_folder(config, version) / "summary.json"
+
+
 if __name__ == "__main__":
-    run_job(
-        main,
-        SuiteConfig,
-        lambda config: Path("runs/evaluations") / config.name / "summary.json",
-        positional=("model",),
-        from_file=True,
-    )
+    run_job(main, SuiteConfig, _summary_path, positional=("model",), from_file=True)

@@ -78,8 +78,8 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     generator = np.random.default_rng(0)
     for name, kind, split, count in (
-        ("digits", "digits", "test", 150),
-        ("letters", "glyphs", "unseen_combinations", 300),
+        ("digits", "digits", "test", 360),
+        ("letters", "glyphs", "unseen_combinations", 250),
     ):
         samples, names = classified(kind, count, split)
         write_theirs(root / name, samples, classnames=names, zeroshot_classification_templates=TEMPLATES)

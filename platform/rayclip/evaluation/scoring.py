@@ -139,8 +139,12 @@ def multi_label_figures(scores: Scores) -> dict[str, Figure]:
 
 def share(right_N: Tensor) -> Figure:
     """The share of those that are right, with Wilson's interval."""
-    count = int(right_N.sum())
-    return Figure(count / len(right_N), *metrics.wilson_interval(count, len(right_N)))
+    return share_of(int(right_N.sum()), len(right_N))
+
+
+def share_of(count: int, total: int) -> Figure:
+    """The same from counts."""
+    return Figure(count / total, *metrics.wilson_interval(count, total))
 
 
 def mean_difference(difference_N: Tensor) -> Figure:
