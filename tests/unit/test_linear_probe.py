@@ -37,7 +37,7 @@ def test_a_fit_is_scikit_learns(classes, num, strength):
     ours, our_bias = model.weight_DC, model.bias_C
     if classes == 2:  # one sigmoid there
         ours, our_bias = ours[:, 1:] - ours[:, :1], our_bias[1:] - our_bias[:1]
-    assert (ours - weight).abs().max() <= 1e-4 * weight.abs().max()
+    assert (ours - weight).abs().max() <= 5e-4 * weight.abs().max()
     assert torch.allclose(our_bias, bias, rtol=1e-3, atol=1e-3)
 
 

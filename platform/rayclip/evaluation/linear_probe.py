@@ -66,7 +66,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Probe:
-    """A probe fitted on training and validation, its metric on the test split, and the search that chose its strength."""
+    """A probe fitted on training and validation, the search that chose its strength, its metric on the test split."""
 
     model: LinearModel
     fit: Fit

@@ -25,6 +25,7 @@ MAX_ITERATIONS = 1000
 
 _MEMORY = 10
 _MAX_TRIALS = 20
+_FLOAT32_SHARE = 1e-6
 # A step is taken where the slope has shrunk to this share of what it was, below and above the minimum on the line.
 _SLOPE_BELOW, _SLOPE_ABOVE = 0.9, 0.1
 
@@ -87,9 +88,8 @@ class LogisticRegression:
         """
         if not strength > 0:
             raise UserError(f"the strength of a penalty must be above 0, got {strength}")
-        point, used = _descend(
-            self._problem(strength, torch.float32), self._first(start).float(), tolerance / 2, max_iterations
-        )
+        rough, enough = self._problem(strength, torch.float32), max(tolerance / 2, self._rounding)
+        point, used = _descend(rough, self._first(start).float(), enough, max_iterations)
         exact = self._problem(strength, torch.float64)
         point, more = _descend(exact, point.theta_KC.double(), tolerance, max_iterations - used)
         theta_KC = point.theta_KC
@@ -111,12 +111,17 @@ class LogisticRegression:
     def _problem(self, strength: float, dtype: torch.dtype) -> "_Problem":
         penalty_K1 = torch.full_like(self._variance_K1, strength * self._penalty_scale)
         penalty_K1[-1] = 0
-        features_NK = self._rough_features_NK if dtype == torch.float32 else self._features_NK
+        features_NK = self._features_in_float32 if dtype == torch.float32 else self._features_NK
         target_NC, variance_K1 = self._target_NC.to(dtype), self._variance_K1.to(dtype)
         return _Problem(features_NK, target_NC, variance_K1, penalty_K1.to(dtype), self._link)
 
+    @property
+    def _rounding(self) -> float:
+        """About what float32 makes of a gradient of the mean loss that is zero."""
+        return _FLOAT32_SHARE * float(self._variance_K1.sum() / len(self._target_NC)) ** 0.5
+
     @cached_property
-    def _rough_features_NK(self) -> Tensor:
+    def _features_in_float32(self) -> Tensor:
         return self._features_NK.float()
 
 
