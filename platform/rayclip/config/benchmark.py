@@ -11,11 +11,12 @@ from rayclip.config.training import Precision
 class BenchmarkConfig(Config):
     """python -m jobs.benchmark"""
 
-    name: Literal["tokenizer", "text_tower", "step", "loss", "serve", "batching", "features"] = Field(
+    name: Literal["tokenizer", "text_tower", "step", "loss", "serve", "batching", "linear_probe", "features"] = Field(
         description="what is measured"
     )
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
     samples: int = Field(20_000, gt=0, description="captions to tokenise")
+    probe_samples: int = Field(10_000, ge=1000, description="samples that a linear probe is fitted on")
     threads: int | None = Field(None, gt=0, description="torch threads; None leaves torch's own choice")
     preset: str = Field("ViT-B/32", description="the model of a step")
     batch_size: int = Field(32, gt=0, description="pairs a step")
