@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 from rayclip.config.base import Config
 from rayclip.config.offline import WorkersConfig
 
-SuiteTask = Literal["zero_shot", "retrieval"]
+SuiteTask = Literal["zero_shot", "retrieval", "linear_probe", "few_shot"]
 SuiteMetric = Literal[
     "accuracy", "mean_per_class", "mean_top1_top5", "eleven_point_map", "roc_auc", "image_recall_at_1"
 ]
@@ -58,6 +58,9 @@ class DataSetConfig(Config):
     folders: tuple[str, ...] = Field((), description="names that others give the folder, as CLIP_benchmark's wds_NAME")
     split: str = Field("test", description="folder within it that is measured; '.' where its shards lie there")
     train_split: str = Field("train", description="folder within it that a linear probe is fitted on")
+    validation_split: str | None = Field(
+        None, description="folder within it that chooses a probe's strength; None: a fifth of train_split"
+    )
     tasks: tuple[SuiteTask, ...] = Field(("zero_shot",), min_length=1, description="what is measured")
     metric: SuiteMetric = Field("accuracy", description="the figure that stands for the data set, as in CLIP's paper")
     labels: Literal["single", "multi"] = Field("single", description="multi: any number a picture, 0 or 1 in its .npy")
@@ -82,6 +85,8 @@ class SuiteConfig(Config):
     cache: str = Field("runs/features", description="folder of features, kept for the next task and the next run")
     batch_size: int = Field(256, gt=0, description="pictures, and texts, encoded at once")
     part_samples: int = Field(4096, gt=0, description="samples a part, rounded to whole chunks")
+    shots: tuple[int, ...] = Field((1, 2, 4, 8, 16), min_length=1, description="samples a class of task few_shot")
+    seeds: int = Field(5, gt=0, description="draws of these samples")
     cluster: WorkersConfig = Field(WorkersConfig(), description="what it runs on")
     experiment: str | None = Field(None, description="MLflow experiment that the result is logged to; None: none")
     tracking_uri: str | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")

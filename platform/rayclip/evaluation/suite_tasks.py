@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from rayclip.config import SuiteConfig
 from rayclip.errors import UserError
 from rayclip.evaluation import scoring
 from rayclip.evaluation.features import FeatureFolder
+from rayclip.evaluation.linear_probe import METRICS, Split, few_shot, linear_probe
 from rayclip.evaluation.reports import ANSWERS
 from rayclip.evaluation.retrieval import recall_at_k
 from rayclip.evaluation.suite import DataSet
@@ -22,14 +24,17 @@ from rayclip.inference.zero_shot import class_prompts, mean_of_prompts
 
 Result = dict[str, Any]
 
+_VALIDATION_ONE_IN = 5
+
 _MAIN_FIGURE = {"accuracy": "top1", "image_recall_at_1": "text_to_image.recall_at_1"}
 """The figure that a data set's metric names, where it is called otherwise."""
 
 
 class Measured(NamedTuple):
-    """What a task is given: features by what they are of (pictures, prompts), and a folder to write into."""
+    """What a task is given: features by what they are of (pictures, prompts, train), and a folder to write into."""
 
     dataset: DataSet
+    config: SuiteConfig
     logit_scale: float
     features: Mapping[str, FeatureFolder]
     folder: Path
@@ -90,7 +95,55 @@ def _retrieval(measured: Measured) -> Result:
     return {**sizes, "figures": _plain(shares)}
 
 
-TASKS: dict[str, Callable[[Measured], Result]] = {"zero_shot": _zero_shot, "retrieval": _retrieval}
+def _linear_probe(measured: Measured) -> Result:
+    train, validation, test = _splits(measured)
+    metric = measured.dataset.config.metric
+    probe = linear_probe(train, validation, test, len(measured.dataset.class_names), METRICS[metric])
+    count = round(probe.value * len(test.targets))
+    figure = scoring.share_of(count, len(test.targets)) if metric == "accuracy" else scoring.Figure(probe.value)
+    return {
+        "strength": probe.search.strength,
+        "iterations": probe.fit.iterations,
+        "num_train": len(train.targets) + len(validation.targets),
+        "figures": _plain({_MAIN_FIGURE.get(metric, metric): figure}),
+    }
+
+
+def _few_shot(measured: Measured) -> Result:
+    config, dataset = measured.config, measured.dataset
+    metric = METRICS[dataset.config.metric]
+    found = few_shot(*_splits(measured), len(dataset.class_names), config.shots, config.seeds, metric)
+    return {
+        "seeds": config.seeds,
+        "figures": _plain({f"shots_{few.shots}": scoring.Figure(few.mean, few.low, few.high) for few in found}),
+    }
+
+
+def _splits(measured: Measured) -> tuple[Split, Split, Split]:
+    """Features before the projection, of training, validation and test."""
+    train, test = (_split(measured, name) for name in ("train", "pictures"))
+    if "validation" in measured.features:
+        return train, _split(measured, "validation"), test
+    order_N = torch.randperm(len(train.targets), generator=torch.Generator().manual_seed(0))
+    held = len(order_N) // _VALIDATION_ONE_IN
+    return train[order_N[held:]], train[order_N[:held]], test
+
+
+def _split(measured: Measured, name: str) -> Split:
+    multi, num_classes = measured.dataset.config.labels == "multi", len(measured.dataset.class_names)
+    parts = [
+        (part.features_NE, part.targets(num_classes) if multi else part.labels)
+        for part in measured.features[name].pictures(pooled=True)
+    ]
+    return Split(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+TASKS: dict[str, Callable[[Measured], Result]] = {
+    "zero_shot": _zero_shot,
+    "retrieval": _retrieval,
+    "linear_probe": _linear_probe,
+    "few_shot": _few_shot,
+}
 """Tasks by name; each gives `figures`, by name, and what else there is to tell."""
 
 

@@ -28,7 +28,7 @@ def evaluate(config: SuiteConfig) -> dict[str, Any]:
     for dataset in suite.datasets:
         features = {name: needed.features for name, needed in wanted[dataset.name].items()}
         folder = output / dataset.name
-        results[dataset.name] = measure(Measured(dataset, model.logit_scale, features, folder))
+        results[dataset.name] = measure(Measured(dataset, config, model.logit_scale, features, folder))
         write_json(folder / SUMMARY, results[dataset.name])
     summary = {
         "suite": config.name,
@@ -61,6 +61,10 @@ def _extractions(dataset: DataSet, model: Model, config: SuiteConfig) -> dict[st
     if dataset.class_names:
         prompts, _ = class_prompts(dataset.class_names, dataset.templates)
         needed["prompts"] = prompts_of(prompts, model, config)
+    if {"linear_probe", "few_shot"} & set(dataset.config.tasks):
+        needed["train"] = pictures_of(dataset, model, config, dataset.config.train_split)
+        if dataset.config.validation_split is not None:
+            needed["validation"] = pictures_of(dataset, model, config, dataset.config.validation_split)
     return needed
 
 
