@@ -15,7 +15,7 @@ from rayclip.config import SuiteConfig
 from rayclip.errors import UserError
 from rayclip.evaluation import scoring
 from rayclip.evaluation.features import FeatureFolder
-from rayclip.evaluation.linear_probe import METRICS, Split, few_shot, linear_probe
+from rayclip.evaluation.linear_probe import METRICS, Metric, Split, few_shot, linear_probe
 from rayclip.evaluation.reports import ANSWERS
 from rayclip.evaluation.retrieval import recall_at_k
 from rayclip.evaluation.suite import DataSet
@@ -98,7 +98,7 @@ def _retrieval(measured: Measured) -> Result:
 def _linear_probe(measured: Measured) -> Result:
     train, validation, test = _splits(measured)
     metric = measured.dataset.config.metric
-    probe = linear_probe(train, validation, test, len(measured.dataset.class_names), METRICS[metric])
+    probe = linear_probe(train, validation, test, len(measured.dataset.class_names), _metric_of(measured))
     count = round(probe.value * len(test.targets))
     figure = scoring.share_of(count, len(test.targets)) if metric == "accuracy" else scoring.Figure(probe.value)
     return {
@@ -111,12 +111,19 @@ def _linear_probe(measured: Measured) -> Result:
 
 def _few_shot(measured: Measured) -> Result:
     config, dataset = measured.config, measured.dataset
-    metric = METRICS[dataset.config.metric]
+    metric = _metric_of(measured)
     found = few_shot(*_splits(measured), len(dataset.class_names), config.shots, config.seeds, metric)
     return {
         "seeds": config.seeds,
         "figures": _plain({f"shots_{few.shots}": scoring.Figure(few.mean, few.low, few.high) for few in found}),
     }
+
+
+def _metric_of(measured: Measured) -> Metric:
+    name = measured.dataset.config.metric
+    if name not in METRICS:
+        raise UserError(f"metric {name} is not one of a linear probe: {', '.join(METRICS)}")
+    return METRICS[name]
 
 
 def _splits(measured: Measured) -> tuple[Split, Split, Split]:
