@@ -88,10 +88,12 @@ class LogisticRegression:
         """
         if not strength > 0:
             raise UserError(f"the strength of a penalty must be above 0, got {strength}")
-        rough, enough = self._problem(strength, torch.float32), max(tolerance / 2, self._rounding)
-        point, used = _descend(rough, self._first(start).float(), enough, max_iterations)
-        exact = self._problem(strength, torch.float64)
-        point, more = _descend(exact, point.theta_KC.double(), tolerance, max_iterations - used)
+        exact, rough = (self._problem(strength, dtype) for dtype in (torch.float64, torch.float32))
+        point, enough, used = exact.at(self._first(start)), max(tolerance / 2, self._rounding), 0
+        if exact.size(point) > enough:
+            roughly, used = _descend(rough, rough.at(point.theta_KC.float()), enough, max_iterations)
+            point = exact.at(roughly.theta_KC.double())
+        point, more = _descend(exact, point, tolerance, max_iterations - used)
         theta_KC = point.theta_KC
         return Fit(strength, self._model(theta_KC), exact.loss(point), exact.size(point), used + more)
 
@@ -157,10 +159,14 @@ class _Problem:
         return float(point.gradient_KC.norm(dim=0).max()) / len(self.target_NC)
 
     def inverse_curvature(self, point: _Point) -> Tensor:
-        """An inverse of the Hessian's diagonal, [K, C], as if every sample had the class's mean p (1 - p)."""
+        """An inverse of the Hessian's diagonal, [K, 1], as if p (1 - p) were the same for all samples and classes.
+
+        The same for all classes, because a softmax's gradient sums to zero over them, and steps must too: along what
+        all classes have in common there is no curvature.
+        """
         probability_NC = point.residual_NC + self.target_NC
-        mean_C = (probability_NC - probability_NC.square()).mean(dim=0)
-        return 1 / (mean_C.clamp(min=1e-7) * self.variance_K1 + self.penalty_K1)
+        mean = _dot(probability_NC, 1 - probability_NC) / probability_NC.numel()
+        return 1 / (mean.clamp(min=1e-7) * self.variance_K1 + self.penalty_K1)
 
     def loss(self, point: _Point) -> float:
         if self.link is torch.sigmoid:
@@ -215,9 +221,8 @@ class _Line:
         return False
 
 
-def _descend(problem: _Problem, theta_KC: Tensor, tolerance: float, max_iterations: int) -> tuple[_Point, int]:
+def _descend(problem: _Problem, point: _Point, tolerance: float, max_iterations: int) -> tuple[_Point, int]:
     """L-BFGS (Nocedal and Wright 2006, algorithm 7.5): the last point, and the number of steps to it."""
-    point = problem.at(theta_KC)
     history: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MEMORY)
     for iteration in range(max_iterations):
         if problem.size(point) <= tolerance:
@@ -230,17 +235,14 @@ def _descend(problem: _Problem, theta_KC: Tensor, tolerance: float, max_iteratio
     return point, max_iterations
 
 
-def _newton_step(gradient_KC: Tensor, history: deque[tuple[Tensor, Tensor]], inverse_KC: Tensor) -> Tensor:
+def _newton_step(gradient_KC: Tensor, history: deque[tuple[Tensor, Tensor]], inverse_K1: Tensor) -> Tensor:
     """The inverse Hessian, as the last steps show it, times the gradient."""
     result_KC, shares = gradient_KC.clone(), []
     for step, change in reversed(history):
         share = _dot(step, result_KC) / _dot(step, change)
         result_KC -= share * change
         shares.append(share)
-    result_KC *= inverse_KC
-    if history:
-        step, change = history[-1]
-        result_KC *= _dot(step, change) / _dot(change, change * inverse_KC)
+    result_KC *= inverse_K1
     for (step, change), share in zip(history, reversed(shares), strict=True):
         result_KC += (share - _dot(change, result_KC) / _dot(step, change)) * step
     return result_KC
