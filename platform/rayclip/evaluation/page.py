@@ -103,7 +103,7 @@ def _section(name: str, result: Mapping[str, Any], pictures: Sequence[Path]) -> 
         rows = [[Cell(line["template"]), score(line["top1"])] for line in templates["alone"]]
         rows.append([Cell("all of them"), score(templates["ensemble"])])
         body.append(table(["template", "top-1"], rows))
-        gains = {"first": "the first template", "mean": "a template on average"}
+        gains = {"first": "the first template", "best": "the best of them", "mean": "one of them on average"}
         told = [f"{difference(templates[f'gain_over_{key}']).text} points over {what}" for key, what in gains.items()]
         body.append(f"<p>The ensemble gains {'; '.join(told)}.</p>")
     return body + [figure(picture) for picture in pictures]

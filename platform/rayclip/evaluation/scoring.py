@@ -6,7 +6,7 @@ Shapes: N pictures, C classes, T templates, P prompts, E embedding.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from rayclip.errors import UserError
 from rayclip.evaluation import metrics
 from rayclip.evaluation.features import Pictures
+from rayclip.evaluation.paired import gain_over_best, paired_gain
 from rayclip.evaluation.zero_shot import check_labels, rank_of_label
 from rayclip.inference.zero_shot import mean_of_prompts
 
@@ -157,18 +158,19 @@ def mean_difference(difference_N: Tensor) -> Figure:
 def template_report(answers: Answers, templates: tuple[str, ...]) -> dict[str, Any]:
     """What each template is worth alone, and what the ensemble of them gains, in shares of right answers.
 
-    Gains are paired: over the first template, and over a template of the set on average.
+    Gains are of the same pictures: over the first template, over the best, and over a template on average.
     """
-    alone_TN = answers.template_correct_TN.double()
-    ensemble_N = answers.correct.double()
+    alone_TN, ensemble_N = answers.template_correct_TN, answers.correct
+    best = gain_over_best(ensemble_N, alone_TN)
     return {
         "alone": [
             {"template": template, "top1": share(right)._asdict()}
-            for template, right in zip(templates, answers.template_correct_TN, strict=True)
+            for template, right in zip(templates, alone_TN, strict=True)
         ],
-        "ensemble": share(answers.correct)._asdict(),
-        "gain_over_first": mean_difference(ensemble_N - alone_TN[0])._asdict(),
-        "gain_over_mean": mean_difference(ensemble_N - alone_TN.mean(dim=0))._asdict(),
+        "ensemble": share(ensemble_N)._asdict(),
+        "gain_over_first": asdict(paired_gain(ensemble_N, alone_TN[0])),
+        "gain_over_best": {"value": best.gain, "low": best.low, "high": best.high, "template": templates[best.index]},
+        "gain_over_mean": mean_difference(ensemble_N.double() - alone_TN.double().mean(dim=0))._asdict(),
     }
 
 

@@ -14,6 +14,13 @@ import torch
 from rayclip.config import SuiteConfig
 from rayclip.errors import UserError
 from rayclip.evaluation import scoring
+from rayclip.evaluation.calibration import (
+    calibration_error,
+    confusions,
+    reliability,
+    write_confusions,
+    write_reliability,
+)
 from rayclip.evaluation.features import FeatureFolder
 from rayclip.evaluation.linear_probe import METRICS, Metric, Split, few_shot, linear_probe
 from rayclip.evaluation.reports import ANSWERS
@@ -80,7 +87,20 @@ def _zero_shot(measured: Measured) -> Result:
         "templates": scoring.template_report(answers, dataset.templates),
         "figures": _plain(scoring.figures(answers, num_classes)),
         "chance_top1": 1 / num_classes,
+        **_calibration(measured, answers),
     }
+
+
+def _calibration(measured: Measured, answers: scoring.Answers) -> Result:
+    """How far confidence may be believed, and what is taken for what; both as pictures in the folder too."""
+    names = measured.dataset.class_names
+    bins = reliability(answers.confidence_N, answers.correct)
+    found = confusions(answers.label_N, answers.answer_N, len(names))
+    write_reliability(measured.folder / "calibration.png", bins)
+    if found:
+        write_confusions(measured.folder / "confusions.png", found, names)
+    told = [{"label": names[c.label], "answer": names[c.answer], "count": c.count, "share": c.share} for c in found]
+    return {"calibration_error": calibration_error(bins), "confusions": told}
 
 
 def _retrieval(measured: Measured) -> Result:
