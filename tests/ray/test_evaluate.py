@@ -148,8 +148,15 @@ def measured(root, their_model, tmp_path_factory):
     return evaluate_job.main(suite(root, their_model[1], place)), place
 
 
+@pytest.fixture(scope="module", autouse=True)
+def their_accuracy():
+    """Theirs but for its last step, which takes an array of one number for a number: NumPy no longer does."""
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    code = inspect.getsource(theirs.accuracy).replace(".cpu().numpy()", ".item()")
+    exec(code, vars(theirs))
+
+
 def their_figures(root, name, model, open_clip, retrieval=False):
-    pytest.importorskip("clip_benchmark")
     from clip_benchmark.datasets.builder import build_dataset, get_dataset_collate_fn
     from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 
@@ -163,9 +170,6 @@ def their_figures(root, name, model, open_clip, retrieval=False):
             model, loader, open_clip.tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10]
         )
     loader.dataset.classes = dataset.classes
-    # Theirs but for its last step, which takes an array of one number for a number: NumPy no longer does.
-    code = inspect.getsource(zeroshot_classification.accuracy).replace(".cpu().numpy()", ".item()")
-    exec(code, vars(zeroshot_classification))
     return zeroshot_classification.evaluate(
         model, loader, open_clip.tokenize, dataset.classes, dataset.templates, "cpu", amp=False
     )
