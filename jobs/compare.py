@@ -1,7 +1,6 @@
 """Hold evaluated models against each other: python -m jobs.compare REPORT [REPORT ...] key=value ..."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,4 @@ def _log(config: CompareConfig, comparison: dict[str, Any], files: list[Path]) -
 
 
 if __name__ == "__main__":
-    paths = [argument for argument in sys.argv[1:] if "=" not in argument and not argument.startswith("-")]
-    overrides = [argument for argument in sys.argv[1:] if argument not in paths]
-    if paths:
-        sys.argv[1:] = [str(paths), *overrides]
-    run_job(main, CompareConfig, lambda config: Path(config.output) / "summary.json", positional=("runs",))
+    run_job(main, CompareConfig, lambda config: Path(config.output) / "summary.json", positional=("runs...",))
