@@ -22,6 +22,7 @@ from PIL import Image
 from jobs.benchmarks.bare import Layout, bare_model
 from rayclip.config import BenchmarkConfig, SuiteConfig
 from rayclip.data.formats.tar import Sample, write_shard
+from rayclip.data.manifest import Manifest
 from rayclip.evaluation.suite import open_suite
 from rayclip.models.clip import CLIP
 from rayclip.models.presets import preset as preset_of
@@ -39,7 +40,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _write_model(folder / "model", config.preset)
-        _write_pictures(folder / "data" / "pictures", config.samples)
+        _write_pictures(folder / "data" / "pictures", config.samples, config.batch_size)
         rates = [_measure(config, folder, repeat) for repeat in range(config.repeats)]
     tower, bare, through_ray = (statistics.median(column) for column in zip(*rates, strict=True))
     return {
@@ -126,10 +127,12 @@ def _write_model(folder: Path, name: str) -> None:
     write_weights(folder, Weights(config, CLIP(config).state_dict(), "rayclip"), "rayclip", "benchmark")
 
 
-def _write_pictures(folder: Path, count: int) -> None:
+def _write_pictures(folder: Path, count: int, part_samples: int) -> None:
     (folder / "test").mkdir(parents=True)
-    with (folder / "test" / "0.tar").open("wb") as file:
-        write_shard(file, _samples(count), 32)
+    shard = folder / "test" / "0.tar"
+    with shard.open("wb") as file:
+        spans = write_shard(file, _samples(count), part_samples)
+    Manifest.from_spans(shard.parent, [(shard.name, shard.stat().st_size, spans)]).save()
     (folder / "classnames.txt").write_text("\n".join(_CLASSES))
 
 
