@@ -1,260 +1,107 @@
-"""Suites: against CLIP_benchmark on the same weights and data, in its own layout; what is kept; and bad data."""
+"""jobs.evaluate on a cluster: what is kept, what is made anew, the report, and bad data as one line."""
 
-import inspect
-import io
 import json
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from safetensors.torch import save_file
 
 from jobs import compare as compare_job
 from jobs import evaluate as evaluate_job
-from rayclip.config import CompareConfig, IngestConfig, SuiteConfig, WorkersConfig
-from rayclip.data.sources import SOURCES
+from rayclip.config import CompareConfig, SuiteConfig, WorkersConfig
+from rayclip.data.decode import eval_array, read_image
+from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
-from rayclip.evaluation.suite import open_suite
-from rayclip.models.weights import read_weights, write_weights
-from rayclip.orchestration.embed import open_model
-from rayclip.orchestration.features import pictures_of
+from rayclip.inference.encoder import Encoder
+from rayclip.inference.zero_shot import class_matrix
+from rayclip.models.clip import CLIP
 
-TEMPLATES = ["a photo of {c}.", "{c}", "a drawing of {c}"]
-SIZE = 32
-MODEL = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": SIZE, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-}
-NUM_CLASSES = 30
-COLOURS = ("red", "green", "blue", "black", "orange", "purple", "brown")
-
-
-def png(picture):
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
-
-
-def npy(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
-def write_theirs(folder, samples, shard_samples=40, split="test", **texts):
-    """A data set as clip_benchmark_export_wds writes it."""
-    (folder / split).mkdir(parents=True)
-    starts = range(0, len(samples), shard_samples)
-    for number, start in enumerate(starts):
-        with tarfile.open(folder / split / f"{number}.tar", "w") as tar:
-            for index, sample in enumerate(samples[start : start + shard_samples], start):
-                for extension, data in sample.items():
-                    info = tarfile.TarInfo(f"s{index:07}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    (folder / split / "nshards.txt").write_text(str(len(starts)))
-    for name, lines in texts.items():
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def classified(kind, count, split):
-    """Samples of one of our sources, with its class names."""
-    config = IngestConfig.model_validate({"source": {"kind": kind}, "output": "-"}).source
-    source = SOURCES[kind]
-    found = source.splits(config, Path("-"))[split]
-    items = [item for item in found.items if item.cls < NUM_CLASSES]
-    records = [source.read(item, config) for item in items[:: max(1, len(items) // count)]]
-    names = list(found.class_names[:NUM_CLASSES])
-    assert {r.cls for r in records} == set(range(len(names)))
-    return [{"png": png(r.image), "cls": str(r.cls).encode()} for r in records], names
+NAMES = ["a red square", "a blue circle", "noise"]
+NUM_SAMPLES = 60
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("root")
-    generator = np.random.default_rng(0)
-    for name, kind, split, count in (
-        ("digits", "digits", "test", 360),
-        ("letters", "glyphs", "unseen_combinations", 250),
-    ):
-        samples, names = classified(kind, count, split)
-        write_theirs(root / name, samples, classnames=names, zeroshot_classification_templates=TEMPLATES)
-    captioned, tagged = [], []
-    for i in range(90):
-        pixels = generator.integers(0, 256, (40 + i % 17, 50, 3), dtype=np.uint8)
-        colours = generator.permutation(len(COLOURS))[: 1 + i % 3]
-        for row, colour in enumerate(colours):
-            pixels[10 * row : 10 * row + 10] = np.array(Image.new("RGB", (50, 10), COLOURS[colour]))
-        captions = [f"{COLOURS[c]} noise number {i}, told the {n}th time" for n, c in enumerate(colours)]
-        hot = np.zeros(len(COLOURS), dtype=np.int64)
-        hot[colours] = 1
-        picture = png(Image.fromarray(pixels))
-        captioned.append({"png": picture, "txt": "\n".join(captions).encode()})
-        tagged.append({"png": picture, "npy": npy(hot)})
-    write_theirs(root / "flickr30k", captioned, dataset_type=["retrieval"])
-    names = {"classnames": COLOURS, "zeroshot_classification_templates": TEMPLATES, "dataset_type": ["multilabel"]}
-    write_theirs(root / "voc2007", tagged, **names)
-    return root
-
-
-@pytest.fixture(scope="module")
-def their_model(open_clip, tmp_path_factory):
-    """A model of theirs with random weights, large enough to tell pictures apart, and its folder as we read it."""
+def model(tiny_config):
     torch.manual_seed(0)
-    model = open_clip.CLIP(**MODEL).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("in_proj_weight", "c_fc.weight", "conv1.weight", "embedding", "embedding.weight")):
-                weight.mul_(8)
-    folder = tmp_path_factory.mktemp("model")
-    torch.save(model.state_dict(), folder / "random.pt")
-    (folder / "open_clip").mkdir()
-    (folder / "random.pt").rename(folder / "open_clip" / "open_clip_pytorch_model.bin")
-    (folder / "open_clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
-    write_weights(folder / "ours", read_weights(folder / "open_clip"), "rayclip", "random")
-    return model, folder / "ours"
+    return CLIP(tiny_config)
 
 
-DATASETS = {
-    "digits": {},
-    "letters": {"metric": "mean_per_class"},
-    "flickr30k": {},
-    "voc2007": {"num_classes": 7},
-}
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_config, model, make_samples, write_dataset):
+    """A model, and two data sets in root."""
+    place = tmp_path_factory.mktemp("evaluate")
+    (place / "model").mkdir()
+    save_file(model.state_dict(), place / "model" / "model.safetensors")
+    settings = {"name": "tiny", "model": tiny_config.model_dump(mode="json")}
+    (place / "model" / "config.json").write_text(json.dumps(settings))
+    for name in ("classes", "pairs"):
+        write_dataset(place / "root" / name / "test", make_samples(NUM_SAMPLES))
+    (place / "root" / "classes" / "classnames.txt").write_text("\n".join(NAMES))
+    return place
 
 
-def suite(root, model, tmp_path, datasets=DATASETS, **changes):
+def suite(place, **changes):
     values = {
-        "name": "theirs",
-        "model": str(model),
-        "root": str(root),
-        "datasets": datasets,
-        "cache": str(tmp_path / "cache"),
-        "output": str(tmp_path / "report"),
-        "part_samples": 64,
+        "name": "tiny",
+        "model": str(place / "model"),
+        "root": str(place / "root"),
+        "datasets": {"classes": {}, "pairs": {"tasks": ["retrieval"], "metric": "image_recall_at_1"}, "mnist": {}},
+        "require": "any",
+        "cache": str(place / "cache"),
+        "output": str(place / "report"),
+        "part_samples": 20,
         "cluster": WorkersConfig(num_workers=2),
     }
     return SuiteConfig.model_validate({**values, **changes})
 
 
 @pytest.fixture(scope="module")
-def measured(root, their_model, tmp_path_factory):
-    """One run over all data sets: its summary, and where its features and report are."""
-    place = tmp_path_factory.mktemp("measured")
-    return evaluate_job.main(suite(root, their_model[1], place)), place
+def summary(place):
+    return evaluate_job.main(suite(place, experiment="suites", tracking_uri=f"sqlite:///{place / 'mlflow.db'}"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def their_accuracy():
-    """Theirs but for its last step, which takes an array of one number for a number: NumPy no longer does."""
-    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
-    code = inspect.getsource(theirs.accuracy).replace(".cpu().numpy()", ".item()")
-    exec(code, vars(theirs))
+def test_scores_are_those_of_the_encoder_alone(summary, model, make_samples):
+    encoder = Encoder(model, get_tokenizer(model.context_length), "cpu")
+    samples = make_samples(NUM_SAMPLES)
+    images = encoder.encode_images(np.stack([eval_array(read_image(sample), 16) for sample in samples]))
+    answers = (images @ class_matrix(encoder, NAMES, "photo").T).argmax(dim=1)
+    right = np.mean([int(sample["cls"]) for sample in samples] == answers.numpy())
+    assert summary["datasets"]["classes"]["score"]["value"] == pytest.approx(right)
+    captions = encoder.encode_texts([sample["txt"].decode() for sample in samples])
+    found = ((captions @ images.T).argmax(dim=1) == torch.arange(NUM_SAMPLES)).double().mean().item()
+    assert summary["datasets"]["pairs"]["score"]["value"] == pytest.approx(found)
+    assert "no folder" in summary["not_there"]["mnist"]
 
 
-def their_figures(root, name, model, open_clip, retrieval=False):
-    from clip_benchmark.datasets.builder import build_dataset, get_dataset_collate_fn
-    from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
-
-    transform = open_clip.image_transform(SIZE, is_train=False)
-    task = "zeroshot_retrieval" if retrieval else "zeroshot_classification"
-    dataset = build_dataset(f"wds/{name}", root=str(root / name), transform=transform, split="test", task=task)
-    collate = get_dataset_collate_fn(f"wds/{name}") if not retrieval else get_dataset_collate_fn("mscoco_captions")
-    loader = torch.utils.data.DataLoader(dataset.batched(32, collation_fn=collate), batch_size=None)
-    if retrieval:
-        return zeroshot_retrieval.evaluate(
-            model, loader, open_clip.tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10]
-        )
-    loader.dataset.classes = dataset.classes
-    return zeroshot_classification.evaluate(
-        model, loader, open_clip.tokenize, dataset.classes, dataset.templates, "cpu", amp=False
-    )
-
-
-def values(summary, name, task="zero_shot"):
-    return {key: figure["value"] for key, figure in summary["datasets"][name][task]["figures"].items()}
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize("name", ["digits", "letters"])
-def test_zero_shot_is_what_clip_benchmark_gives(name, root, their_model, measured, open_clip):
-    theirs, ours = their_figures(root, name, their_model[0], open_clip), values(measured[0], name)
-    assert 0 < theirs["acc1"] < theirs["acc5"] < 1, "random weights that tell nothing apart would show nothing"
-    assert ours["top1"] == pytest.approx(theirs["acc1"], abs=1e-4)
-    assert ours["top5"] == pytest.approx(theirs["acc5"], abs=1e-4)
-    assert ours["mean_per_class"] == pytest.approx(theirs["mean_per_class_recall"], abs=1e-4)
-
-
-@pytest.mark.peers
-def test_multi_label_is_what_clip_benchmark_gives(root, their_model, measured, open_clip):
-    theirs = their_figures(root, "voc2007", their_model[0], open_clip)["mean_average_precision"]
-    assert values(measured[0], "voc2007")["mean_ap"] == pytest.approx(theirs, abs=1e-4)
-
-
-@pytest.mark.peers
-def test_retrieval_is_what_clip_benchmark_gives(root, their_model, measured, open_clip):
-    theirs = their_figures(root, "flickr30k", their_model[0], open_clip, retrieval=True)
-    ours = values(measured[0], "flickr30k", "retrieval")
-    for k in (1, 5, 10):
-        assert ours[f"image_to_text.recall_at_{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-4)
-        assert ours[f"text_to_image.recall_at_{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-4)
-
-
-@pytest.mark.peers
-def test_features_are_kept_and_damaged_ones_made_anew(root, their_model, measured):
-    first, place = measured
-    assert first["extraction"]["new_samples"] == first["extraction"]["samples"] > 500
-    config = suite(root, their_model[1], place, output=str(place / "second"))
-    second = evaluate_job.main(config)
-    assert second["extraction"]["new_samples"] == 0
-    assert {n: r["score"] for n, r in second["datasets"].items()} == {
-        n: r["score"] for n, r in first["datasets"].items()
-    }
-    summaries = sorted((place / "cache").glob("*/features-*/summary.json"))
-    part = summaries[0].parent / "part-000000.parquet"
-    before = part.read_bytes()
+def test_features_are_kept_and_what_is_lost_is_made_anew(summary, place):
+    assert summary["extraction"]["new_samples"] == summary["extraction"]["samples"] == 2 * NUM_SAMPLES + len(NAMES)
+    again = evaluate_job.main(suite(place))
+    assert again["extraction"]["new_samples"] == 0
+    assert again["datasets"] == summary["datasets"]
+    part = sorted((place / "cache").glob("*/features-*/part-000000.parquet"))[0]
+    before = part.stat().st_size
     part.unlink()
-    assert 0 < evaluate_job.main(config)["extraction"]["new_samples"] < 150
-    assert len(part.read_bytes()) == len(before)
+    anew = evaluate_job.main(suite(place))
+    assert 0 < anew["extraction"]["new_samples"] < NUM_SAMPLES
+    assert part.stat().st_size == before and anew["datasets"] == summary["datasets"]
 
 
-@pytest.mark.peers
-def test_a_report_lies_in_the_folder_and_reports_are_compared(measured, root, their_model, tmp_path):
-    summary, place = measured
+def test_a_report_lies_in_the_folder_and_is_compared(summary, place):
     report = place / "report"
     assert json.loads((report / "summary.json").read_text())["model_version"] == summary["model_version"]
+    assert json.loads((report / "classes" / "summary.json").read_text()) == summary["datasets"]["classes"]
     page = (report / "report.html").read_text()
-    assert all(result["title"] in page for result in summary["datasets"].values())
-    assert "http://" not in page and "https://" not in page and 'src="data:image/png;base64,' in page
-    config = CompareConfig(runs=(str(report), str(report)), output=str(tmp_path / "comparison"))
-    compared = compare_job.main(config)
-    same = compared["datasets"]["digits"]["difference"][1]
+    assert page.count("data:image/png;base64,") == 1 + len(list((report / "classes").glob("*.png"))) >= 2
+    config = CompareConfig(runs=(str(report), str(report)), output=str(place / "comparison"))
+    same = compare_job.main(config)["datasets"]["classes"]["difference"][1]
     assert same == {"value": 0.0, "low": 0.0, "high": 0.0, "paired": True}
 
 
-@pytest.mark.peers
-def test_a_data_set_that_cannot_be_measured_is_one_line(root, their_model, tmp_path):
-    sample = {"png": png(Image.new("RGB", (40, 40))), "cls": b"0"}
-    broken = {
-        "beyond": (
-            [sample, {**sample, "cls": b"2"}],
-            r"sample 's0000001' has class 2, but the class list names 2: 0 to 1",
-        ),
-        "bare": ([sample], r"sample 's0000000' has no caption \(no_caption\): retrieval needs a \.txt"),
-        "torn": ([{**sample, "png": b"no"}], r"sample 's0000000' cannot be evaluated: image_undecodable"),
-    }
-    for name, (samples, line) in broken.items():
-        write_theirs(tmp_path / name, samples, classnames=["a", "b"])
-        task = {"tasks": ["retrieval"], "metric": "image_recall_at_1"} if name == "bare" else {}
-        config = suite(tmp_path, their_model[1], tmp_path / "out", {name: task})
-        (dataset,) = open_suite(config).datasets
-        work = pictures_of(dataset, open_model(config.model, None), config).job.make()
-        with pytest.raises(UserError, match=rf"^data set '{name}': {line}"):
-            work(0)
-    config = suite(tmp_path, their_model[1], tmp_path / "out", {"beyond": {}})
-    with pytest.raises(UserError, match=rf"^data set 'beyond': {broken['beyond'][1]}"):
-        evaluate_job.main(config)
+def test_bad_data_ends_the_job_with_one_line(place, make_samples, write_dataset):
+    write_dataset(place / "root" / "beyond" / "test", make_samples(10, num_classes=4))
+    (place / "root" / "beyond" / "classnames.txt").write_text("\n".join(NAMES))
+    with pytest.raises(UserError) as caught:
+        evaluate_job.main(suite(place, datasets={"beyond": {}}))
+    line = "data set 'beyond': sample '000003' has class 3, but the class list names 3: 0 to 2"
+    assert str(caught.value) == line
