@@ -14,14 +14,19 @@ Main = Callable[[Any], dict[str, Any]]
 
 
 def run_job(
-    main: Main, schema: type[Config], summary_path: Callable[[Any], Path], positional: tuple[str, ...] = ()
+    main: Main,
+    schema: type[Config],
+    summary_path: Callable[[Any], Path],
+    positional: tuple[str, ...] = (),
+    from_file: bool = False,
 ) -> NoReturn:
     """Parse the command line, run the job, write its summary, and exit: 0, or 2 with one line for a user's error.
 
-    A job starts from a YAML file, or, where `positional` names keys, from their values.
+    A job starts from a YAML file, or, where `positional` names keys, from their values; `from_file`: from both. A name
+    that ends with "..." takes any number of values.
     """
     try:
-        sys.exit(_run(sys.argv[1:], main, schema, summary_path, positional))
+        sys.exit(_run(sys.argv[1:], main, schema, summary_path, positional, from_file or not positional))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -36,21 +41,25 @@ def _run(
     schema: type[Config],
     summary_path: Callable[[Any], Path],
     positional: tuple[str, ...],
+    from_file: bool,
 ) -> int:
-    wanted = positional or ("config.yaml",)
+    wanted = (*positional, *["config.yaml"] * from_file)
     if not arguments or "--help" in arguments or "-h" in arguments:
         usage = " ".join([f"python -m jobs.{Path(sys.argv[0]).stem}", *(name.upper() for name in wanted)])
         print(f"usage: {usage} [key=value ...] [--json PATH]\n\n{describe(schema)}")
         return 0 if arguments else 2
     arguments, json_path = _take_option(arguments, "--json")
+    if wanted[0].endswith("..."):
+        arguments = _gather(arguments)
     if len(arguments) < len(wanted):
         raise UserError(
             f"give {' and '.join(name.upper() for name in wanted[len(arguments) :])}; --help shows every key"
         )
     given, overrides = arguments[: len(wanted)], arguments[len(wanted) :]
-    if positional:
-        overrides = [f"{key}={value}" for key, value in zip(positional, given, strict=True)] + overrides
-    config = load(schema, None if positional else given[0], overrides)
+    overrides = [
+        f"{key.removesuffix('...')}={value}" for key, value in zip(positional, given, strict=False)
+    ] + overrides
+    config = load(schema, given[-1] if from_file else None, overrides)
     summary = main(config)
     write_json(Path(json_path) if json_path else summary_path(config), summary)
     return 0
@@ -70,3 +79,9 @@ def _take_option(arguments: list[str], name: str) -> tuple[list[str], str | None
     if at + 1 == len(arguments):
         raise UserError(f"{name} needs a value")
     return arguments[:at] + arguments[at + 2 :], arguments[at + 1]
+
+
+def _gather(arguments: list[str]) -> list[str]:
+    """Those that are no key=value as one, a list in YAML; then the others."""
+    values = [argument for argument in arguments if "=" not in argument]
+    return [str(values)] * bool(values) + [argument for argument in arguments if "=" in argument]

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from rayclip.config import ModelConfig, RetrievalTask, ZeroShotTask
-from rayclip.data.decode import eval_array
+from rayclip.data.decode import eval_array, read_image
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
 from rayclip.evaluation.tasks import Evaluator, class_names
@@ -192,6 +192,27 @@ def test_a_damaged_shard_is_named(encoder, tmp_path, write_dataset, make_samples
 def test_class_names_are_lines(tmp_path):
     (tmp_path / "classnames.txt").write_text("one\ntwo words\ncafé\n", encoding="utf-8")
     assert class_names(str(tmp_path)) == ["one", "two words", "café"]
+
+
+def test_class_names_may_lie_beside_the_folder_of_the_shards(tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "classnames.txt").write_text("one\ntwo\n")
+    assert class_names(str(tmp_path / "test")) == ["one", "two"]
+
+
+def test_a_picture_may_have_several_captions_a_line_each(encoder, tmp_path, write_dataset, make_samples):
+    samples = make_samples(12)
+    for index, sample in enumerate(samples):
+        sample["txt"] = "\n".join(f"caption {n} of {index}" for n in range(1 + index % 3)).encode()
+    write_dataset(tmp_path, samples)
+    evaluator = Evaluator({"captions": RetrievalTask(path=str(tmp_path))}, 16, 5)
+    found = evaluator.run(encoder)["captions"]
+    assert (found["num_images"], found["num_texts"]) == (12, 24)
+    images = torch.cat([encoder.encode_images(eval_array(read_image(s), 16)[None]) for s in samples])
+    texts = [line for sample in samples for line in sample["txt"].decode().splitlines()]
+    owner = torch.arange(12).repeat_interleave(torch.tensor([1, 2, 3] * 4))
+    best = (encoder.encode_texts(texts) @ images.T).argmax(dim=1)
+    assert found["text_to_image.recall_at_1"] == pytest.approx((best == owner).double().mean().item())
 
 
 # Two workers

@@ -4,15 +4,26 @@ from rayclip.config.base import Config
 from rayclip.config.benchmark import BenchmarkConfig
 from rayclip.config.data import (
     DataConfig,
+    DigitsConfig,
     EmojiConfig,
     FolderConfig,
     GlyphsConfig,
     IndexConfig,
     IngestConfig,
+    SentimentConfig,
+    ShapesConfig,
     SourceConfig,
     TableConfig,
 )
-from rayclip.config.evaluation import EvaluationConfig, RetrievalTask, Task, ZeroShotTask
+from rayclip.config.evaluation import (
+    CompareConfig,
+    DataSetConfig,
+    EvaluationConfig,
+    RetrievalTask,
+    SuiteConfig,
+    Task,
+    ZeroShotTask,
+)
 from rayclip.config.model import ModelConfig, ResNetConfig, TextConfig, VisionConfig
 from rayclip.config.offline import ClassifyConfig, ConvertConfig, EmbedConfig, WorkersConfig
 from rayclip.config.scaling import (
@@ -44,9 +55,12 @@ __all__ = [
     "Choices",
     "ClassifyConfig",
     "ClusterConfig",
+    "CompareConfig",
     "Config",
     "ConvertConfig",
     "DataConfig",
+    "DataSetConfig",
+    "DigitsConfig",
     "EmaConfig",
     "EmbedConfig",
     "EmojiConfig",
@@ -69,7 +83,10 @@ __all__ = [
     "ResNetConfig",
     "RetrievalTask",
     "SearchPlan",
+    "SentimentConfig",
+    "ShapesConfig",
     "SourceConfig",
+    "SuiteConfig",
     "SweepConfig",
     "TableConfig",
     "Task",

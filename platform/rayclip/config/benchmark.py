@@ -11,11 +11,12 @@ from rayclip.config.training import Precision
 class BenchmarkConfig(Config):
     """python -m jobs.benchmark"""
 
-    name: Literal["tokenizer", "text_tower", "step", "loss", "serve", "batching"] = Field(
+    name: Literal["tokenizer", "text_tower", "step", "loss", "serve", "batching", "linear_probe", "features"] = Field(
         description="what is measured"
     )
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
-    samples: int = Field(20_000, gt=0, description="captions to tokenise")
+    samples: int = Field(20_000, gt=0, description="captions to tokenise, pictures to extract")
+    probe_samples: int = Field(10_000, ge=1000, description="samples that a linear probe is fitted on")
     threads: int | None = Field(None, gt=0, description="torch threads; None leaves torch's own choice")
     preset: str = Field("ViT-B/32", description="the model of a step")
     batch_size: int = Field(32, gt=0, description="pairs a step")
@@ -25,4 +26,5 @@ class BenchmarkConfig(Config):
     window_s: float = Field(8.0, gt=0, description="length of a window under load")
     cases: tuple[Literal["ViT-B/32", "small"], ...] = Field(("ViT-B/32", "small"), description="models to serve")
     model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
+    workers: int = Field(2, gt=0, description="processes with a core each that extract features")
     settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")

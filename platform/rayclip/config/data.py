@@ -71,7 +71,37 @@ class TableConfig(Config):
     held_out_share: float = Field(0.0, ge=0, lt=1, description="share of the pictures that goes into split held_out")
 
 
-SourceConfig = Annotated[GlyphsConfig | EmojiConfig | FolderConfig | TableConfig, Field(discriminator="kind")]
+class DigitsConfig(Config):
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: every fifth is in split test, the others in train."""
+
+    kind: Literal["digits"] = Field("digits", description="where the pairs come from")
+    size: int = Field(32, ge=8, le=512, description="side of a picture in pixels")
+
+
+class SentimentConfig(Config):
+    """Short sentences of praise or of blame, as pictures of their text; the adjectives of test are not in train."""
+
+    kind: Literal["sentiment"] = Field("sentiment", description="where the pairs come from")
+    size: int = Field(224, ge=64, le=1024, description="side of a picture in pixels")
+    train: int = Field(2000, gt=0, description="pictures in split train")
+    test: int = Field(500, gt=0, description="pictures in split test")
+    seed: int = Field(0, ge=0, description="gives every picture, by its place in the split")
+
+
+class ShapesConfig(Config):
+    """Three to ten coloured shapes on a ground, to be counted."""
+
+    kind: Literal["shapes"] = Field("shapes", description="where the pairs come from")
+    size: int = Field(96, ge=64, le=512, description="side of a picture in pixels")
+    train: int = Field(2000, gt=0, description="pictures in split train")
+    test: int = Field(500, gt=0, description="pictures in split test")
+    seed: int = Field(0, ge=0, description="gives every picture, by its place in the split")
+
+
+SourceConfig = Annotated[
+    GlyphsConfig | EmojiConfig | FolderConfig | TableConfig | DigitsConfig | SentimentConfig | ShapesConfig,
+    Field(discriminator="kind"),
+]
 
 
 class IngestConfig(Config):

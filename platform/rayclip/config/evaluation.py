@@ -2,9 +2,15 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rayclip.config.base import Config
+from rayclip.config.offline import WorkersConfig
+
+SuiteTask = Literal["zero_shot", "retrieval", "linear_probe", "few_shot"]
+SuiteMetric = Literal[
+    "accuracy", "mean_per_class", "mean_top1_top5", "eleven_point_map", "roc_auc", "image_recall_at_1"
+]
 
 
 class ZeroShotTask(Config):
@@ -42,3 +48,59 @@ class EvaluationConfig(Config):
     )
     best: str | None = Field(None, description="TASK.METRIC that picks the best checkpoint; None takes the last")
     batch_size: int = Field(256, gt=0, description="pictures encoded at once")
+
+
+class DataSetConfig(Config):
+    """A data set of a suite. What is not given comes from the entry of that name in evaluation/datasets.yaml."""
+
+    title: str = Field("", description="what people call it; empty: its name")
+    path: str | None = Field(None, description="its folder; None: ROOT/NAME, or ROOT/ one of folders")
+    folders: tuple[str, ...] = Field((), description="names that others give the folder, as CLIP_benchmark's wds_NAME")
+    split: str = Field("test", description="folder within it that is measured; '.' where its shards lie there")
+    train_split: str = Field("train", description="folder within it that a linear probe is fitted on")
+    validation_split: str | None = Field(
+        None, description="folder within it that chooses a probe's strength; None: a fifth of train_split"
+    )
+    tasks: tuple[SuiteTask, ...] = Field(("zero_shot",), min_length=1, description="what is measured")
+    metric: SuiteMetric = Field("accuracy", description="the figure that stands for the data set, as in CLIP's paper")
+    labels: Literal["single", "multi"] = Field("single", description="multi: any number a picture, 0 or 1 in its .npy")
+    num_classes: int | None = Field(None, gt=0, description="classes that the paper counts; another number is noted")
+    class_names: tuple[str, ...] | None = Field(None, description="None: classnames.txt with the data, or folder names")
+    templates: str | tuple[str, ...] | None = Field(
+        None, description="a named set, or templates with one {}; None: those with the data, else default_templates"
+    )
+    default_templates: str | tuple[str, ...] = Field("photo", description="where there are none with the data")
+    allow_empty_classes: bool = Field(False, description="whether a class may have no picture")
+
+
+class SuiteConfig(Config):
+    """python -m jobs.evaluate"""
+
+    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
+    name: str = Field(description="of the suite")
+    datasets: dict[str, DataSetConfig] = Field(min_length=1, description="what is measured on, by name")
+    root: str = Field("data", description="folder that data sets without a path lie in")
+    require: Literal["all", "any"] = Field("all", description="all: a data set that is not there stops the job")
+    output: str | None = Field(None, description="folder of the report; None: runs/evaluations/NAME/MODEL")
+    cache: str = Field("runs/features", description="folder of features, kept for the next task and the next run")
+    batch_size: int = Field(256, gt=0, description="pictures, and texts, encoded at once")
+    part_samples: int = Field(4096, gt=0, description="samples a part, rounded to whole chunks")
+    shots: tuple[int, ...] = Field((1, 2, 4, 8, 16), min_length=1, description="samples a class of task few_shot")
+    seeds: int = Field(5, gt=0, description="draws of these samples")
+    cluster: WorkersConfig = Field(WorkersConfig(), description="what it runs on")
+    experiment: str | None = Field(None, description="MLflow experiment that the result is logged to; None: none")
+    tracking_uri: str | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _empty_is_its_entry(cls, value: object) -> object:
+        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+class CompareConfig(Config):
+    """python -m jobs.compare"""
+
+    runs: tuple[str, ...] = Field(min_length=1, description="reports of jobs.evaluate, or folders of them")
+    output: str = Field("runs/comparison", description="folder of the page, the plots and the table")
+    experiment: str | None = Field(None, description="MLflow experiment that it is logged to; None: none")
+    tracking_uri: str | None = Field(None, description="MLflow, or None for ./mlflow/mlflow.db")

@@ -49,6 +49,11 @@ def read_caption(sample: Sample) -> str:
     return caption
 
 
+def read_captions(sample: Sample) -> list[str]:
+    """A caption a line of a sample's `txt`, as data sets for retrieval have them. Raises BadSampleError as above."""
+    return [line.strip() for line in read_caption(sample).splitlines() if line.strip()]
+
+
 def read_image(sample: Sample) -> Image.Image:
     """The sample's picture, opened but not yet decoded. Raises BadSampleError."""
     data = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)

@@ -1,7 +1,7 @@
 """Measuring a model on data sets, on all workers: each reads its share of the chunks, the counts are summed.
 
 A data set for zero-shot has a class index in each sample's `cls` and the classes' names, a line each, in
-`classnames.txt` beside the shards; one for retrieval has captions.
+`classnames.txt` beside the shards, or beside their folder; one for retrieval has captions, one or more, a line each.
 """
 
 import tarfile
@@ -15,7 +15,7 @@ import torch
 
 from rayclip.collective import fail_together, rank, world_size
 from rayclip.config import RetrievalTask, Task, ZeroShotTask
-from rayclip.data.decode import BadSampleError, eval_array, read_caption, read_image
+from rayclip.data.decode import BadSampleError, eval_array, read_captions, read_image
 from rayclip.data.formats.tar import Sample, read_samples
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
@@ -98,9 +98,11 @@ def read_batches(manifest: Manifest, image_size: int, batch_size: int, share: in
 
 
 def class_names(folder: str) -> list[str]:
-    """The classes of a data set, in order of their index. Raises UserError where there is no list."""
-    path = Path(folder) / "classnames.txt"
-    if not path.is_file():
+    """The classes of a data set, in order of their index, from its folder or the one above, where CLIP_benchmark's
+    users have them. Raises UserError where there is no list."""
+    path = next((place / "classnames.txt" for place in (Path(folder), Path(folder).parent)
+                 if (place / "classnames.txt").is_file()), None)  # fmt: skip
+    if path is None:
         raise UserError(f"no 'classnames.txt' in '{folder}': zero-shot needs the classes' names, a line each")
     return path.read_text().splitlines()
 
@@ -143,18 +145,25 @@ def _run_retrieval(encoder: Encoder, batches: Iterator[Batch]) -> Metrics:
     # A worker that has no share still takes part, with no rows.
     features = [encoder.encode_images(np.empty((0, 1, 1, 3), dtype=np.uint8))]
     captions: list[str] = []
+    counts: list[int] = []
     with fail_together():
         for images, samples in batches:
             features.append(encoder.encode_images(images, len(images)))
-            captions += [_caption(sample) for sample in samples]
+            for sample in samples:
+                own = _captions(sample)
+                captions += own
+                counts.append(len(own))
     image_features = torch.cat(features)
     text_features = encoder.encode_texts(captions)
-    own = torch.arange(len(captions), device=image_features.device)
-    return recall_on_all_workers(image_features, text_features, own, caption_ids(captions).to(own.device))
+    image_of_text = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    device = image_features.device
+    return recall_on_all_workers(
+        image_features, text_features, image_of_text.to(device), caption_ids(captions).to(device)
+    )
 
 
-def _caption(sample: Sample) -> str:
+def _captions(sample: Sample) -> list[str]:
     try:
-        return read_caption(sample)
+        return read_captions(sample)
     except BadSampleError as error:
         raise UserError(f"sample '{sample['__key__'].decode()}' cannot be evaluated: {error.cause}") from None

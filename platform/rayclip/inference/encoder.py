@@ -5,9 +5,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayclip.models.clip import CLIP
+from rayclip.models.vision import VisionTransformer
 
 Tokenizer = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
@@ -53,11 +55,28 @@ class Encoder:
 
         return self._encode_batches(encode, len(pixels), batch_size)
 
-    def _encode_batches(self, encode: Callable[[int], Tensor], total: int, batch_size: int) -> Tensor:
+    def encode_pooled(self, images: np.ndarray | Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+        """Features as `encode_images`, and those that linear probes use, float32 [N, W]: of a ViT before the
+        projection (appendix A.3 of the paper); a ResNet's attention pool has none, so those are its features, not yet
+        normalised.
+        """
+        visual = self.model.visual
+
+        def encode(start: int) -> Tensor:
+            pixels = torch.as_tensor(images[start : start + batch_size]).to(self.device)
+            return visual.pool(pixels) if isinstance(visual, VisionTransformer) else visual(pixels)
+
+        width = visual.proj.shape[0] if isinstance(visual, VisionTransformer) else self.model.config.embed_dim
+        pooled_NW = self._encode_batches(encode, len(images), batch_size, width)
+        with torch.no_grad():
+            features_NE = pooled_NW @ visual.proj if isinstance(visual, VisionTransformer) else pooled_NW
+            return F.normalize(features_NE, dim=-1), pooled_NW
+
+    def _encode_batches(self, encode: Callable[[int], Tensor], total: int, batch_size: int, width: int = 0) -> Tensor:
         with torch.inference_mode(), _eval_mode(self.model):
             parts = [encode(start).float() for start in range(0, total, batch_size)]
         if not parts:
-            return torch.empty(0, self.model.text_projection.shape[1], device=self.device)
+            return torch.empty(0, width or self.model.text_projection.shape[1], device=self.device)
         # Outside inference mode: the result is an ordinary tensor, which a probe may differentiate through.
         return torch.cat(parts)
 

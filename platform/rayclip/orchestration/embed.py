@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,8 +147,14 @@ class _Row(NamedTuple):
     causes: tuple[str, ...]
 
 
-_Read = tuple[_Row, np.ndarray | None]
-"""A sample with its picture, uint8 [S, S, 3]."""
+Read = tuple[Any, np.ndarray | None]
+"""What is kept of a sample, and its picture, uint8 [S, S, 3]."""
+
+
+@lru_cache(maxsize=1)
+def shared_encoder(model: Model, device: str) -> Encoder:
+    """One a process, also where it works for several outputs."""
+    return model.encoder(device)
 
 
 class Embedder:
@@ -161,12 +167,12 @@ class Embedder:
         if self.manifest.digest != reading.digest:
             raise UserError(f"the data set in '{reading.folder}' has changed since the run began")
         self.parts = plan_parts(self.manifest, reading.part_samples)
-        self.encoder = model.encoder(reading.device)
+        self.encoder = shared_encoder(model, reading.device)
 
     def __call__(self, part: int) -> Part:
         """Read the part and embed it."""
         chunks = self.parts[part]
-        rows: list[_Row] = []
+        rows: list[Any] = []
         images: list[np.ndarray] = []
         features: list[np.ndarray] = []
         with ThreadPoolExecutor(self.reading.threads) as pool:
@@ -180,9 +186,9 @@ class Embedder:
         features.append(self._encode_images(images))
         return self._to_part(chunks, rows, np.concatenate(features))
 
-    def _read_ahead(self, pool: ThreadPoolExecutor, chunks: Iterable[int]) -> Iterator[_Read]:
+    def _read_ahead(self, pool: ThreadPoolExecutor, chunks: Iterable[int]) -> Iterator[Read]:
         """Samples in order; a few chunks are being decoded meanwhile, and no more are held."""
-        waiting: deque[Future[list[_Read]]] = deque()
+        waiting: deque[Future[list[Read]]] = deque()
         for chunk in chunks:
             waiting.append(pool.submit(self._read_chunk, chunk))
             if len(waiting) > 2 * self.reading.threads:
@@ -190,16 +196,19 @@ class Embedder:
         while waiting:
             yield from waiting.popleft().result()
 
-    def _read_chunk(self, chunk: int) -> list[_Read]:
+    def _read_chunk(self, chunk: int) -> list[Read]:
         count = int(self.manifest.num_samples[chunk])
         try:
             samples = read_samples(self.manifest.read_chunk(chunk))[:count]
         except (OSError, tarfile.TarError, UnicodeError):
-            return [_unreadable("chunk_unreadable")] * count
+            return [self._unreadable("chunk_unreadable")] * count
         rows = [self._read_sample(sample) for sample in samples]
-        return rows + [_unreadable("sample_missing")] * (count - len(rows))
+        return rows + [self._unreadable("sample_missing") for _ in range(count - len(rows))]
 
-    def _read_sample(self, sample: Sample) -> _Read:
+    def _unreadable(self, cause: str) -> Read:
+        return _Row(None, None, False, (cause,)), None
+
+    def _read_sample(self, sample: Sample) -> Read:
         image, caption = None, None
         causes: list[str] = []
         if self.reading.what != "texts":
@@ -258,7 +267,3 @@ def vectors(features: np.ndarray, valid: np.ndarray) -> pa.Array:
     """A column of N lists from M <= N features, float32 [M, E]: one for each row that is valid, null for the others."""
     offsets = np.concatenate([[0], valid.cumsum()]).astype(np.int32) * features.shape[1]
     return pa.ListArray.from_arrays(offsets, features.ravel(), mask=pa.array(~valid))
-
-
-def _unreadable(cause: str) -> _Read:
-    return _Row(None, None, False, (cause,)), None

@@ -3,12 +3,11 @@
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray.data
@@ -39,11 +38,16 @@ def start(folder: PartFolder, workers: WorkersConfig) -> dict[str, Any] | None:
     if complete is not None:
         ProgressLine(complete["samples"]).note(f"'{folder.path}' is complete already")
         return complete
+    connect_for(workers)
+    folder.begin()
+    return None
+
+
+def connect_for(workers: WorkersConfig) -> None:
+    """Join or start Ray. Raises UserError for a cluster without room for the workers."""
     connect(local_cpus=int(workers.num_workers * workers.cpus_per_worker))
     needed = {"CPU": workers.num_workers * workers.cpus_per_worker, "GPU": workers.num_workers * workers.use_gpu}
     check_resources({k: v for k, v in needed.items() if v}, f"a job with {workers.num_workers} workers")
-    folder.begin()
-    return None
 
 
 def run_parts(
@@ -60,7 +64,7 @@ def run_parts(
         progress.note(f"going on with '{folder.path}': {folder.num_parts - len(missing):,} parts are there")
     started = time.monotonic()
     busy_s = 0.0
-    for done in _run(folder, make, workers, missing):
+    for _, done in run_jobs([Job(folder, make)], workers, [(0, part) for part in missing]):
         tally = add([tally, done.tally])
         busy_s += done.seconds
         progress.update(tally["rows"]["samples"], bad=told_causes(tally) or "0")
@@ -85,22 +89,33 @@ def run_parts(
     return summary
 
 
-@dataclass(frozen=True)
-class _Done:
+class Job(NamedTuple):
+    """An output, and what makes its parts: `make` is called in each worker that does some of them."""
+
+    folder: PartFolder
+    make: Callable[[], Work]
+
+
+class Done(NamedTuple):
     """A part that lies there."""
 
     tally: Tally
     seconds: float
 
 
-def _run(folder: PartFolder, make: Callable[[], Work], workers: WorkersConfig, parts: list[int]) -> Iterator[_Done]:
-    """Do the parts somewhere in the cluster; results come as they are ready."""
+def run_jobs(
+    jobs: Sequence[Job], workers: WorkersConfig, parts: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, Done]]:
+    """Do parts, each (job, number), somewhere in the cluster, all by one pool; (job, result) come as they are ready.
+
+    Raises the UserError of a worker.
+    """
     if not parts:
         return
-    rows = [{"part": part} for part in parts]
+    rows = [{"job": job, "part": part} for job, part in parts]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_BLOCKS)).map(
         _Worker,  # type: ignore[arg-type]
-        fn_constructor_args=(folder, make, max(1, int(workers.cpus_per_worker))),
+        fn_constructor_args=(jobs, max(1, int(workers.cpus_per_worker))),
         compute=ray.data.ActorPoolStrategy(size=min(workers.num_workers, len(parts))),
         num_cpus=workers.cpus_per_worker,
         num_gpus=int(workers.use_gpu),
@@ -112,7 +127,7 @@ def _run(folder: PartFolder, make: Callable[[], Work], workers: WorkersConfig, p
         done = pickle.loads(row["done"])
         if isinstance(done, UserError):
             raise done
-        yield done
+        yield int(row["job"]), done
 
 
 @contextmanager
@@ -134,27 +149,34 @@ def _silent_stderr() -> Iterator[None]:
 class _Worker:
     """An actor of the pool. A UserError comes back as a result; Ray would wrap it in a traceback."""
 
-    def __init__(self, folder: PartFolder, make: Callable[[], Work], threads: int) -> None:
+    def __init__(self, jobs: Sequence[Job], threads: int) -> None:
         torch.set_num_threads(threads)
-        self._folder = folder
-        self._make = make
-        self._work: Work | None = None
+        self._jobs = jobs
+        self._working: tuple[int, Work] | None = None
 
-    def __call__(self, row: dict[str, np.generic]) -> dict[str, bytes]:
+    def __call__(self, row: dict[str, np.generic]) -> dict[str, Any]:
+        job = int(row["job"])
         try:
-            return {"done": pickle.dumps(self._do(int(row["part"])))}
+            return {"job": job, "done": pickle.dumps(self._do(job, int(row["part"])))}
         except UserError as error:
-            return {"done": pickle.dumps(error)}
+            return {"job": job, "done": pickle.dumps(error)}
 
-    def _do(self, number: int) -> _Done:
+    def _do(self, job: int, number: int) -> Done:
+        folder = self._jobs[job].folder
         # A worker that was lost may have come as far as writing it.
-        tally = self._folder.tally(number)
+        tally = folder.tally(number)
         if tally is not None:
-            return _Done(tally, 0.0)
-        if self._work is None:
-            self._work = self._make()
+            return Done(tally, 0.0)
+        work = self._work_of(job)
         started = time.monotonic()
-        self._folder.note_attempt(number)
-        part = self._work(number)
-        self._folder.write(number, part)
-        return _Done(part.tally, time.monotonic() - started)
+        folder.note_attempt(number)
+        part = work(number)
+        folder.write(number, part)
+        return Done(part.tally, time.monotonic() - started)
+
+    def _work_of(self, job: int) -> Work:
+        """What does the job's parts; that of another job is let go."""
+        if self._working is None or self._working[0] != job:
+            self._working = None
+            self._working = job, self._jobs[job].make()
+        return self._working[1]

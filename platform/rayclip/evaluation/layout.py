@@ -1,0 +1,171 @@
+"""The layouts that people's data sets for evaluation have, as chunks of samples to read.
+
+    FOLDER/classnames.txt                            a class a line, in order of its index
+    FOLDER/zeroshot_classification_templates.txt     a template a line, "{c}" where the class name goes
+    FOLDER/SPLIT/*.tar                               WebDataset shards: a picture, its .cls, .npy or .txt
+    FOLDER/SPLIT/nshards.txt                         how many there are, where somebody says so
+    FOLDER/SPLIT/CLASS/*.jpg                         or a folder a class, in the order of their names
+
+This is how CLIP_benchmark's users have them; both texts may lie in SPLIT too, where jobs.ingest puts them. Nothing is
+written there: what a folder lacks to be read in chunks (an index of its shards, or shards of its loose pictures) goes
+to a cache.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rayclip.data.decode import IMAGE_EXTENSIONS
+from rayclip.data.formats.tar import Sample, Span, write_shard
+from rayclip.data.index import find_shards, index_shard
+from rayclip.data.manifest import FILE_NAME, Manifest
+from rayclip.errors import UserError, nearest
+from rayclip.files import whole_file
+from rayclip.inference.prompts import PLACEHOLDER
+
+CLASS_NAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+_THEIR_PLACEHOLDER = "{c}"
+_CHUNK_SAMPLES = 64
+_SHARD_SAMPLES = 1024
+
+
+def split_folder(folder: Path, split: str) -> Path:
+    """Where a split lies. Raises UserError for one that is not there."""
+    path = folder / split
+    if not path.is_dir():
+        there = sorted(child.name for child in folder.iterdir() if child.is_dir())
+        raise UserError(f"'{folder}' has no split '{split}': {nearest(split, there) if there else 'it has no folders'}")
+    return path
+
+
+def read_class_names(folder: Path, split: Path) -> tuple[str, ...]:
+    """The classes in order of their index: from classnames.txt, or else the names of the class folders.
+
+    Raises UserError where there is neither, a name is empty, or there are more or fewer folders than names.
+    """
+    folders = class_folders(split)
+    names = _lines(folder, split, CLASS_NAMES)
+    if names is None and not folders:
+        raise UserError(
+            f"no '{CLASS_NAMES}' in '{folder}' or '{split}': zero-shot needs the classes' names, a line each"
+        )
+    if names is None:
+        return tuple(path.name for path in folders)
+    if folders and len(folders) != len(names):
+        raise UserError(f"'{folder}': {CLASS_NAMES} names {len(names)} classes, '{split}' has {len(folders)} folders")
+    for index, name in enumerate(names):
+        if not name:
+            raise UserError(f"'{folder}': class {index} has no name in {CLASS_NAMES}")
+    return tuple(names)
+
+
+def read_templates(folder: Path, split: Path) -> tuple[str, ...] | None:
+    """The templates that lie with the data, with our placeholder; None where there are none.
+
+    Raises UserError for a template without a placeholder.
+    """
+    lines = _lines(folder, split, TEMPLATES)
+    if lines is None:
+        return None
+    for number, line in enumerate(lines, 1):
+        if line and _THEIR_PLACEHOLDER not in line and PLACEHOLDER not in line:
+            where = f"'{folder}': {TEMPLATES}, line {number}"
+            raise UserError(f"{where}: '{line}' has no {_THEIR_PLACEHOLDER} where the class name goes")
+    found = tuple(line.replace(_THEIR_PLACEHOLDER, PLACEHOLDER) for line in lines if line)
+    if not found:
+        raise UserError(f"'{folder}': {TEMPLATES} is empty: it needs a template a line, or it must not be there")
+    return found
+
+
+def open_split(split: Path, cache: Path) -> Manifest:
+    """A split in chunks. Raises UserError where it has nothing to read, or shards are missing or cut off."""
+    if (split / FILE_NAME).is_file():
+        manifest = Manifest.load(split)
+        manifest.check_shards()
+        return manifest
+    if any(split.glob("*.tar")):
+        return _index(split, cache)
+    if class_folders(split):
+        return _pack(split, cache)
+    extensions = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
+    raise UserError(f"'{split}' has neither tar shards (*.tar) nor a folder a class with pictures ({extensions})")
+
+
+def class_folders(split: Path) -> list[Path]:
+    """A folder a class, by name; none where the split is in shards."""
+    return [] if any(split.glob("*.tar")) else sorted(path for path in split.iterdir() if path.is_dir())
+
+
+def stamp(manifest: Manifest) -> str:
+    """Tells data that changed, in place and at the same length too: by the shards' names, sizes, chunks and times."""
+    times = [(Path(manifest.folder) / shard).stat().st_mtime_ns for shard in manifest.shards]
+    return hashlib.sha256(json.dumps([manifest.digest, times]).encode()).hexdigest()
+
+
+def _lines(folder: Path, split: Path, name: str) -> list[str] | None:
+    path = next((place / name for place in (split, folder) if (place / name).is_file()), None)
+    try:
+        return None if path is None else [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise UserError(f"'{path}' is not UTF-8") from None
+
+
+def _index(split: Path, cache: Path) -> Manifest:
+    shards = find_shards(split)
+    count = split / "nshards.txt"
+    said = count.read_text().strip() if count.is_file() else str(len(shards))
+    if said != str(len(shards)):
+        raise UserError(f"'{split}': {count.name} says {said} shards, {len(shards)} are there")
+
+    def make(folder: Path) -> list[tuple[str, int, list[Span]]]:
+        return [(str(shard.absolute()), *index_shard(shard, _CHUNK_SAMPLES)) for shard in shards]
+
+    return _cached(split, cache / "indexes", [shard.absolute() for shard in shards], make)
+
+
+def _pack(split: Path, cache: Path) -> Manifest:
+    pictures = [(path, label) for label, folder in enumerate(class_folders(split)) for path in _pictures(folder)]
+
+    def make(folder: Path) -> list[tuple[str, int, list[Span]]]:
+        starts = range(0, len(pictures), _SHARD_SAMPLES)
+        return [_write_shard(folder / f"{i:06}.tar", pictures[i : i + _SHARD_SAMPLES], split) for i in starts]
+
+    return _cached(split, cache / "packed", [path for path, _ in pictures], make)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Raises UserError for a class without any."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
+    if not found:
+        raise UserError(f"class folder '{folder}' has no pictures: remove it, or put the class's pictures there")
+    return found
+
+
+def _write_shard(path: Path, pictures: Sequence[tuple[Path, int]], split: Path) -> tuple[str, int, list[Span]]:
+    def samples() -> Iterator[Sample]:
+        for picture, label in pictures:
+            # A dot would end the sample's key.
+            key = str(picture.relative_to(split).with_suffix("")).replace(".", "_")
+            extension = picture.suffix.lower().removeprefix(".")
+            yield {"__key__": key.encode(), extension: picture.read_bytes(), "cls": str(label).encode()}
+
+    with whole_file(path) as target:
+        spans = write_shard(target, samples(), _CHUNK_SAMPLES)
+        return path.name, target.tell(), spans
+
+
+def _cached(
+    split: Path, cache: Path, files: Sequence[Path], make: Callable[[Path], list[tuple[str, int, list[Span]]]]
+) -> Manifest:
+    """The manifest that the cache keeps for these files as they are now; made where it is not there."""
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    folder = cache.absolute() / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+    if not (folder / FILE_NAME).is_file():
+        manifest = Manifest.from_spans(folder, make(folder))
+        if not len(manifest):
+            raise UserError(f"'{split}' is empty: its shards hold no samples")
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest.save()
+    return Manifest.load(folder)

@@ -1,0 +1,77 @@
+"""Scores as pictures: bars with intervals for any number of models, and a radar where there are enough data sets."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from rayclip.files import whole_file
+
+_COLOURS = ("#0969da", "#bf8700", "#1a7f37", "#cf222e", "#8250df", "#57606a")
+_LEAST_AXES = 3  # of a radar
+
+
+def write_bars(path: Path, comparison: dict[str, Any]) -> None:
+    """A group of bars a data set, a bar a model, with 95% intervals."""
+    models, datasets = comparison["models"], comparison["datasets"]
+    height = 0.8 / len(models)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for number, model in enumerate(models):
+            scores = [of_one["scores"][number] for of_one in datasets.values()]
+            scores = [of_one["scores"][number] for of_one in datasets.values()]
+            there = [(row, value) for row, value in enumerate(scores) if value is not None]
+            rows = np.array([row for row, _ in there], dtype=float) + height * (number - (len(models) - 1) / 2)
+            axes.barh(rows, [score["value"] for _, score in there], height, label=model, color=_colour(number))
+            for row, (_, score) in zip(rows, there, strict=True):
+                if score["low"] is not None:
+                    axes.plot([score["low"], score["high"]], [row, row], color="#1f2328", linewidth=1)
+        names = [f"{of_one['title']}, {of_one['metric']}" for of_one in datasets.values()]
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.grid(True, axis="x", linewidth=0.3)
+        axes.legend(fontsize=8, loc="lower right")
+
+    _write(path, (9, 1.2 + len(datasets) * max(0.4, 0.25 * len(models))), draw)
+
+
+def write_radar(path: Path, comparison: dict[str, Any]) -> bool:
+    """An axis a data set, a line a model; False, and nothing written, for fewer than three that all models have."""
+    models = comparison["models"]
+    datasets = [d for d in comparison["datasets"].values() if all(d["scores"])]
+    if len(datasets) < _LEAST_AXES:
+        return False
+    angles = np.linspace(0, 2 * np.pi, len(datasets), endpoint=False)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot(projection="polar")
+        for number, model in enumerate(models):
+            values = [d["scores"][number]["value"] for d in datasets]
+            closed = np.append(angles, angles[0]), np.append(values, values[0])
+            axes.plot(*closed, color=_colour(number), label=model)
+            axes.fill(*closed, color=_colour(number), alpha=0.08)
+        axes.set_xticks(angles, [d["title"] for d in datasets], fontsize=8)
+        axes.set_ylim(0, 1)
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.2))
+
+    _write(path, (7, 7), draw)
+    return True
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def _write(path: Path, size: tuple[float, float], draw: Callable[[Figure], None]) -> None:
+    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
+        figure = Figure(figsize=size, dpi=110, layout="constrained")
+        draw(figure)
+        FigureCanvasAgg(figure)
+        with whole_file(path) as target:
+            figure.savefig(target, format="png", metadata={"Software": None})

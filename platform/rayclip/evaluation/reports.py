@@ -1,0 +1,137 @@
+"""Reports of evaluated models, read back, and held against each other.
+
+Two models that answered the same pictures are compared picture by picture: what both get right or wrong says nothing of
+their difference, so the interval of paired differences is the narrower one.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from rayclip.errors import UserError
+from rayclip.evaluation.scoring import mean_difference
+
+ANSWERS = "answers.parquet"
+SUMMARY = "summary.json"
+_PAIRED = ("accuracy", "mean_top1_top5", "mean_per_class")
+"""Metrics that are means over pictures."""
+
+
+class _Pairs(NamedTuple):
+    """Of the same pictures: their classes, and how many classes each model put before the true one."""
+
+    label_N: Tensor
+    base_N: Tensor
+    other_N: Tensor
+
+
+@dataclass(frozen=True)
+class Report:
+    """What jobs.evaluate wrote of one model."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The model's version, which is what people tell models apart by."""
+        return str(self.summary["model_version"])
+
+    @property
+    def datasets(self) -> dict[str, Any]:
+        """Results by data set."""
+        found: dict[str, Any] = self.summary["datasets"]
+        return found
+
+
+def find_reports(paths: Sequence[str]) -> list[Report]:
+    """The reports that lie at the paths or in folders below them. Raises UserError for a path without any."""
+    found = []
+    for path in paths:
+        folder = Path(path)
+        there = [folder / SUMMARY, *sorted(folder.glob(f"*/{SUMMARY}")), *sorted(folder.glob(f"*/*/{SUMMARY}"))]
+        reports = [report for file in there if file.is_file() and (report := _read(file)) is not None]
+        if not reports:
+            raise UserError(f"no report of jobs.evaluate in '{path}': give folders with the summary.json that it wrote")
+        found += reports
+    return found
+
+
+def compare(reports: Sequence[Report]) -> dict[str, Any]:
+    """Scores of every model on every data set, and its difference from the first model's. Plain values.
+
+    A data set that a model was not measured on, or on which another metric was taken, has None there.
+    """
+    names = list(dict.fromkeys(name for report in reports for name in report.datasets))
+    return {
+        "models": [report.name for report in reports],
+        "datasets": {name: _compare_on(name, reports) for name in names},
+    }
+
+
+def _read(file: Path) -> Report | None:
+    try:
+        summary = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return Report(file.parent, summary) if isinstance(summary, dict) and "datasets" in summary else None
+
+
+def _compare_on(name: str, reports: Sequence[Report]) -> dict[str, Any]:
+    first = next(report.datasets[name] for report in reports if name in report.datasets)
+    there = [report.datasets.get(name) for report in reports]
+    scores = [result["score"] if result and result["metric"] == first["metric"] else None for result in there]
+    differences = [
+        None if score is None or scores[0] is None else _difference(name, reports[0], report)
+        for score, report in zip(scores, reports, strict=True)
+    ]
+    return {"title": first["title"], "metric": first["metric"], "scores": scores, "difference": differences}
+
+
+def _difference(name: str, base: Report, other: Report) -> dict[str, Any]:
+    """Score of `other` less that of `base`, with its 95% interval where there is one."""
+    ours, theirs = (report.datasets[name] for report in (other, base))
+    value = ours["score"]["value"] - theirs["score"]["value"]
+    if ours["metric"] in _PAIRED and (pairs := _pairs(name, base, other)) is not None:
+        worth = [_worth(rank_N, pairs.label_N, ours["metric"]) for rank_N in (pairs.other_N, pairs.base_N)]
+        return {**mean_difference(worth[0] - worth[1])._asdict(), "paired": True}
+    halves = [_half_width(result["score"]) for result in (ours, theirs)]
+    if None in halves:
+        return {"value": value, "low": None, "high": None, "paired": False}
+    half = float(np.hypot(*halves))
+    return {"value": value, "low": value - half, "high": value + half, "paired": False}
+
+
+def _pairs(name: str, base: Report, other: Report) -> _Pairs | None:
+    """Both models' answers to the same pictures, in one order; None where the pictures differ."""
+    files = [report.folder / name / ANSWERS for report in (base, other)]
+    if not all(file.is_file() for file in files):
+        return None
+    tables = [pq.read_table(file, columns=["id", "label", "rank"]).sort_by("id") for file in files]
+    if any(not tables[0][column].equals(tables[1][column]) for column in ("id", "label")):
+        return None
+    columns = [tables[0]["label"], *(table["rank"] for table in tables)]
+    return _Pairs(*(torch.tensor(column.to_numpy(), dtype=torch.int64) for column in columns))
+
+
+def _worth(rank_N: Tensor, label_N: Tensor, metric: str) -> Tensor:
+    """What each picture adds, so that the mean of all is the metric."""
+    top1_N = (rank_N < 1).double()
+    if metric == "mean_top1_top5":
+        return (top1_N + (rank_N < 5).double()) / 2
+    if metric == "mean_per_class":
+        counts_C = torch.bincount(label_N)
+        return top1_N * len(label_N) / int((counts_C > 0).sum()) / counts_C[label_N]
+    return top1_N
+
+
+def _half_width(score: dict[str, float | None]) -> float | None:
+    low, high = score["low"], score["high"]
+    return None if low is None or high is None else (high - low) / 2

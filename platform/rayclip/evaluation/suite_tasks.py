@@ -1,0 +1,192 @@
+"""What is measured on a data set of a suite, each task from its features alone.
+
+Shapes: N pictures, M captions, C classes, T templates, P prompts, E embedding, W width before the projection.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from rayclip.config import SuiteConfig
+from rayclip.errors import UserError
+from rayclip.evaluation import scoring
+from rayclip.evaluation.calibration import (
+    calibration_error,
+    confusions,
+    reliability,
+    write_confusions,
+    write_reliability,
+)
+from rayclip.evaluation.features import FeatureFolder
+from rayclip.evaluation.linear_probe import METRICS, Metric, Split, few_shot, linear_probe
+from rayclip.evaluation.reports import ANSWERS
+from rayclip.evaluation.retrieval import recall_at_k
+from rayclip.evaluation.suite import DataSet
+from rayclip.files import whole_file
+from rayclip.inference.zero_shot import class_prompts, mean_of_prompts
+
+Result = dict[str, Any]
+
+_VALIDATION_ONE_IN = 5
+
+_MAIN_FIGURE = {"accuracy": "top1", "image_recall_at_1": "text_to_image.recall_at_1"}
+"""The figure that a data set's metric names, where it is called otherwise."""
+
+
+class Measured(NamedTuple):
+    """What a task is given: features by what they are of (pictures, prompts, train), and a folder to write into."""
+
+    dataset: DataSet
+    config: SuiteConfig
+    logit_scale: float
+    features: Mapping[str, FeatureFolder]
+    folder: Path
+
+
+def measure(measured: Measured) -> Result:
+    """All tasks of a data set, and the figure that stands for it. Plain values. Raises UserError."""
+    dataset = measured.dataset
+    result: Result = {
+        "title": dataset.title,
+        "metric": dataset.config.metric,
+        "num_samples": dataset.manifest.total_samples,
+        "num_classes": len(dataset.class_names),
+        "source": dataset.manifest.folder,
+        "source_digest": dataset.manifest.digest,
+        "notes": list(dataset.notes),
+    }
+    try:
+        result |= {task: TASKS[task](measured) for task in dataset.config.tasks}
+    except UserError as error:
+        raise UserError(f"data set '{dataset.name}': {error}") from None
+    name = _MAIN_FIGURE.get(dataset.config.metric, dataset.config.metric)
+    found = [result[task]["figures"][name] for task in dataset.config.tasks if name in result[task]["figures"]]
+    if not found:
+        raise UserError(f"data set '{dataset.name}': its tasks give no {dataset.config.metric}: set metric, or labels")
+    return {**result, "score": found[0]}
+
+
+def _zero_shot(measured: Measured) -> Result:
+    dataset = measured.dataset
+    num_classes = len(dataset.class_names)
+    prompts_PE = measured.features["prompts"].texts()
+    _, rows_TC = class_prompts(dataset.class_names, dataset.templates)
+    pictures = measured.features["pictures"].pictures()
+    if dataset.config.labels == "multi":
+        scores = scoring.score(pictures, mean_of_prompts(prompts_PE, rows_TC))
+        return {"templates": list(dataset.templates), "figures": _plain(scoring.multi_label_figures(scores))}
+    answers = scoring.answer(pictures, prompts_PE, rows_TC, measured.logit_scale, keep_scores=num_classes == 2)
+    if not dataset.config.allow_empty_classes:
+        scoring.check_classes(answers, dataset.class_names)
+    _write_answers(measured.folder / ANSWERS, answers)
+    return {
+        "templates": scoring.template_report(answers, dataset.templates),
+        "figures": _plain(scoring.figures(answers, num_classes)),
+        "chance_top1": 1 / num_classes,
+        **_calibration(measured, answers),
+    }
+
+
+def _calibration(measured: Measured, answers: scoring.Answers) -> Result:
+    """How far confidence may be believed, and what is taken for what; both as pictures in the folder too."""
+    names = measured.dataset.class_names
+    bins = reliability(answers.confidence_N, answers.correct)
+    found = confusions(answers.label_N, answers.answer_N, len(names))
+    write_reliability(measured.folder / "calibration.png", bins)
+    if found:
+        write_confusions(measured.folder / "confusions.png", found, names)
+    told = [{"label": names[c.label], "answer": names[c.answer], "count": c.count, "share": c.share} for c in found]
+    return {"calibration_error": calibration_error(bins), "confusions": told}
+
+
+def _retrieval(measured: Measured) -> Result:
+    parts = measured.features["pictures"].captioned()
+    images_NE, texts_ME, counts_N = (torch.cat(column) for column in zip(*parts, strict=True))
+    recall = recall_at_k(images_NE, texts_ME, torch.arange(len(images_NE)).repeat_interleave(counts_N))
+    sizes = {name: int(recall.pop(name)) for name in ("num_images", "num_texts")}
+    shares = {}
+    for name, value in recall.items():
+        total = sizes["num_images" if name.startswith("image") else "num_texts"]
+        shares[name] = scoring.share_of(round(value * total), total)
+    return {**sizes, "figures": _plain(shares)}
+
+
+def _linear_probe(measured: Measured) -> Result:
+    train, validation, test = _splits(measured)
+    metric = measured.dataset.config.metric
+    probe = linear_probe(train, validation, test, len(measured.dataset.class_names), _metric_of(measured))
+    count = round(probe.value * len(test.targets))
+    figure = scoring.share_of(count, len(test.targets)) if metric == "accuracy" else scoring.Figure(probe.value)
+    return {
+        "strength": probe.search.strength,
+        "iterations": probe.fit.iterations,
+        "num_train": len(train.targets) + len(validation.targets),
+        "figures": _plain({_MAIN_FIGURE.get(metric, metric): figure}),
+    }
+
+
+def _few_shot(measured: Measured) -> Result:
+    config, dataset = measured.config, measured.dataset
+    metric = _metric_of(measured)
+    found = few_shot(*_splits(measured), len(dataset.class_names), config.shots, config.seeds, metric)
+    return {
+        "seeds": config.seeds,
+        "figures": _plain({f"shots_{few.shots}": scoring.Figure(few.mean, few.low, few.high) for few in found}),
+    }
+
+
+def _metric_of(measured: Measured) -> Metric:
+    name = measured.dataset.config.metric
+    if name not in METRICS:
+        raise UserError(f"metric {name} is not one of a linear probe: {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def _splits(measured: Measured) -> tuple[Split, Split, Split]:
+    """Features before the projection, of training, validation and test."""
+    train, test = (_split(measured, name) for name in ("train", "pictures"))
+    if "validation" in measured.features:
+        return train, _split(measured, "validation"), test
+    order_N = torch.randperm(len(train.targets), generator=torch.Generator().manual_seed(0))
+    held = len(order_N) // _VALIDATION_ONE_IN
+    return train[order_N[held:]], train[order_N[:held]], test
+
+
+def _split(measured: Measured, name: str) -> Split:
+    multi, num_classes = measured.dataset.config.labels == "multi", len(measured.dataset.class_names)
+    parts = [
+        (part.features_NE, part.targets(num_classes) if multi else part.labels)
+        for part in measured.features[name].pictures(pooled=True)
+    ]
+    return Split(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+TASKS: dict[str, Callable[[Measured], Result]] = {
+    "zero_shot": _zero_shot,
+    "retrieval": _retrieval,
+    "linear_probe": _linear_probe,
+    "few_shot": _few_shot,
+}
+"""Tasks by name; each gives `figures`, by name, and what else there is to tell."""
+
+
+def _plain(figures: Mapping[str, scoring.Figure]) -> dict[str, dict[str, float | None]]:
+    return {name: figure._asdict() for name, figure in figures.items()}
+
+
+def _write_answers(path: Path, answers: scoring.Answers) -> None:
+    """What two models are compared by, picture by picture."""
+    columns = {"label": answers.label_N, "answer": answers.answer_N, "rank": answers.rank_N}
+    table = pa.table(
+        {
+            "id": answers.ids,
+            **{name: column.numpy().astype("int32") for name, column in columns.items()},
+            "confidence": answers.confidence_N.numpy(),
+        }
+    )
+    with whole_file(path) as target:
+        pq.write_table(table, target, compression="zstd")
