@@ -4,6 +4,7 @@ The driver checks everything that can be wrong before anything is started, opens
 the workers alive, shows how far they are, and registers the best checkpoint at the end.
 """
 
+import os
 import subprocess
 import threading
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayclip import __version__
 from rayclip.config import ModelConfig, TrainConfig
@@ -69,7 +71,8 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
 
     version = code_version()
     run_id = _open_mlflow_run(config, uri, folder, record, spec, version)
-    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     job = Job(config, spec, total_samples, str(folder.path), uri, run_id, version, monitor)
     succeeded = False
     try:
@@ -126,7 +129,12 @@ def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
 
 
 def code_version() -> str:
-    """The commit that the code is at, marked where it was changed since; the package's version outside git."""
+    """The commit that the code is at, marked where it was changed since; the package's version outside git.
+
+    A submitted job runs outside git, and is told.
+    """
+    if told := os.environ.get("RAYCLIP_CODE_VERSION"):
+        return told
     root = Path(__file__).parent
     try:
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
