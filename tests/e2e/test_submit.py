@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -125,11 +124,10 @@ def only_error(code, _, noted):
 
 
 def test_who_has_no_token_or_a_wrong_one_is_told_so(cluster):
-    assert "asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in only_error(
-        cluster.submit("list", token="")
-    )
-    assert "does not take this token" in only_error(cluster.submit("list", token="another"))
-    assert cluster.submit("list").returncode == 0
+    without, wrong, right = [cluster.submit("list", token=token, wait=False) for token in ("", "another", TOKEN)]
+    assert "asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in only_error(*ended(without))
+    assert "does not take this token" in only_error(*ended(wrong))
+    assert ended(right) == (0, "  no jobs  \n", "")
 
 
 def test_what_the_cluster_cannot_place_is_not_submitted(cluster, training):
@@ -161,16 +159,17 @@ def test_a_training_goes_on_when_a_node_is_killed(cluster, training):
 
 def test_a_job_s_failure_and_its_stop_come_back(cluster, training):
     folder, _, arguments = training
-    shutil.rmtree(folder / "runs")
-    code, failing, noted = cluster.submit("index", f"{folder}/nothing", "--detach")
-    assert code == 0, noted
-    _, endless, noted = cluster.submit(*arguments, "epochs=1000", "--detach")
+    # The cluster says that it may grow to eight GPUs: the second is taken, and waits for them.
+    failing = cluster.submit("index", f"{folder}/nothing", "--detach", wait=False)
+    waiting = cluster.submit(*arguments, "name=waiting", "cluster.use_gpu=true", "--detach", wait=False)
+    (_, failing, notes), (_, waiting, more) = ended(failing), ended(waiting)
+    assert failing and waiting, notes + more
     code, shown, noted = cluster.submit("logs", failing.strip())
     assert code == 2, noted
     assert f"error: '{folder}/nothing' is not a folder" in shown
-    assert cluster.submit("stop", endless.strip())[1] == f"{endless.strip()} stopped\n"
+    assert cluster.submit("stop", waiting.strip())[1] == f"{waiting.strip()} stopped\n"
     listed, unknown = cluster.submit("list", wait=False), cluster.submit("status", "another", wait=False)
-    assert f"{endless.strip()}  stopped" in ended(listed)[1]
+    assert f"{waiting.strip()}  stopped" in ended(listed)[1]
     assert "does not exist" in only_error(*ended(unknown))
 
 

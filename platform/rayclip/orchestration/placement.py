@@ -44,7 +44,8 @@ def shortage(bundles: list[Bundle], capacity: Capacity) -> str | None:
     if _fits(bundles, capacity.nodes):
         return None
     need, has = total(bundles), total(capacity.nodes)
-    if all(capacity.most.get(name, 0) >= amount for name, amount in need.items()):
+    may_have = {name: max(has.get(name, 0), capacity.most.get(name, 0)) for name in need}
+    if capacity.most and all(may_have[name] >= amount for name, amount in need.items()):
         return None
     largest = max(bundles, key=lambda bundle: (bundle.get("GPU", 0), bundle["CPU"]))
     wants = f"it needs {told(need)}, up to {told(largest)} on one node"

@@ -19,6 +19,7 @@ from aiohttp import ClientError
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 
 from rayclip.errors import UserError
 from rayclip.orchestration.placement import Capacity, most_of
@@ -59,7 +60,9 @@ class Cluster:
     def capacity(self) -> Capacity:
         """Its nodes as they are, and what they may grow to."""
         with self._explained():
-            nodes = list_nodes(address=self.address, filters=[("state", "=", "ALIVE")], limit=10_000, detail=True)
+            # Ray takes the nodes that a filter leaves out, as those that have died, for missing output.
+            alive = [("state", "=", "ALIVE")]
+            nodes = list_nodes(self.address, alive, limit=10_000, detail=True, raise_on_missing_output=False)
         return Capacity([node.resources_total for node in nodes], most_of([node.labels for node in nodes]))
 
     def submit(self, job: str, name: str, arguments: list[str], code_version: str) -> str:
@@ -142,7 +145,7 @@ class Cluster:
             raise UserError(f"no Ray cluster answers at {self.address}: {_first_line(error)}") from None
         except UserError:
             raise
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, RayStateApiException) as error:
             raise UserError(f"the cluster at {self.address} says: {_first_line(error)}") from None
 
     def _explain_token(self, error: str) -> NoReturn:
