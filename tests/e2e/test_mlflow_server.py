@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def server(s3, tmp_path):
     stores = {
         "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/mlflow.db",
         "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{BUCKET}/mlflow",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     assert all(set(stores) <= names for names in commands()[2])
     here = [{"--port=5000": f"--port={port}", "--host=0.0.0.0": "--host=127.0.0.1"}.get(a, a) for a in arguments]
@@ -66,14 +68,17 @@ def server(s3, tmp_path):
         env={**os.environ, **stores},
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
+        start_new_session=True,  # its workers go with it
     )
-    deadline = time.monotonic() + WAIT_S
-    while status(f"http://127.0.0.1:{port}/health") != 200:
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(30)
+    try:
+        deadline = time.monotonic() + WAIT_S
+        while status(f"http://127.0.0.1:{port}/health") != 200:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def status(url, host=None):
