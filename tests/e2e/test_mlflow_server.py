@@ -19,7 +19,7 @@ from moto.server import ThreadedMotoServer
 from rayclip.tracking import mlflow as tracking
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "infra/mlflow"
-BUCKET, WAIT_S = "runs", 90
+BUCKET, WAIT_S = "runs", 180
 
 
 def commands():
@@ -120,7 +120,7 @@ def test_a_run_goes_through_the_server_into_database_and_bucket(server, s3, tmp_
     assert json.loads(Path(client.download_artifacts(run_id, "config.json", str(tmp_path))).read_text()) == {
         "optimizer": {"lr": 0.1}
     }
-    bucket = boto3.client("s3", endpoint_url=s3, aws_access_key_id="test")
+    bucket = boto3.client("s3", endpoint_url=s3, aws_access_key_id="test", aws_secret_access_key="test")
     keys = {found["Key"] for found in bucket.list_objects_v2(Bucket=BUCKET)["Contents"]}
     assert {key.partition(run_id)[2] for key in keys} == {"/artifacts/config.json", "/artifacts/pictures/sheet.png"}
     assert all(key.startswith("mlflow/") for key in keys)
