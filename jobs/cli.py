@@ -1,5 +1,6 @@
-"""What every job's command line has in common: CONFIG key=value ... --json PATH, --help, one-line errors."""
+"""What every job's command line has in common: CONFIG key=value ... --json PATH, --check, --help, one-line errors."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,9 +47,10 @@ def _run(
     wanted = (*positional, *["config.yaml"] * from_file)
     if not arguments or "--help" in arguments or "-h" in arguments:
         usage = " ".join([f"python -m jobs.{Path(sys.argv[0]).stem}", *(name.upper() for name in wanted)])
-        print(f"usage: {usage} [key=value ...] [--json PATH]\n\n{describe(schema)}")
+        print(f"usage: {usage} [key=value ...] [--json PATH] [--check]\n\n{describe(schema)}")
         return 0 if arguments else 2
-    arguments, json_path = _take_option(arguments, "--json")
+    arguments, json_path = take_option(arguments, "--json")
+    check, arguments = "--check" in arguments, [argument for argument in arguments if argument != "--check"]
     if wanted[0].endswith("..."):
         arguments = _gather(arguments)
     if len(arguments) < len(wanted):
@@ -60,8 +62,11 @@ def _run(
         f"{key.removesuffix('...')}={value}" for key, value in zip(positional, given, strict=False)
     ] + overrides
     config = load(schema, given[-1] if from_file else None, overrides)
-    summary = main(config)
-    write_json(Path(json_path) if json_path else summary_path(config), summary)
+    path = Path(json_path) if json_path else summary_path(config)
+    if check:  # the settings alone; what a submitted job will be is read here
+        print(json.dumps({"kind": schema.__name__, "summary": str(path), "config": config.model_dump(mode="json")}))
+        return 0
+    write_json(path, main(config))
     return 0
 
 
@@ -72,7 +77,8 @@ def print_table(rows: list[tuple[str, str]]) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
-def _take_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:
+def take_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:
+    """The arguments without an option, and its value where it is given. Raises UserError where that is missing."""
     if name not in arguments:
         return arguments, None
     at = arguments.index(name)

@@ -8,6 +8,7 @@ import ray
 from ray.data import DataContext  # sets log levels as it is imported: before _quieten does
 
 from rayclip.errors import UserError
+from rayclip.orchestration.placement import most_of
 
 _LEAST_LOGICAL_CPUS = 4  # two workers, a reader, and one to spare
 _ROOT = Path(__file__).resolve().parents[3]
@@ -37,9 +38,10 @@ def connect(local_cpus: int = 0) -> None:
 
 
 def check_resources(needed: dict[str, float], what: str) -> None:
-    """Raise UserError where the cluster could never place `needed`, in total."""
+    """Raise UserError where the cluster could never place `needed`, in total, however far it grows."""
     has = ray.cluster_resources()
-    short = {name: amount for name, amount in needed.items() if has.get(name, 0) < amount}
+    most = most_of([node["Labels"] for node in ray.nodes() if node["Alive"]])
+    short = {name for name, amount in needed.items() if max(has.get(name, 0), most.get(name, 0)) < amount}
     if short:
         wants = ", ".join(f"{amount:g} {name}" for name, amount in needed.items() if amount)
         holds = ", ".join(f"{has.get(name, 0):g} {name}" for name in needed)

@@ -5,6 +5,7 @@ the workers alive, shows how far they are, and registers the best checkpoint at 
 """
 
 import math
+import os
 import subprocess
 import threading
 from collections.abc import Callable
@@ -145,7 +146,12 @@ def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
 
 
 def code_version() -> str:
-    """The commit that the code is at, marked where it was changed since; the package's version outside git."""
+    """The commit that the code is at, marked where it was changed since; the package's version outside git.
+
+    A submitted job runs outside git, and is told.
+    """
+    if told := os.environ.get("RAYCLIP_CODE_VERSION"):
+        return told
     root = Path(__file__).parent
     try:
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

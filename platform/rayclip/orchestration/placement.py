@@ -1,0 +1,91 @@
+"""Whether a cluster can place a job: what the job takes at once, against the nodes that there are and that may come."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rayclip.config import ClusterConfig, Config, WorkersConfig
+
+Bundle = dict[str, float]
+"""Resources that one process takes of one node, or that a node has: {"CPU": 4, "GPU": 1}."""
+
+MOST_LABELS = {"CPU": "rayclip/max-cpus", "GPU": "rayclip/max-gpus"}
+"""Labels of a node, usually the head, that say what an autoscaler may grow the cluster to: Ray's API does not."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The nodes of a cluster, and what all of them may come to."""
+
+    nodes: list[Bundle]
+    most: Bundle
+    """Empty where the cluster does not say that it grows."""
+
+
+def most_of(labels: Sequence[Mapping[str, str]]) -> Bundle:
+    """What the cluster may grow to in all, by its nodes' labels."""
+    said = {name: [node[key] for node in labels if key in node] for name, key in MOST_LABELS.items()}
+    return {name: max(float(value) for value in values) for name, values in said.items() if values}
+
+
+def demand(config: Config) -> list[Bundle]:
+    """What a job takes of the cluster at once, a bundle a process. The job's own process takes none."""
+    workers = getattr(config, "cluster", None)
+    if isinstance(workers, ClusterConfig):
+        return [_worker(workers)] * _least(workers) + [{"CPU": getattr(workers, "reader_cpus", 1.0)}]
+    if isinstance(workers, WorkersConfig):
+        return [_worker(workers)] * workers.num_workers
+    inner = [getattr(config, name) for name in type(config).model_fields]
+    # Else one task, or what the first job takes that this one starts.
+    return next((demand(value) for value in inner if hasattr(value, "cluster")), [{"CPU": 1.0}])
+
+
+def shortage(bundles: list[Bundle], capacity: Capacity) -> str | None:
+    """What is missing, in words, or None: the nodes have room for every bundle at once, or may come to have it."""
+    if _fits(bundles, capacity.nodes):
+        return None
+    need, has = total(bundles), total(capacity.nodes)
+    may_have = {name: max(has.get(name, 0), capacity.most.get(name, 0)) for name in need}
+    if capacity.most and all(may_have[name] >= amount for name, amount in need.items()):
+        return None
+    largest = max(bundles, key=lambda bundle: (bundle.get("GPU", 0), bundle["CPU"]))
+    wants = f"it needs {told(need)}, up to {told(largest)} on one node"
+    grows = f", which may grow to {told(capacity.most)}" if capacity.most else ""
+    return f"{wants}; the cluster has {told({name: has.get(name, 0) for name in need})} on {_count(capacity)}{grows}"
+
+
+def total(bundles: Iterable[Bundle]) -> Bundle:
+    """The sum."""
+    summed: Bundle = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            summed[name] = summed.get(name, 0) + amount
+    return summed
+
+
+def told(bundle: Bundle) -> str:
+    """In words."""
+    return ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+
+
+def _worker(workers: ClusterConfig | WorkersConfig) -> Bundle:
+    return {"CPU": workers.cpus_per_worker} | ({"GPU": 1.0} if workers.use_gpu else {})
+
+
+def _least(workers: ClusterConfig) -> int:
+    return getattr(workers, "min_workers", workers.num_workers)
+
+
+def _fits(bundles: list[Bundle], nodes: list[Bundle]) -> bool:
+    """First fit, the largest first; nodes without a GPU are filled first, to leave the others to who needs them."""
+    free = [dict(node) for node in sorted(nodes, key=lambda node: node.get("GPU", 0))]
+    for bundle in sorted(bundles, key=lambda bundle: (-bundle.get("GPU", 0), -bundle["CPU"])):
+        node = next((n for n in free if all(n.get(name, 0) >= amount for name, amount in bundle.items())), None)
+        if node is None:
+            return False
+        for name, amount in bundle.items():
+            node[name] -= amount
+    return True
+
+
+def _count(capacity: Capacity) -> str:
+    return f"{len(capacity.nodes)} node{'s' * (len(capacity.nodes) != 1)}"
