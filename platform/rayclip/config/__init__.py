@@ -3,6 +3,7 @@
 from rayclip.config.base import Config
 from rayclip.config.benchmark import BenchmarkConfig
 from rayclip.config.data import (
+    CurateConfig,
     DataConfig,
     EmojiConfig,
     FolderConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "ConvertConfig",
+    "CurateConfig",
     "DataConfig",
     "EmaConfig",
     "EmbedConfig",
