@@ -38,7 +38,7 @@ _IMAGE_SIZE, _CONTEXT = 224, 77
 _SCALE, _RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
 _BATCH = 128
 _SHARD, _CHUNK = 256, 64
-_PASSES_THROUGH_RAY = 12
+_PASSES_THROUGH_RAY = 8
 _SETTLED = 0.25
 """Share of the samples after which the rate through Ray is measured: workers have started, buffers are full."""
 

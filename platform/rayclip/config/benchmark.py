@@ -22,7 +22,7 @@ class BenchmarkConfig(Config):
     micro_batch_size: int | None = Field(None, gt=0, description="pairs in the towers at once in a step; None: all")
     precision: Precision = Field("float32", description="of both sides' towers in a step")
     compile: bool = Field(False, description="torch.compile on both sides of a step: token-wise parts, open_clip whole")
-    pictures: int = Field(1024, gt=0, description="of each size that are loaded")
+    pictures: int = Field(512, gt=0, description="of each size that are loaded")
     samples_per_s: float = Field(2_000.0, gt=0, description="of one GPU: how many cores would feed it is told")
     window_s: float = Field(8.0, gt=0, description="length of a window under load")
     cases: tuple[Literal["ViT-B/32", "small"], ...] = Field(("ViT-B/32", "small"), description="models to serve")
