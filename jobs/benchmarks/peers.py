@@ -21,6 +21,12 @@ def load_open_clip() -> ModuleType:
     return importlib.import_module("open_clip")
 
 
+def load_open_clip_data() -> ModuleType:
+    """The module with the data pipelines of open_clip's training script."""
+    load_open_clip()
+    return importlib.import_module("open_clip_train.data")
+
+
 def load_transformers() -> ModuleType:
     """Hugging Face's transformers, or a UserError that says how to get it."""
     if importlib.util.find_spec("transformers") is None:

@@ -3,6 +3,7 @@
 from rayclip.config.base import Config
 from rayclip.config.benchmark import BenchmarkConfig
 from rayclip.config.data import (
+    CurateConfig,
     DataConfig,
     DigitsConfig,
     EmojiConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "CompareConfig",
     "Config",
     "ConvertConfig",
+    "CurateConfig",
     "DataConfig",
     "DataSetConfig",
     "DigitsConfig",

@@ -11,9 +11,9 @@ from rayclip.config.training import Precision
 class BenchmarkConfig(Config):
     """python -m jobs.benchmark"""
 
-    name: Literal["tokenizer", "text_tower", "step", "loss", "serve", "batching", "linear_probe", "features"] = Field(
-        description="what is measured"
-    )
+    name: Literal[
+        "tokenizer", "text_tower", "step", "loss", "serve", "batching", "linear_probe", "features", "loader"
+    ] = Field(description="what is measured")
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
     samples: int = Field(20_000, gt=0, description="captions to tokenise, pictures to extract")
     probe_samples: int = Field(10_000, ge=1000, description="samples that a linear probe is fitted on")
@@ -23,6 +23,8 @@ class BenchmarkConfig(Config):
     micro_batch_size: int | None = Field(None, gt=0, description="pairs in the towers at once in a step; None: all")
     precision: Precision = Field("float32", description="of both sides' towers in a step")
     compile: bool = Field(False, description="torch.compile on both sides of a step: token-wise parts, open_clip whole")
+    pictures: int = Field(512, gt=0, description="of each size that are loaded")
+    samples_per_s: float = Field(2_000.0, gt=0, description="of one GPU: how many cores would feed it is told")
     window_s: float = Field(8.0, gt=0, description="length of a window under load")
     cases: tuple[Literal["ViT-B/32", "small"], ...] = Field(("ViT-B/32", "small"), description="models to serve")
     model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")

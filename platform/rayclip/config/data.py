@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rayclip.config.base import Config
+from rayclip.config.offline import WorkersConfig
 
 
 class DataConfig(Config):
@@ -16,6 +17,12 @@ class DataConfig(Config):
     )
     crop_scale: tuple[float, float] = Field((0.9, 1.0), description="share of the picture's area that a crop keeps")
     crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="a crop's width over its height")
+    flip: float = Field(0.0, ge=0, le=1, description="share of pictures that are mirrored; captions may name a side")
+    colour_jitter: tuple[float, float, float, float] = Field(
+        (0.0, 0.0, 0.0, 0.0), description="most change of brightness, contrast, saturation; of hue, in turns"
+    )
+    colour_jitter_share: float = Field(0.8, ge=0, le=1, description="share of pictures whose colours are changed so")
+    grey: float = Field(0.0, ge=0, le=1, description="share of pictures that lose their colours")
     shuffle_window: int = Field(8, gt=0, description="chunks fetched together, their samples mixed among each other")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unreadable samples that stops the run")
 
@@ -125,3 +132,31 @@ class IndexConfig(Config):
 
     path: str = Field(description="folder of tar shards in the WebDataset layout")
     chunk_samples: int = Field(64, gt=0, description="neighbouring samples that one read fetches")
+
+
+class CurateConfig(Config):
+    """python -m jobs.curate"""
+
+    data: str = Field(description="folder of a data set: tar shards and their manifest.parquet")
+    output: str = Field(description="folder of the new data set; a run that was interrupted goes on in it")
+    queries: str | None = Field(None, description="file of queries, one a line; None mines them from the captions")
+    min_count: int = Field(100, gt=0, description="times that a mined query occurs in the captions at least")
+    min_pmi: float = Field(10.0, description="least pointwise mutual information of a mined pair of words, in bits")
+    max_queries: int = Field(500_000, gt=0, description="most mined queries, the commonest first")
+    pairs_per_query: int = Field(20_000, gt=0, description="pairs that a query keeps, beside those of rarer ones")
+    keep_unmatched: bool = Field(False, description="keep pairs that no query finds")
+    max_distance: int | None = Field(
+        2, ge=0, le=8, description="bits of the 64 in which near duplicates differ at most; None leaves those in"
+    )
+    min_words: int = Field(2, ge=0, description="words that a caption has at least")
+    max_characters: int = Field(1000, gt=0, description="characters that a caption has at most")
+    min_letters: float = Field(0.5, ge=0, le=1, description="share of letters, of any script, beside white space")
+    min_side: int = Field(64, gt=0, description="least shorter side of a picture in pixels")
+    max_aspect: float = Field(3.0, ge=1, description="most longer side over shorter")
+    scores: str | None = Field(None, description="output of jobs.embed on this data set: pairs are judged by a model")
+    min_score: float = Field(0.2, ge=-1, le=1, description="least cosine of picture and caption by that model")
+    seed: int = Field(0, ge=0, description="of what is drawn, each pair by its name")
+    part_samples: int = Field(10_000, gt=0, description="samples of the old data set that a new shard is chosen from")
+    chunk_samples: int = Field(64, gt=0, description="neighbouring samples that one read fetches from the new one")
+    cluster: WorkersConfig = Field(WorkersConfig(), description="what it runs on")
+    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of unreadable samples that stops the run")

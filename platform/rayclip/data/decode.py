@@ -2,11 +2,13 @@
 
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from rayclip.data.formats.tar import Sample
+from rayclip.data.jpeg import EXIF_ORIENTATION, Box, crop_jpeg, jpeg_size
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 GUARD_CAUSES = ("loss_not_finite", "gradient_not_finite", "loss_spike", "logit_scale_collapsed")
@@ -24,8 +26,6 @@ CAUSES = (
     *GUARD_CAUSES,
 )
 """Why a sample was skipped; its index in this tuple is the code that travels with the stream."""
-
-Box = tuple[float, float, float, float]
 
 
 class BadSampleError(Exception):
@@ -54,15 +54,43 @@ def read_captions(sample: Sample) -> list[str]:
     return [line.strip() for line in read_caption(sample).splitlines() if line.strip()]
 
 
+def image_bytes(sample: Sample) -> bytes:
+    """The file of the sample's picture. Raises BadSampleError where there is none."""
+    for extension in IMAGE_EXTENSIONS:
+        if extension in sample:
+            return sample[extension]
+    raise BadSampleError("no_image")
+
+
 def read_image(sample: Sample) -> Image.Image:
-    """The sample's picture, opened but not yet decoded. Raises BadSampleError."""
-    data = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
-    if data is None:
-        raise BadSampleError("no_image")
+    """The sample's picture, upright, opened but for most files not yet decoded. Raises BadSampleError."""
+    return open_image(image_bytes(sample))
+
+
+def open_image(data: bytes) -> Image.Image:
+    """A picture's file, opened and upright. Raises BadSampleError."""
     try:
-        return Image.open(io.BytesIO(data))
-    except (OSError, ValueError, Image.DecompressionBombError):
+        image = Image.open(io.BytesIO(data))
+        if "exif" in image.info and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            return ImageOps.exif_transpose(image)
+        return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise BadSampleError("image_undecodable") from None
+
+
+def crop_picture(data: bytes, choose_box: Callable[[int, int], Box], size: int) -> np.ndarray:
+    """The part of a picture's file that `choose_box(width, height)` names, resized, uint8 [size, size, 3].
+
+    An ordinary JPEG is decoded by libjpeg-turbo; PIL decodes all else, and says what is broken. Raises
+    BadSampleError.
+    """
+    picture = jpeg_size(data)
+    if picture is not None:
+        crop = crop_jpeg(data, picture, choose_box(*picture), size)
+        if crop is not None:
+            return crop
+    image = open_image(data)
+    return crop_to_array(image, choose_box(*image.size), size)
 
 
 def crop_to_array(image: Image.Image, box: Box, size: int) -> np.ndarray:

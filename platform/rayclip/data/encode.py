@@ -7,11 +7,11 @@ from PIL import Image, ImageOps
 from rayclip.config import IngestConfig
 from rayclip.data.decode import BadSampleError, to_rgb
 from rayclip.data.formats.tar import Sample
+from rayclip.data.jpeg import EXIF_ORIENTATION
 from rayclip.data.sources import Record
 
 _READABLE = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _PIL_NAMES = {extension: name for name, extension in _READABLE.items()}
-_EXIF_ORIENTATION = 0x0112
 
 
 def to_sample(record: Record, key: str, config: IngestConfig) -> Sample:
@@ -30,7 +30,7 @@ def encode_image(image: bytes | Image.Image, config: IngestConfig) -> tuple[str,
         picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
         picture.load()
         extension = _READABLE.get(picture.format or "", "png") if config.image_format == "keep" else config.image_format
-        upright = picture.getexif().get(_EXIF_ORIENTATION, 1) == 1
+        upright = picture.getexif().get(EXIF_ORIENTATION, 1) == 1
         small = config.shorter_side is None or min(picture.size) <= config.shorter_side
         if isinstance(image, bytes) and upright and small and _PIL_NAMES[extension] == picture.format:
             return extension, image

@@ -16,11 +16,12 @@ A batch is a dict of arrays over its samples:
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
-from rayclip.data.decode import CAUSES, BadSampleError, crop_to_array, random_box, read_caption, read_image
+from rayclip.data.augment import NUM_DRAWS, Augmentation
+from rayclip.data.decode import CAUSES, BadSampleError, crop_picture, image_bytes, random_box, read_caption
 from rayclip.data.formats.tar import Sample, read_samples
 from rayclip.data.ledger import Ledger
 from rayclip.data.manifest import Manifest
@@ -47,6 +48,7 @@ class StreamSpec:
     crop_ratio: tuple[float, float]
     fraction: float = 1.0
     """Share of the data set's chunks that the stream is made of; `digest` is of the whole."""
+    augmentation: Augmentation = Augmentation()  # noqa: RUF009 (frozen)
 
 
 @lru_cache(maxsize=4)
@@ -115,17 +117,19 @@ class Stream:
     def read(self, window: int) -> Batch:
         """All samples of one window that the ledger lacks, in the window's order."""
         ledger = self.ledger()
-        blocks = []
         positions = self.order.positions(window, self.spec.end)
-        for position, chunk in zip(positions.tolist(), self.order.chunks(positions).tolist(), strict=True):
-            rows = ledger.remaining_rows(position)
+        remaining = [ledger.remaining_rows(position) for position in positions.tolist()]
+        counts = [len(rows) for rows in remaining]
+        block = self.padding(sum(counts))
+        position, row = np.repeat(positions, counts), np.concatenate([*remaining, np.empty(0, dtype=np.int32)])
+        mixed = self.order.mix_rows(position, row)
+        block["position"][:], block["row"][:] = position[mixed], row[mixed]
+        places = np.argsort(mixed)  # where each sample goes, in the order in which they are read
+        for chunk, rows in zip(self.order.chunks(positions).tolist(), remaining, strict=True):
             if len(rows):
-                blocks.append(self._read_chunk(position, chunk, rows))
-        if not blocks:
-            return self.padding(0)
-        block = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
-        mixed = self.order.mix_rows(block["position"], block["row"])
-        return {name: array[mixed] for name, array in block.items()}
+                self._read_chunk(chunk, rows, places[: len(rows)], block)
+            places = places[len(rows) :]
+        return block
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """The stream in this process, cut into batches; the last one may be smaller."""
@@ -167,34 +171,31 @@ class Stream:
             "cause": np.zeros(num_samples, dtype=np.int8),
         }
 
-    def _read_chunk(self, position: int, chunk: int, rows: np.ndarray) -> Batch:
-        block = self.padding(len(rows))
-        block["position"][:] = position
-        block["row"][:] = rows
+    def _read_chunk(self, chunk: int, rows: np.ndarray, places: np.ndarray, block: Batch) -> None:
+        """Read the chunk's `rows` into the block at `places`, where position and row stand already."""
         try:
             samples = read_samples(self.manifest.read_chunk(chunk))
         except (OSError, tarfile.TarError):
-            block["cause"][:] = CAUSES.index("chunk_unreadable")
-            return block
+            block["cause"][places] = CAUSES.index("chunk_unreadable")
+            return
         captions, readable = [], []
-        # Four draws a sample: the area, ratio and place of its crop.
-        draws = uniform(self.spec.seed, position, rows[:, None], np.arange(4))
-        for i, row in enumerate(rows.tolist()):
+        # The area, ratio and place of a sample's crop, then what its augmentation takes.
+        draws = uniform(self.spec.seed, block["position"][places, None], rows[:, None], np.arange(4 + NUM_DRAWS))
+        for row, place, sample_draws in zip(rows.tolist(), places.tolist(), draws, strict=True):
             try:
-                block["image"][i], caption = self._decode(samples, row, draws[i])
+                block["image"][place], caption = self._decode(samples, row, sample_draws)
             except BadSampleError as error:
-                block["cause"][i] = CAUSES.index(error.cause)
+                block["cause"][place] = CAUSES.index(error.cause)
             else:
                 captions.append(caption)
-                readable.append(i)
+                readable.append(place)
         if readable:
             block["tokens"][readable], block["num_tokens"][readable] = get_tokenizer(self.spec.context_length)(captions)
-        return block
 
     def _decode(self, samples: list[Sample], row: int, draws: np.ndarray) -> tuple[np.ndarray, str]:
         if row >= len(samples):
             raise BadSampleError("sample_missing")
-        caption = read_caption(samples[row])
-        image = read_image(samples[row])
-        box = random_box(image.width, image.height, self.spec.crop_scale, self.spec.crop_ratio, draws)
-        return crop_to_array(image, box, self.spec.image_size), caption
+        caption, data = read_caption(samples[row]), image_bytes(samples[row])
+        choose_box = partial(random_box, scale=self.spec.crop_scale, ratio=self.spec.crop_ratio, draws=draws[:4])
+        pixels = crop_picture(data, choose_box, self.spec.image_size)
+        return self.spec.augmentation.of(pixels, draws[4:]), caption

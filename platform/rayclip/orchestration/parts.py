@@ -34,6 +34,7 @@ _TOLD = {
     "labels_digest": "has other labels or templates",
     "what": "has {there}, not {here}",
     "top_k": "has the best {there} labels, not {here}",
+    "settings": "was made with other settings",
     "part_samples": "has parts of {there} samples, not of {here}",
 }
 

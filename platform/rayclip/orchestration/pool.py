@@ -75,7 +75,7 @@ def run_parts(
     num_new = tally["rows"]["samples"] - num_before
     summary = {
         "output": str(folder.path),
-        "model_version": folder.identity["model_version"],
+        "model_version": folder.identity.get("model_version"),
         "source": folder.identity["source"],
         **tally.pop("rows"),
         **tally,

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayclip import __version__
 from rayclip.config import ModelConfig, TrainConfig
+from rayclip.data.augment import Augmentation
 from rayclip.data.manifest import Manifest
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.errors import UserError
@@ -141,6 +142,9 @@ def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
         context_length=model.text.context_length,
         crop_scale=config.data.crop_scale,
         crop_ratio=config.data.crop_ratio,
+        augmentation=Augmentation(
+            config.data.flip, config.data.colour_jitter, config.data.colour_jitter_share, config.data.grey
+        ),
     )
     return spec, Stream(spec).num_remaining()
 
