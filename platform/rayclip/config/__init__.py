@@ -15,7 +15,7 @@ from rayclip.config.data import (
 from rayclip.config.evaluation import EvaluationConfig, RetrievalTask, Task, ZeroShotTask
 from rayclip.config.model import ModelConfig, ResNetConfig, TextConfig, VisionConfig
 from rayclip.config.offline import ClassifyConfig, ConvertConfig, EmbedConfig, WorkersConfig
-from rayclip.config.scaling import FitConfig, Frontier, LawForm
+from rayclip.config.scaling import FitConfig, Frontier, LawForm, PlanConfig
 from rayclip.config.training import (
     CheckpointConfig,
     ClusterConfig,
@@ -51,6 +51,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PlanConfig",
     "Precision",
     "ResNetConfig",
     "RetrievalTask",
