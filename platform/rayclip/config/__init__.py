@@ -38,6 +38,7 @@ from rayclip.config.scaling import (
     SearchPlan,
     SweepConfig,
 )
+from rayclip.config.scaling import FitConfig, Frontier, LawForm, PlanConfig
 from rayclip.config.training import (
     CheckpointConfig,
     ClusterConfig,
@@ -80,6 +81,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PlanConfig",
     "Precision",
     "Range",
     "ResNetConfig",

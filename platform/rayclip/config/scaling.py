@@ -81,6 +81,7 @@ class FitConfig(Config):
         return self
 
 
+<<<<<<< HEAD
 class Range(Config):
     """A value between two ends, both included; a whole number where both are."""
 
@@ -170,3 +171,46 @@ class SweepConfig(Config):
                     f"{self.plan.grace_samples}: trials are compared where they are measured"
                 )
         return self
+=======
+class PlanConfig(Config):
+    """python -m jobs.plan"""
+
+    law: str | None = Field(None, description="a fit: the folder of jobs.fit, or its summary.json")
+    target_error: float | None = Field(None, gt=0, lt=1, description="error to reach, by the law")
+    gpu_hours: float | None = Field(None, gt=0, description="budget in hours of one GPU")
+    days: float | None = Field(None, gt=0, description="budget in days of num_gpus")
+    money: float | None = Field(None, gt=0, description="budget in what price_per_gpu_hour counts")
+    model: str | None = Field(None, description="a preset; None takes the size that the law or its runs say")
+    samples: float | None = Field(None, ge=1, description="pairs seen; None follows from the law or the budget")
+    unique_samples: float | None = Field(None, ge=1, description="pairs there are, for the number of epochs")
+    num_gpus: int = Field(1, ge=1, description="that train together")
+    flops_per_gpu_s: float | None = Field(None, gt=0, description="measured training FLOP/s of one GPU: the surest")
+    samples_per_s: float | None = Field(None, gt=0, description="measured samples/s of measured_model on measured_gpus")
+    run: str | None = Field(None, description="summary.json of jobs.train, for samples_per_s")
+    measured_model: str | None = Field(None, description="preset that samples_per_s is of; None: model")
+    measured_gpus: int | None = Field(None, ge=1, description="GPUs that samples_per_s is of; None: num_gpus")
+    gpu: str | None = Field(None, description="a known GPU, whose published peak times utilisation is taken")
+    utilisation: float = Field(0.3, gt=0, le=1, description="share of the peak that training reaches, with gpu")
+    price_per_gpu_hour: float | None = Field(None, gt=0, description="in any currency")
+    batch_size: int | None = Field(None, ge=2, description="None: 32,768, halved until a run has 10,000 steps")
+    loader_samples_per_core_s: float | None = Field(None, gt=0, description="pairs that one core decodes, measured")
+    bytes_per_pair: float | None = Field(None, gt=0, description="mean bytes of a stored pair")
+
+    @model_validator(mode="after")
+    def _check(self) -> "PlanConfig":
+        _at_most_one(self, "target_error", "gpu_hours", "days", "money")
+        if _at_most_one(self, "flops_per_gpu_s", "samples_per_s", "run", "gpu") == 0:
+            raise ValueError("a throughput is needed: give flops_per_gpu_s, samples_per_s, run or gpu")
+        if self.money is not None and self.price_per_gpu_hour is None:
+            raise ValueError("money needs price_per_gpu_hour")
+        if self.target_error is not None and self.law is None:
+            raise ValueError("target_error needs a law")
+        return self
+
+
+def _at_most_one(config: Config, *keys: str) -> int:
+    given = [key for key in keys if getattr(config, key) is not None]
+    if len(given) > 1:
+        raise ValueError(f"give one of {', '.join(given)}")
+    return len(given)
+>>>>>>> plan

@@ -72,6 +72,19 @@ class Law:
                     for f in (figures, resampled))  # fmt: skip
         return self._estimate(at[0], at_R)
 
+    def compute_for(self, error: float) -> Estimate:
+        """Compute whose best error this is; no value at or below the limit, and an end at infinity where a resample's
+        limit lies above the error.
+        """
+        figures, resampled = self.form.figures(self.theta_1K), self.form.figures(self.resampled_RK)
+        at, at_R = (_inverse(f, error) for f in (figures, resampled))
+        if not np.isfinite(at[0]):
+            return Estimate(None, reason=f"the law's limit is {figures['limit'][0]:.4g}: no compute reaches {error:g}")
+        tail = tail_probability(self.num_fitted, self.form.num_parameters)
+        usable_R = at_R[~np.isnan(at_R)]
+        low, high = np.quantile(usable_R, [tail, 1 - tail], method="closest_observation")
+        return Estimate(float(at[0]), float(low), float(high))
+
     def best_model(self, compute: float) -> tuple[Estimate, Estimate] | None:
         """GMACs a pair and samples that reach the least error for so much compute; None where the form has no sizes."""
         figures, resampled = self.form.figures(self.theta_1K), self.form.figures(self.resampled_RK)
@@ -88,6 +101,13 @@ class Law:
         tail = tail_probability(self.num_fitted, self.form.num_parameters)
         low, high = np.quantile(usable_R, [tail, 1 - tail])
         return Estimate(float(value), float(low), float(high))
+
+
+def _inverse(figures: dict[str, np.ndarray], error: float) -> np.ndarray:
+    above = np.where(np.isnan(figures["limit"]), np.nan, np.maximum(error - figures["limit"], 0.0))
+    with np.errstate(divide="ignore", over="ignore"):
+        compute = (above / figures["coefficient"]) ** (-1 / figures["exponent"])
+    return np.maximum(compute - figures.get("shift", 0.0), 0.0)
 
 
 def tail_probability(num_fitted: int, num_parameters: int) -> float:

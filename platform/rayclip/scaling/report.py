@@ -67,6 +67,7 @@ def summarise(report: Report) -> dict[str, Any]:
         "source": config.source,
         "form": config.form,
         "frontier": config.frontier,
+        "bins": config.bins,
         "units": UNITS,
         "num_runs": len(report.runs),
         "num_fitted": law.num_fitted if law else 0,
