@@ -34,11 +34,11 @@ from rayclip.config.scaling import (
     LadderConfig,
     LadderPlan,
     LawForm,
+    PlanConfig,
     Range,
     SearchPlan,
     SweepConfig,
 )
-from rayclip.config.scaling import FitConfig, Frontier, LawForm, PlanConfig
 from rayclip.config.training import (
     CheckpointConfig,
     ClusterConfig,

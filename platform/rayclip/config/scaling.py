@@ -81,7 +81,6 @@ class FitConfig(Config):
         return self
 
 
-<<<<<<< HEAD
 class Range(Config):
     """A value between two ends, both included; a whole number where both are."""
 
@@ -171,7 +170,8 @@ class SweepConfig(Config):
                     f"{self.plan.grace_samples}: trials are compared where they are measured"
                 )
         return self
-=======
+
+
 class PlanConfig(Config):
     """python -m jobs.plan"""
 
@@ -213,4 +213,3 @@ def _at_most_one(config: Config, *keys: str) -> int:
     if len(given) > 1:
         raise ValueError(f"give one of {', '.join(given)}")
     return len(given)
->>>>>>> plan
