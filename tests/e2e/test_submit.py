@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "the-token-of-this-test"
 NODES, NUM_SAMPLES, EPOCHS, SEED, WINDOW = 4, 500, 8, 3, 4
-WAIT_S = 180
+WAIT_S = 300
 
 
 class ClusterProcess:

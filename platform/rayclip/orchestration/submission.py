@@ -28,7 +28,7 @@ from rayclip.orchestration.shipping import RUNTIME_ENV
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 """In the environment: the cluster that is spoken to; Ray's own name for it."""
 _POLL_S = 0.5
-_SETTLE_S = 30.0
+_SETTLE_S = 60.0
 _RECONNECTS = 5
 
 
@@ -69,13 +69,22 @@ class Cluster:
         """Ship the tree in the working folder, and start `python -m jobs.JOB ARGUMENTS` in it; the job's id."""
         environment = copy.deepcopy(RUNTIME_ENV)
         environment["env_vars"]["RAYCLIP_CODE_VERSION"] = code_version
-        with self._explained():
-            return self._client.submit_job(
-                entrypoint=shlex.join(["python", "-m", f"jobs.{job}", *arguments]),
-                submission_id=f"{job}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{uuid.uuid4().hex[:6]}",
-                runtime_env=environment,
-                metadata={"code_version": code_version},
-            )
+        request = {
+            "entrypoint": shlex.join(["python", "-m", f"jobs.{job}", *arguments]),
+            "submission_id": f"{job}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{uuid.uuid4().hex[:6]}",
+            "runtime_env": environment,
+            "metadata": {"code_version": code_version},
+        }
+        deadline = time.monotonic() + _SETTLE_S
+        while True:
+            try:
+                with self._explained():
+                    return self._client.submit_job(**request)
+            except UserError as error:
+                # A cluster that has just started has no agent yet that takes jobs.
+                if "try again later" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_S)
 
     def follow(self, job_id: str, show: Callable[[str], None]) -> int:
         """Show what the job prints until it has ended; its exit code."""
@@ -107,7 +116,7 @@ class Cluster:
         """Ask a job to stop, and wait until it has; the state that it ended in."""
         with self._explained():
             self._client.stop_job(job_id)
-        return self._ended(job_id, 2 * _SETTLE_S).status
+        return self._ended(job_id, _SETTLE_S).status
 
     async def _show(self, job_id: str, show: Callable[[str], None], seen: int) -> int:
         """The log from its first character on; what has been seen already is left out."""
