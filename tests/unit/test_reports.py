@@ -95,7 +95,7 @@ def test_the_job_writes_a_page_that_needs_nothing_else(tmp_path, ranks, capsys):
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "Letters &lt;b&gt;" in page
-    assert page.count("<th") == page.count("</th>") == 5
+    assert len(re.findall("<th[ >]", page)) == page.count("</th>") == 5
     for name in ("scores.png", "radar.png"):
         assert min(Image.open(tmp_path / "out" / name).size) > 100
     assert "two@2, less one@1" in capsys.readouterr().out
