@@ -37,6 +37,7 @@ _SIDES = (600, 256)
 _IMAGE_SIZE, _CONTEXT = 224, 77
 _SCALE, _RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
 _BATCH = 128
+_DIFFERENT = 24
 _SHARD, _CHUNK = 256, 64
 _PASSES_THROUGH_RAY = 8
 _SETTLED = 0.25
@@ -63,7 +64,7 @@ class Data:
     """A data set of square JPEGs, on disk and in memory."""
 
     def __init__(self, folder: Path, side: int, pictures: int) -> None:
-        files = jpegs(side)
+        files = jpegs(side, _DIFFERENT)
         self.files = [files[i % len(files)] for i in range(pictures)]
         shards = []
         for first in range(0, pictures, _SHARD):

@@ -26,9 +26,9 @@ def labels() -> list[str]:
     return [f"{colour} {thing}" for colour in colours for thing in things][:_NUM_LABELS]
 
 
-def jpegs(side: int = 256) -> list[bytes]:
+def jpegs(side: int = 256, count: int = NUM_PICTURES) -> list[bytes]:
     """Pictures with structure of every size, as photographs have, of 15 to 25 KB at a side of 256."""
-    return [_encode(_soft_noise(side, seed), "JPEG", quality=90) for seed in range(NUM_PICTURES)]
+    return [_encode(_soft_noise(side, seed), "JPEG", quality=90) for seed in range(count)]
 
 
 def pngs(side: int) -> list[bytes]:

@@ -20,7 +20,7 @@ COPIES = {30: 3, 31: 3, 32: 7}
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, write_dataset):
-    pictures = jpegs(96)
+    pictures = jpegs(96, 40)
     samples = []
     for i in range(40):
         caption = "a lighthouse by the sea" if i % 2 else "a teapot on the table"
