@@ -1,5 +1,6 @@
 """What every job's command line has in common: CONFIG key=value ... --json PATH, --help, one-line errors."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +9,13 @@ from typing import Any, NoReturn
 from rayclip.config import Config
 from rayclip.config_file import describe, load
 from rayclip.errors import UserError
-from rayclip.files import write_json
+from rayclip.storage import write_bytes
 
 Main = Callable[[Any], dict[str, Any]]
 
 
 def run_job(
-    main: Main, schema: type[Config], summary_path: Callable[[Any], Path], positional: tuple[str, ...] = ()
+    main: Main, schema: type[Config], summary_path: Callable[[Any], Path | str], positional: tuple[str, ...] = ()
 ) -> NoReturn:
     """Parse the command line, run the job, write its summary, and exit: 0, or 2 with one line for a user's error.
 
@@ -34,7 +35,7 @@ def _run(
     arguments: list[str],
     main: Main,
     schema: type[Config],
-    summary_path: Callable[[Any], Path],
+    summary_path: Callable[[Any], Path | str],
     positional: tuple[str, ...],
 ) -> int:
     wanted = positional or ("config.yaml",)
@@ -52,7 +53,7 @@ def _run(
         overrides = [f"{key}={value}" for key, value in zip(positional, given, strict=True)] + overrides
     config = load(schema, None if positional else given[0], overrides)
     summary = main(config)
-    write_json(Path(json_path) if json_path else summary_path(config), summary)
+    write_bytes(json_path or str(summary_path(config)), (json.dumps(summary, indent=2) + "\n").encode())
     return 0
 
 

@@ -6,9 +6,8 @@ import math
 import numpy as np
 from PIL import Image
 
-from rayclip.data.formats.tar import Sample
+from rayclip.data.formats.base import IMAGE_EXTENSIONS, Sample
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 GUARD_CAUSES = ("loss_not_finite", "gradient_not_finite", "loss_spike", "logit_scale_collapsed")
 """Why a sample that could be read was left out: what a step came to that it was in."""
 
@@ -17,6 +16,7 @@ CAUSES = (
     "chunk_unreadable",
     "sample_missing",
     "no_image",
+    "image_unreadable",
     "image_undecodable",
     "no_caption",
     "caption_not_utf8",
@@ -39,7 +39,7 @@ class BadSampleError(Exception):
 def read_caption(sample: Sample) -> str:
     """The caption in a sample's `txt`. Raises BadSampleError where there is none, or no text in it."""
     if "txt" not in sample:
-        raise BadSampleError("no_caption")
+        raise BadSampleError(sample.get("__no_caption__", b"no_caption").decode())
     try:
         caption = sample["txt"].decode().strip()
     except UnicodeDecodeError:
@@ -53,7 +53,7 @@ def read_image(sample: Sample) -> Image.Image:
     """The sample's picture, opened but not yet decoded. Raises BadSampleError."""
     data = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
     if data is None:
-        raise BadSampleError("no_image")
+        raise BadSampleError(sample.get("__no_image__", b"no_image").decode())
     try:
         return Image.open(io.BytesIO(data))
     except (OSError, ValueError, Image.DecompressionBombError):

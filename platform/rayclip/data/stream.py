@@ -13,15 +13,15 @@ A batch is a dict of arrays over its samples:
     cause       int8  [B]           why it could not be read, an index into decode.CAUSES
 """
 
-import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 
+from rayclip.data.captions import DRAW
 from rayclip.data.decode import CAUSES, BadSampleError, crop_to_array, random_box, read_caption, read_image
-from rayclip.data.formats.tar import Sample, read_samples
+from rayclip.data.formats import Sample
 from rayclip.data.ledger import Ledger
 from rayclip.data.manifest import Manifest
 from rayclip.data.order import Order, uniform
@@ -45,6 +45,8 @@ class StreamSpec:
     context_length: int
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
+    captions: Mapping[str, float] = field(default_factory=dict)
+    """Weights of a sample's captions; see `choose_caption`."""
 
 
 @lru_cache(maxsize=4)
@@ -170,8 +172,8 @@ class Stream:
         block["position"][:] = position
         block["row"][:] = rows
         try:
-            samples = read_samples(self.manifest.read_chunk(chunk))
-        except (OSError, tarfile.TarError):
+            samples = self._fetch(position, chunk)
+        except OSError:
             block["cause"][:] = CAUSES.index("chunk_unreadable")
             return block
         captions, readable = [], []
@@ -188,6 +190,10 @@ class Stream:
         if readable:
             block["tokens"][readable], block["num_tokens"][readable] = get_tokenizer(self.spec.context_length)(captions)
         return block
+
+    def _fetch(self, position: int, chunk: int) -> list[Sample]:
+        draws = uniform(self.spec.seed, position, np.arange(self.manifest.num_samples[chunk]), DRAW)
+        return self.manifest.read_samples(chunk, self.spec.captions, draws)
 
     def _decode(self, samples: list[Sample], row: int, draws: np.ndarray) -> tuple[np.ndarray, str]:
         if row >= len(samples):

@@ -27,6 +27,7 @@ from rayclip.orchestration.progress import ProgressLine
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import latest_checkpoint, remaining_dataset
 from rayclip.orchestration.worker import Job, Monitor, train_worker
+from rayclip.storage import absolute
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.registry import is_registered, link_checkpoint, register, resolve_model
 from rayclip.training.checkpoint import read_state
@@ -87,10 +88,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     model = preset(config.model) if isinstance(config.model, str) else config.model
     if config.loss.kind == "sigmoid":
         model = with_logit_bias(model)
-    data = config.data.model_copy(update={"path": str(Path(config.data.path).absolute())})
+    data = config.data.model_copy(update={"path": absolute(config.data.path)})
     tasks = {
-        name: task.model_copy(update={"path": str(Path(task.path).absolute())})
-        for name, task in config.evaluation.tasks.items()
+        name: task.model_copy(update={"path": absolute(task.path)}) for name, task in config.evaluation.tasks.items()
     }
     evaluation = config.evaluation.model_copy(update={"tasks": tasks})
     weights = config.weights
@@ -121,6 +121,7 @@ def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
         context_length=model.text.context_length,
         crop_scale=config.data.crop_scale,
         crop_ratio=config.data.crop_ratio,
+        captions=config.data.captions,
     )
     return spec, Stream(spec).num_remaining()
 
