@@ -13,9 +13,11 @@ A batch is a dict of arrays over its samples:
     cause       int8  [B]           why it could not be read, an index into decode.CAUSES
 """
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -29,6 +31,8 @@ from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
 
 Batch = dict[str, np.ndarray]
+
+_CHUNKS_IN_FLIGHT = 16
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ def _manifest(folder: str, digest: str) -> Manifest:
 @lru_cache(maxsize=4)
 def _order(seed: int, num_chunks: int, window: int) -> Order:
     return Order(seed, num_chunks, window)
+
+
+@lru_cache(maxsize=1)
+def _readers(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_CHUNKS_IN_FLIGHT, thread_name_prefix="chunks")
 
 
 class Stream:
@@ -96,6 +105,10 @@ class Stream:
         """How many samples stand at a position."""
         return int(self.manifest.num_samples[self.order.chunks(np.array([position]))[0]])
 
+    def shard_at(self, position: int) -> str:
+        """The name of the shard that stands at a position."""
+        return self.manifest.place(int(self.order.chunks(np.array([position]))[0]))[0]
+
     def windows(self) -> range:
         """The windows that hold anything the ledger lacks."""
         return range(self.ledger().cursor // self.spec.window, -(-self.spec.end // self.spec.window))
@@ -115,12 +128,11 @@ class Stream:
     def read(self, window: int) -> Batch:
         """All samples of one window that the ledger lacks, in the window's order."""
         ledger = self.ledger()
-        blocks = []
         positions = self.order.positions(window, self.spec.end)
-        for position, chunk in zip(positions.tolist(), self.order.chunks(positions).tolist(), strict=True):
-            rows = ledger.remaining_rows(position)
-            if len(rows):
-                blocks.append(self._read_chunk(position, chunk, rows))
+        chunks = zip(positions.tolist(), self.order.chunks(positions).tolist(), strict=True)
+        wanted = [(p, chunk, rows) for p, chunk in chunks if len(rows := ledger.remaining_rows(p))]
+        fetches = self._fetch_ahead([(position, chunk) for position, chunk, _ in wanted])
+        blocks = [self._read_chunk(p, rows, fetch) for (p, _, rows), fetch in zip(wanted, fetches, strict=True)]
         if not blocks:
             return self.padding(0)
         block = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
@@ -167,12 +179,12 @@ class Stream:
             "cause": np.zeros(num_samples, dtype=np.int8),
         }
 
-    def _read_chunk(self, position: int, chunk: int, rows: np.ndarray) -> Batch:
+    def _read_chunk(self, position: int, rows: np.ndarray, fetch: Callable[[], list[Sample]]) -> Batch:
         block = self.padding(len(rows))
         block["position"][:] = position
         block["row"][:] = rows
         try:
-            samples = self._fetch(position, chunk)
+            samples = fetch()
         except OSError:
             block["cause"][:] = CAUSES.index("chunk_unreadable")
             return block
@@ -190,6 +202,12 @@ class Stream:
         if readable:
             block["tokens"][readable], block["num_tokens"][readable] = get_tokenizer(self.spec.context_length)(captions)
         return block
+
+    def _fetch_ahead(self, chunks: list[tuple[int, int]]) -> list[Callable[[], list[Sample]]]:
+        """What gives each chunk's samples. Over a network all are under way while the first are being decoded."""
+        if not self.manifest.is_remote():
+            return [partial(self._fetch, position, chunk) for position, chunk in chunks]
+        return [_readers(os.getpid()).submit(self._fetch, position, chunk).result for position, chunk in chunks]
 
     def _fetch(self, position: int, chunk: int) -> list[Sample]:
         draws = uniform(self.spec.seed, position, np.arange(self.manifest.num_samples[chunk]), DRAW)
