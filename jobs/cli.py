@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from rayclip.config import Config
 from rayclip.config_file import describe, load
 from rayclip.errors import UserError
-from rayclip.files import write_json
+from rayclip.storage import write_bytes
 
 Main = Callable[[Any], dict[str, Any]]
 
@@ -17,7 +17,7 @@ Main = Callable[[Any], dict[str, Any]]
 def run_job(
     main: Main,
     schema: type[Config],
-    summary_path: Callable[[Any], Path],
+    summary_path: Callable[[Any], Path | str],
     positional: tuple[str, ...] = (),
     from_file: bool = False,
 ) -> NoReturn:
@@ -40,7 +40,7 @@ def _run(
     arguments: list[str],
     main: Main,
     schema: type[Config],
-    summary_path: Callable[[Any], Path],
+    summary_path: Callable[[Any], Path | str],
     positional: tuple[str, ...],
     from_file: bool,
 ) -> int:
@@ -62,11 +62,11 @@ def _run(
         f"{key.removesuffix('...')}={value}" for key, value in zip(positional, given, strict=False)
     ] + overrides
     config = load(schema, given[-1] if from_file else None, overrides)
-    path = Path(json_path) if json_path else summary_path(config)
+    path = json_path or str(summary_path(config))
     if check:  # the settings alone; what a submitted job will be is read here
-        print(json.dumps({"kind": schema.__name__, "summary": str(path), "config": config.model_dump(mode="json")}))
+        print(json.dumps({"kind": schema.__name__, "summary": path, "config": config.model_dump(mode="json")}))
         return 0
-    write_json(path, main(config))
+    write_bytes(path, (json.dumps(main(config), indent=2) + "\n").encode())
     return 0
 
 

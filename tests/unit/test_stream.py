@@ -317,7 +317,11 @@ def test_a_sample_that_the_chunk_lacks_is_marked(tmp_path, make_samples):
 
 
 def test_every_cause_is_tested():
-    tested = {name.partition(",")[0] for name in BAD_SAMPLES} | {"chunk_unreadable", "sample_missing"}
+    tested = {name.partition(",")[0] for name in BAD_SAMPLES} | {
+        "chunk_unreadable",
+        "sample_missing",
+        "image_unreadable",
+    }
     assert tested == set(CAUSES) - set(GUARD_CAUSES)
 
 

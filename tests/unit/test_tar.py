@@ -5,8 +5,10 @@ import tarfile
 
 import pytest
 
+from rayclip.config import IndexConfig
+from rayclip.data.formats import Layout, Shard
 from rayclip.data.formats.tar import Span, list_spans, read_samples, split_name, write_shard
-from rayclip.data.index import find_shards, index_shard
+from rayclip.data.index import index_shard, make_plan
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 
@@ -97,17 +99,24 @@ def test_a_tar_cut_anywhere_is_told(tmp_path, cut):
     shard = tmp_path / "half.tar"
     shard.write_bytes(target.getvalue()[:cut])
     with pytest.raises(UserError, match=r"half\.tar' is not a whole tar"):
-        index_shard(shard, 4)
+        index_shard(Shard(str(shard), cut), 4, Layout())
+    salvaged, problem = index_shard(Shard(str(shard), cut), 4, Layout(), salvage=True)
+    assert "not a whole tar" in problem
+    kept = [sample for span in salvaged for sample in read_samples(shard.read_bytes()[span.offset :][: span.length])]
+    assert kept == make_samples(10)[: len(kept)]
+    assert len(kept) >= cut // 2700 - 1
 
 
 def test_no_tar_at_all(tmp_path):
     (tmp_path / "text.tar").write_text("not a tar " * 200)
     with pytest.raises(UserError, match=r"text\.tar"):
-        index_shard(tmp_path / "text.tar", 4)
-    with pytest.raises(UserError, match="no tar shards"):
-        find_shards(tmp_path / "..") if not list((tmp_path / "..").glob("*.tar")) else None
+        index_shard(Shard(str(tmp_path / "text.tar"), 2200), 4, Layout())
+    (tmp_path / "notes.md").write_text("nothing to train on")
+    (tmp_path / "text.tar").unlink()
+    with pytest.raises(UserError, match="has no shards"):
+        make_plan(IndexConfig(path=str(tmp_path)))
     with pytest.raises(UserError, match="is not a folder"):
-        find_shards(tmp_path / "missing")
+        make_plan(IndexConfig(path=str(tmp_path / "missing")))
 
 
 def test_a_chunk_cut_inside_a_file_raises():
@@ -177,7 +186,7 @@ def test_shards_of_the_webdataset_library_read_equal(tmp_path):
     data = (tmp_path / "theirs.tar").read_bytes()
     chunks, _ = read_by_chunks(data, 8)
     assert [sample for chunk in chunks for sample in chunk] == samples
-    assert index_shard(tmp_path / "theirs.tar", 8)[0] == len(data)
+    assert index_shard(Shard(str(tmp_path / "theirs.tar"), len(data)), 8, Layout())[1] is None
 
 
 @pytest.mark.peers

@@ -11,9 +11,12 @@ from rayclip.config.offline import WorkersConfig
 class DataConfig(Config):
     """What a training run reads, and how it looks at it."""
 
-    path: str = Field(description="folder of a data set: tar shards and their manifest.parquet")
+    path: str = Field(description="folder or address of a data set: what jobs.ingest or jobs.index wrote")
     fraction: float = Field(
         1.0, gt=0, le=1, description="share of the chunks that are read; smaller shares lie within larger ones"
+    )
+    captions: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="weights of captions: of txt, or of keys of the samples' JSON; empty: txt, or else its caption"
     )
     crop_scale: tuple[float, float] = Field((0.9, 1.0), description="share of the picture's area that a crop keeps")
     crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="a crop's width over its height")
@@ -130,8 +133,21 @@ class IngestConfig(Config):
 class IndexConfig(Config):
     """python -m jobs.index"""
 
-    path: str = Field(description="folder of tar shards in the WebDataset layout")
+    path: str = Field(description="folder or address of tar shards, Parquet, tables or pictures; or one such file")
+    output: str | None = Field(None, description="folder for the manifest; None: beside the shards")
+    format: Literal["auto", "tar", "parquet", "table", "folder"] = Field(
+        "auto", description="auto: the first of these that is there"
+    )
+    image_column: str | None = Field(
+        None, description="of Parquet and tables: pictures' bytes or paths; None takes 'image', 'filepath' or their kin"
+    )
+    caption_columns: tuple[str, ...] | None = Field(
+        None, min_length=1, description="of Parquet and tables; None takes 'caption', 'title' or their kin"
+    )
     chunk_samples: int = Field(64, gt=0, description="neighbouring samples that one read fetches")
+    broken: Literal["stop", "salvage"] = Field(
+        "stop", description="a shard that is not whole: stop, or take what is whole of it and say so"
+    )
 
 
 class CurateConfig(Config):

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
-from rayclip.data.formats.tar import Sample
+from rayclip.data.formats.base import IMAGE_EXTENSIONS, Sample
 from rayclip.data.jpeg import EXIF_ORIENTATION, Box, crop_jpeg, jpeg_size
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 GUARD_CAUSES = ("loss_not_finite", "gradient_not_finite", "loss_spike", "logit_scale_collapsed")
 """Why a sample that could be read was left out: what a step came to that it was in."""
 
@@ -19,6 +18,7 @@ CAUSES = (
     "chunk_unreadable",
     "sample_missing",
     "no_image",
+    "image_unreadable",
     "image_undecodable",
     "no_caption",
     "caption_not_utf8",
@@ -39,7 +39,7 @@ class BadSampleError(Exception):
 def read_caption(sample: Sample) -> str:
     """The caption in a sample's `txt`. Raises BadSampleError where there is none, or no text in it."""
     if "txt" not in sample:
-        raise BadSampleError("no_caption")
+        raise BadSampleError(sample.get("__no_caption__", b"no_caption").decode())
     try:
         caption = sample["txt"].decode().strip()
     except UnicodeDecodeError:
@@ -59,7 +59,7 @@ def image_bytes(sample: Sample) -> bytes:
     for extension in IMAGE_EXTENSIONS:
         if extension in sample:
             return sample[extension]
-    raise BadSampleError("no_image")
+    raise BadSampleError(sample.get("__no_image__", b"no_image").decode())
 
 
 def read_image(sample: Sample) -> Image.Image:

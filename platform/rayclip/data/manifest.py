@@ -1,28 +1,37 @@
 """The manifest of a data set: its shards, and the chunks of neighbouring samples that one ranged read fetches.
 
-`manifest.parquet` lies beside the shards. A row is a chunk: (shard, offset, length, num_samples), the shard by its
-index in the list of names that stands in the file's metadata with each shard's size in bytes.
+`manifest.parquet` lies beside the shards, or elsewhere and says where they are. A row is a chunk: (shard, offset,
+length, num_samples), the shard by its index in the list of names that stands in the file's metadata, with each shard's
+size in bytes and how all of them are to be read.
 """
 
 import hashlib
+import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayclip.data.formats.tar import Span
+from rayclip.data.captions import choose_caption
+from rayclip.data.formats import FORMATS, Layout, Sample, Shard, Span
 from rayclip.data.order import mix64
 from rayclip.errors import UserError
-from rayclip.files import whole_file
+from rayclip.storage import find_file, find_files, is_remote, join, list_files, read_bytes, read_range, write_bytes
 
 FILE_NAME = "manifest.parquet"
 _KEY = b"rayclip"
+_COLUMNS = ("shard", "offset", "length", "num_samples")
+_FEW_SHARDS = 100  # more are looked up by one listing
 _SUBSET = -1  # where an epoch stands in the order of a run; no epoch has this number
+
+Chunks = Sequence[Span] | np.ndarray
+"""Chunks of a shard; as an array, int64 [num_chunks, 3]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,20 +45,32 @@ class Manifest:
     offset: np.ndarray
     length: np.ndarray
     num_samples: np.ndarray
+    layout: Layout = Layout()  # noqa: RUF009 (frozen)
+    root: str = ""
+    """Where the shards are; empty for the manifest's own folder."""
+    stamps: tuple[str, ...] = ()
+    """What tells that a shard has changed; no part of what the data set is."""
+    notes: Mapping[str, Any] | None = None
+    """What the index was made with."""
 
     @classmethod
-    def from_spans(cls, folder: str | Path, shards: Sequence[tuple[str, int, Sequence[Span]]]) -> "Manifest":
+    def from_spans(
+        cls, folder: str | Path, shards: Sequence[tuple[str, int, Chunks]], layout: Layout | None = None, **more: Any
+    ) -> "Manifest":
         """From (name, bytes, chunks) of each shard. The order of the shards is kept: it is part of the identity."""
-        spans = [(index, *span) for index, (_, _, spans) in enumerate(shards) for span in spans]
-        columns = np.array(spans, dtype=np.int64).reshape(-1, 4).T
+        counts = [len(chunks) for _, _, chunks in shards]
+        tables = [np.asarray(chunks, dtype=np.int64).reshape(-1, 3) for _, _, chunks in shards]
+        columns = np.concatenate([np.empty((0, 3), dtype=np.int64), *tables]).T
         return cls(
             str(folder),
             tuple(name for name, _, _ in shards),
             tuple(size for _, size, _ in shards),
-            columns[0].astype(np.int32),
+            np.repeat(np.arange(len(shards), dtype=np.int32), counts),
+            columns[0].copy(),
             columns[1].copy(),
-            columns[2].copy(),
-            columns[3].astype(np.int32),
+            columns[2].astype(np.int32),
+            layout or Layout(),
+            **more,
         )
 
     def __len__(self) -> int:
@@ -64,8 +85,10 @@ class Manifest:
     def digest(self) -> str:
         """SHA-256 over names, sizes and chunks: two manifests with one digest give one stream."""
         state = hashlib.sha256(json.dumps([self.shards, self.shard_bytes]).encode())
-        for array in (self.shard, self.offset, self.length, self.num_samples):
-            state.update(np.ascontiguousarray(array).astype("<i8").tobytes())
+        if self.layout != Layout():
+            state.update(json.dumps(asdict(self.layout)).encode())
+        for name in _COLUMNS:
+            state.update(np.ascontiguousarray(getattr(self, name)).astype("<i8").tobytes())
         return state.hexdigest()
 
     def subset(self, fraction: float, seed: int) -> "Manifest":
@@ -77,61 +100,102 @@ class Manifest:
             return self
         rank = np.argsort(mix64(seed, _SUBSET, np.arange(len(self))), kind="stable")
         kept = np.sort(rank[: max(1, round(fraction * len(self)))])
-        columns = {name: getattr(self, name)[kept] for name in ("shard", "offset", "length", "num_samples")}
-        return replace(self, **columns)
+        return replace(self, **{name: getattr(self, name)[kept] for name in _COLUMNS})
+
+    def shard_of(self, chunk: int) -> Shard:
+        """The shard that a chunk is in."""
+        index = int(self.shard[chunk])
+        return Shard(self._path(self.shards[index]), self.shard_bytes[index])
+
+    def place(self, chunk: int) -> tuple[str, int]:
+        """(shard's name, offset) of a chunk, for messages."""
+        return self.shards[self.shard[chunk]], int(self.offset[chunk])
+
+    def read_samples(
+        self, chunk: int, weights: Mapping[str, float] | None = None, draws: np.ndarray | None = None
+    ) -> list[Sample]:
+        """The samples of one chunk, each with its caption as `txt`: what `choose_caption` picks by `weights`.
+
+        `draws` are float64 [num_samples]; without them it is the first caption. Raises OSError where the chunk cannot
+        be read. What a chunk lacks of its samples is not made up for.
+        """
+        span = Span(int(self.offset[chunk]), int(self.length[chunk]), int(self.num_samples[chunk]))
+        samples = FORMATS[self.layout.kind].read_chunk(self.shard_of(chunk), span, self.layout)[: span.num_samples]
+        chosen = draws.tolist() if draws is not None else [0.0] * len(samples)
+        return [choose_caption(s, weights or {}, draw) for s, draw in zip(samples, chosen, strict=False)]
 
     def read_chunk(self, chunk: int) -> bytes:
-        """The bytes of one chunk. Raises OSError where the shard cannot be read that far."""
-        length = int(self.length[chunk])
-        path = Path(self.folder) / self.shards[self.shard[chunk]]
-        with path.open("rb", buffering=0) as shard:
-            shard.seek(int(self.offset[chunk]))
-            data = shard.read(length)
-        if len(data) != length:
-            raise OSError(f"'{path}' ends inside a chunk: {len(data)} of {length} bytes")
-        return data
+        """The bytes of one chunk of a format whose chunks are bytes. Raises OSError."""
+        return read_range(self.shard_of(chunk).path, int(self.offset[chunk]), int(self.length[chunk]))
+
+    def is_remote(self) -> bool:
+        """Whether reading a chunk means waiting for a network."""
+        return any(map(is_remote, (self.folder, self.root, self.layout.pictures)))
 
     def check_shards(self) -> None:
         """Raise UserError where a shard is missing or has another size than when it was indexed."""
-        for name, size in zip(self.shards, self.shard_bytes, strict=True):
-            path = Path(self.folder) / name
-            if not path.is_file():
+        for name, expected, size in zip(self.shards, self.shard_bytes, self._sizes_there(), strict=True):
+            if size is None:
                 raise UserError(f"the manifest in '{self.folder}' names shard '{name}', which is not there")
-            if path.stat().st_size != size:
+            if size != expected:
                 raise UserError(
-                    f"shard '{path}' has {path.stat().st_size:,} bytes, its manifest says {size:,}: "
-                    f"index it again with python -m jobs.index {self.folder}"
+                    f"shard '{self._path(name)}' has {size:,} bytes, its manifest says {expected:,}: "
+                    f"index it again with python -m jobs.index {self.root or self.folder}"
                 )
 
-    def save(self) -> Path:
+    def _sizes_there(self) -> list[int | None]:
+        if is_remote(self.root or self.folder) and len(self.shards) > _FEW_SHARDS:
+            sizes = {file.name: file.size for file in list_files(self.root or self.folder)}
+            return [sizes.get(name) for name in self.shards]
+        return [file and file.size for file in find_files([self._path(name) for name in self.shards])]
+
+    def _path(self, shard: str) -> str:
+        return join(self.root or self.folder, shard)
+
+    def save(self, name: str = FILE_NAME) -> str:
         """Write `manifest.parquet` into the folder, whole and then named."""
         meta = {"format": 1, "shards": self.shards, "shard_bytes": self.shard_bytes, "digest": self.digest}
-        table = pa.table(
-            {name: getattr(self, name) for name in ("shard", "offset", "length", "num_samples")},
-        ).replace_schema_metadata({_KEY: json.dumps(meta)})
-        path = Path(self.folder) / FILE_NAME
-        with whole_file(path) as target:
-            pq.write_table(table, target, compression="zstd")
+        more = {"root": self.root, "stamps": self.stamps, "notes": self.notes}
+        more["layout"] = asdict(self.layout) if self.layout != Layout() else None
+        meta |= {key: value for key, value in more.items() if value}
+        table = pa.table({name: getattr(self, name) for name in _COLUMNS})
+        target = io.BytesIO()
+        pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(meta)}), target, compression="zstd")
+        path = join(self.folder, name)
+        write_bytes(path, target.getvalue())
         return path
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Manifest":
+    def load(cls, folder: str | Path, name: str = FILE_NAME) -> "Manifest":
         """Read the manifest of a data set's folder. Raises UserError where there is none, or it is damaged."""
-        path = Path(folder) / FILE_NAME
-        if not Path(folder).is_dir():
+        path = join(folder, name)
+        if not is_remote(folder) and not Path(folder).is_dir():
             raise UserError(f"no data set at '{folder}': the folder does not exist")
-        if not path.is_file():
-            raise UserError(f"no '{FILE_NAME}' in '{folder}': write one with python -m jobs.index {folder}")
+        if find_file(path) is None:
+            raise UserError(f"no '{name}' in '{folder}': write one with python -m jobs.index {folder}")
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(io.BytesIO(read_bytes(path)))
             meta = json.loads((table.schema.metadata or {})[_KEY])
-            columns = {name: table[name].to_numpy() for name in ("shard", "offset", "length", "num_samples")}
+            columns = {name: table[name].to_numpy() for name in _COLUMNS}
             shards, sizes = tuple(meta["shards"]), tuple(meta["shard_bytes"])
-        except (pa.ArrowInvalid, KeyError, ValueError) as error:
+            layout = _layout_from(meta.get("layout"))
+        except (pa.ArrowInvalid, KeyError, ValueError, TypeError) as error:
             raise UserError(f"'{path}' is not a rayclip manifest: {str(error).splitlines()[0]}") from error
-        manifest = cls(str(folder), shards, sizes, **columns)
+        manifest = cls(
+            str(folder), shards, sizes, **columns, layout=layout,
+            root=meta.get("root", ""), stamps=tuple(meta.get("stamps", ())), notes=meta.get("notes"),
+        )  # fmt: skip
         if not len(manifest):
             raise UserError(f"the data set in '{folder}' is empty: its manifest lists no samples")
         if manifest.digest != meta["digest"]:
             raise UserError(f"'{path}' is damaged: its digest does not match its rows")
         return manifest
+
+
+def _layout_from(values: Mapping[str, Any] | None) -> Layout:
+    if values is None:
+        return Layout()
+    layout = Layout(**{**values, "caption_columns": tuple(values["caption_columns"])})
+    if layout.kind not in FORMATS:
+        raise ValueError(f"unknown kind '{layout.kind}'")
+    return layout

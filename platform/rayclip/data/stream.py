@@ -13,16 +13,18 @@ A batch is a dict of arrays over its samples:
     cause       int8  [B]           why it could not be read, an index into decode.CAUSES
 """
 
-import tarfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import numpy as np
 
 from rayclip.data.augment import NUM_DRAWS, Augmentation
+from rayclip.data.captions import DRAW
 from rayclip.data.decode import CAUSES, BadSampleError, crop_picture, image_bytes, random_box, read_caption
-from rayclip.data.formats.tar import Sample, read_samples
+from rayclip.data.formats import Sample
 from rayclip.data.ledger import Ledger
 from rayclip.data.manifest import Manifest
 from rayclip.data.order import Order, uniform
@@ -30,6 +32,8 @@ from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
 
 Batch = dict[str, np.ndarray]
+
+_CHUNKS_IN_FLIGHT = 16
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class StreamSpec:
     fraction: float = 1.0
     """Share of the data set's chunks that the stream is made of; `digest` is of the whole."""
     augmentation: Augmentation = Augmentation()  # noqa: RUF009 (frozen)
+    captions: Mapping[str, float] = field(default_factory=dict)
+    """Weights of a sample's captions; see `choose_caption`."""
 
 
 @lru_cache(maxsize=4)
@@ -62,6 +68,11 @@ def _manifest(folder: str, digest: str, fraction: float, seed: int) -> Manifest:
 @lru_cache(maxsize=4)
 def _order(seed: int, num_chunks: int, window: int) -> Order:
     return Order(seed, num_chunks, window)
+
+
+@lru_cache(maxsize=1)
+def _readers(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_CHUNKS_IN_FLIGHT, thread_name_prefix="chunks")
 
 
 class Stream:
@@ -98,6 +109,10 @@ class Stream:
         """How many samples stand at a position."""
         return int(self.manifest.num_samples[self.order.chunks(np.array([position]))[0]])
 
+    def shard_at(self, position: int) -> str:
+        """The name of the shard that stands at a position."""
+        return self.manifest.place(int(self.order.chunks(np.array([position]))[0]))[0]
+
     def windows(self) -> range:
         """The windows that hold anything the ledger lacks."""
         return range(self.ledger().cursor // self.spec.window, -(-self.spec.end // self.spec.window))
@@ -125,9 +140,10 @@ class Stream:
         mixed = self.order.mix_rows(position, row)
         block["position"][:], block["row"][:] = position[mixed], row[mixed]
         places = np.argsort(mixed)  # where each sample goes, in the order in which they are read
-        for chunk, rows in zip(self.order.chunks(positions).tolist(), remaining, strict=True):
-            if len(rows):
-                self._read_chunk(chunk, rows, places[: len(rows)], block)
+        chunks = zip(positions.tolist(), self.order.chunks(positions).tolist(), counts, strict=True)
+        fetches = self._fetch_ahead([(position, chunk) for position, chunk, count in chunks if count])
+        for rows, fetch in zip([rows for rows in remaining if len(rows)], fetches, strict=True):
+            self._read_chunk(fetch, rows, places[: len(rows)], block)
             places = places[len(rows) :]
         return block
 
@@ -171,11 +187,13 @@ class Stream:
             "cause": np.zeros(num_samples, dtype=np.int8),
         }
 
-    def _read_chunk(self, chunk: int, rows: np.ndarray, places: np.ndarray, block: Batch) -> None:
-        """Read the chunk's `rows` into the block at `places`, where position and row stand already."""
+    def _read_chunk(
+        self, fetch: Callable[[], list[Sample]], rows: np.ndarray, places: np.ndarray, block: Batch
+    ) -> None:
+        """Read a chunk's `rows` into the block at `places`, where position and row stand already."""
         try:
-            samples = read_samples(self.manifest.read_chunk(chunk))
-        except (OSError, tarfile.TarError):
+            samples = fetch()
+        except OSError:
             block["cause"][places] = CAUSES.index("chunk_unreadable")
             return
         captions, readable = [], []
@@ -191,6 +209,16 @@ class Stream:
                 readable.append(place)
         if readable:
             block["tokens"][readable], block["num_tokens"][readable] = get_tokenizer(self.spec.context_length)(captions)
+
+    def _fetch_ahead(self, chunks: list[tuple[int, int]]) -> list[Callable[[], list[Sample]]]:
+        """What gives each chunk's samples. Over a network all are under way while the first are being decoded."""
+        if not self.manifest.is_remote():
+            return [partial(self._fetch, position, chunk) for position, chunk in chunks]
+        return [_readers(os.getpid()).submit(self._fetch, position, chunk).result for position, chunk in chunks]
+
+    def _fetch(self, position: int, chunk: int) -> list[Sample]:
+        draws = uniform(self.spec.seed, position, np.arange(self.manifest.num_samples[chunk]), DRAW)
+        return self.manifest.read_samples(chunk, self.spec.captions, draws)
 
     def _decode(self, samples: list[Sample], row: int, draws: np.ndarray) -> tuple[np.ndarray, str]:
         if row >= len(samples):

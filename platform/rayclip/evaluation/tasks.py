@@ -4,7 +4,6 @@ A data set for zero-shot has a class index in each sample's `cls` and the classe
 `classnames.txt` beside the shards, or beside their folder; one for retrieval has captions, one or more, a line each.
 """
 
-import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from rayclip.collective import fail_together, rank, world_size
 from rayclip.config import RetrievalTask, Task, ZeroShotTask
 from rayclip.data.decode import BadSampleError, eval_array, read_captions, read_image
-from rayclip.data.formats.tar import Sample, read_samples
+from rayclip.data.formats import Sample
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 from rayclip.evaluation.contact_sheet import write_contact_sheet
@@ -24,6 +23,7 @@ from rayclip.evaluation.retrieval import caption_ids, recall_on_all_workers
 from rayclip.evaluation.zero_shot import ZeroShotCounts
 from rayclip.inference.encoder import Encoder
 from rayclip.inference.zero_shot import class_matrix, zero_shot_probabilities
+from rayclip.storage import find_file, join, read_bytes
 
 Metrics = dict[str, Any]
 
@@ -79,8 +79,8 @@ def read_batches(manifest: Manifest, image_size: int, batch_size: int, share: in
     samples: list[Sample] = []
     for chunk in range(share, len(manifest), shares):
         try:
-            chunk_samples = read_samples(manifest.read_chunk(chunk))
-        except (OSError, tarfile.TarError) as error:
+            chunk_samples = manifest.read_samples(chunk)
+        except OSError as error:
             shard = manifest.shards[manifest.shard[chunk]]
             raise UserError(f"'{manifest.folder}': shard '{shard}' cannot be evaluated: {error}") from None
         for sample in chunk_samples:
@@ -100,11 +100,11 @@ def read_batches(manifest: Manifest, image_size: int, batch_size: int, share: in
 def class_names(folder: str) -> list[str]:
     """The classes of a data set, in order of their index, from its folder or the one above, where CLIP_benchmark's
     users have them. Raises UserError where there is no list."""
-    path = next((place / "classnames.txt" for place in (Path(folder), Path(folder).parent)
-                 if (place / "classnames.txt").is_file()), None)  # fmt: skip
+    places = [join(place, "classnames.txt") for place in (folder, folder.rstrip("/").rpartition("/")[0] or ".")]
+    path = next((place for place in places if find_file(place)), None)
     if path is None:
         raise UserError(f"no 'classnames.txt' in '{folder}': zero-shot needs the classes' names, a line each")
-    return path.read_text().splitlines()
+    return read_bytes(path).decode().splitlines()
 
 
 def _label(sample: Sample, num_classes: int) -> int:

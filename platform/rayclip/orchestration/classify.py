@@ -34,6 +34,7 @@ from rayclip.inference.zero_shot import check_class_names, class_matrix, zero_sh
 from rayclip.orchestration.embed import Embedder, Model, open_model, reading_of
 from rayclip.orchestration.parts import Part, PartFolder, open_complete, plan_parts
 from rayclip.orchestration.pool import Work, run_parts, start
+from rayclip.storage import absolute
 
 _CLASSES = "classes.npy"
 _ROWS_AT_ONCE = 1024  # of [B, C] probabilities
@@ -99,7 +100,7 @@ def read_labels(labels: str | Sequence[str]) -> list[str]:
 
 
 def _data_set(config: ClassifyConfig, model: Model) -> _Source:
-    manifest = Manifest.load(Path(str(config.data)).absolute())
+    manifest = Manifest.load(absolute(str(config.data)))
     manifest.check_shards()
     read = partial(Embedder, model, reading_of(config, manifest.folder, manifest.digest, "pictures"))
     num_parts = len(plan_parts(manifest, config.part_samples))

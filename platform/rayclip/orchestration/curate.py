@@ -8,7 +8,6 @@ outcomes/part-*.parquet  the outcome of each of a part's samples: nothing is dro
 The new data set's manifest and the summary come last. A run that is started again makes what is missing.
 """
 
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -24,7 +23,7 @@ from rayclip.config import CurateConfig
 from rayclip.data.curation.decide import OUTCOMES, Decision, decide
 from rayclip.data.curation.look import Looked, look, to_table
 from rayclip.data.curation.report import write_queries, write_query_plot
-from rayclip.data.formats.tar import Sample, read_samples, write_shard
+from rayclip.data.formats.tar import Sample, write_shard
 from rayclip.data.index import index_shard
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
@@ -154,9 +153,9 @@ class Reader:
             count, shard = int(self.manifest.num_samples[chunk]), self.manifest.shards[self.manifest.shard[chunk]]
             samples: list[Sample | str]
             try:
-                samples = [*read_samples(self.manifest.read_chunk(chunk))[:count]]
+                samples = [*self.manifest.read_samples(chunk)]
                 samples += ["sample_missing"] * (count - len(samples))
-            except (OSError, tarfile.TarError, UnicodeError):
+            except OSError:
                 samples = ["chunk_unreadable"] * count
             for row, sample in enumerate(samples):
                 key = f"#{chunk}.{row}" if isinstance(sample, str) else sample["__key__"].decode()

@@ -15,7 +15,6 @@ them, but does not read them (apache/arrow#35692).
 """
 
 import hashlib
-import tarfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +28,7 @@ import pyarrow as pa
 
 from rayclip.config import ClassifyConfig, EmbedConfig
 from rayclip.data.decode import BadSampleError, eval_array, read_caption, read_image
-from rayclip.data.formats.tar import Sample, read_samples
+from rayclip.data.formats import Sample
 from rayclip.data.manifest import Manifest
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
@@ -37,6 +36,7 @@ from rayclip.files import find_weights
 from rayclip.inference.encoder import Encoder
 from rayclip.orchestration.parts import Part, PartFolder, plan_parts
 from rayclip.orchestration.pool import run_parts, start
+from rayclip.storage import absolute
 from rayclip.tracking.mlflow import resolve_uri
 from rayclip.tracking.registry import ModelSource, is_registered, resolve_model
 from rayclip.training.checkpoint import load_model
@@ -108,7 +108,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
 
     Returns the summary. Raises UserError for an output that holds something else, and for all that cannot be read.
     """
-    data, path = Path(config.data).absolute(), Path(config.output).absolute()
+    data, path = absolute(config.data), Path(config.output).absolute()
     manifest = Manifest.load(data)
     manifest.check_shards()
     model = open_model(config.model, config.tracking_uri)
@@ -117,7 +117,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
         "kind": "embed",
         "format": 1,
         **model.identity,
-        "source": str(data),
+        "source": data,
         "source_digest": manifest.digest,
         "part_samples": config.part_samples,
         "what": config.what,
@@ -126,7 +126,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     done = start(folder, config.cluster)
     if done is not None:
         return done
-    reading = reading_of(config, str(data), manifest.digest, config.what)
+    reading = reading_of(config, data, manifest.digest, config.what)
     make = partial(Embedder, model, reading)
     return run_parts(folder, make, config.cluster, manifest.total_samples, config.max_bad_fraction)
 
@@ -199,8 +199,8 @@ class Embedder:
     def _read_chunk(self, chunk: int) -> list[Read]:
         count = int(self.manifest.num_samples[chunk])
         try:
-            samples = read_samples(self.manifest.read_chunk(chunk))[:count]
-        except (OSError, tarfile.TarError, UnicodeError):
+            samples = self.manifest.read_samples(chunk)[:count]
+        except OSError:
             return [self._unreadable("chunk_unreadable")] * count
         rows = [self._read_sample(sample) for sample in samples]
         return rows + [self._unreadable("sample_missing") for _ in range(count - len(rows))]

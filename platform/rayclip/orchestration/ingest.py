@@ -1,6 +1,6 @@
-"""Writing and indexing data sets as Ray Data jobs: a row is a shard, and a task does all of it.
+"""Writing data sets as Ray Data jobs: a row is a shard, and a task does all of it.
 
-What is done in a task is in `rayclip.data.ingest` and `rayclip.data.index`, which know nothing of Ray.
+What is done in a task is in `rayclip.data.ingest`, which knows nothing of Ray.
 """
 
 import pickle
@@ -11,11 +11,8 @@ from typing import Any, TypeVar
 
 import ray.data
 
-from rayclip.config import IndexConfig, IngestConfig
+from rayclip.config import IngestConfig
 from rayclip.data import ingest as plan
-from rayclip.data.formats.tar import Span
-from rayclip.data.index import find_shards, index_shard
-from rayclip.data.manifest import Manifest
 from rayclip.data.sources import SOURCES, Split
 from rayclip.errors import UserError
 from rayclip.orchestration.cluster import connect
@@ -67,35 +64,6 @@ def _list_source(config: IngestConfig) -> dict[str, Split]:
         if not began:
             shutil.rmtree(output, ignore_errors=True)
         raise
-
-
-def index_folder(config: IndexConfig) -> dict[str, Any]:
-    """Write the manifest of a folder of tar shards, each read by a task of its own.
-
-    Returns {"path", "samples", "shards", "chunks", "bytes", "digest"}. Raises UserError for a folder without shards
-    or with a file that is not a whole tar.
-    """
-    folder = Path(config.path).resolve()
-    shards = find_shards(folder)
-    connect()
-    found: dict[str, tuple[int, list[Span]]] = {}
-    progress = ProgressLine(len(shards), unit="shards")
-    for name, size, spans in _run(shards, lambda shard: (shard.name, *index_shard(shard, config.chunk_samples))):
-        found[name] = size, spans
-        progress.update(len(found))
-    progress.close()
-    manifest = Manifest.from_spans(folder, [(shard.name, *found[shard.name]) for shard in shards])
-    if not len(manifest):
-        raise UserError(f"the tar shards in '{folder}' hold no samples")
-    manifest.save()
-    return {
-        "path": str(folder),
-        "samples": manifest.total_samples,
-        "shards": len(shards),
-        "chunks": len(manifest),
-        "bytes": sum(manifest.shard_bytes),
-        "digest": manifest.digest,
-    }
 
 
 def _run(tasks: Sequence[Task], work: Callable[[Task], Result]) -> Iterator[Result]:

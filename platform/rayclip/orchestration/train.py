@@ -33,6 +33,7 @@ from rayclip.orchestration.progress import Line, ProgressLine
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import StreamConfig, latest_checkpoint
 from rayclip.orchestration.worker import Job, StoppedError, train_worker
+from rayclip.storage import absolute
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.registry import is_registered, link_checkpoint, register, resolve_model
 from rayclip.training.checkpoint import read_metrics, read_state
@@ -113,10 +114,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     model = preset(config.model) if isinstance(config.model, str) else config.model
     if config.loss.kind == "sigmoid":
         model = with_logit_bias(model)
-    data = config.data.model_copy(update={"path": str(Path(config.data.path).absolute())})
+    data = config.data.model_copy(update={"path": absolute(config.data.path)})
     tasks = {
-        name: task.model_copy(update={"path": str(Path(task.path).absolute())})
-        for name, task in config.evaluation.tasks.items()
+        name: task.model_copy(update={"path": absolute(task.path)}) for name, task in config.evaluation.tasks.items()
     }
     evaluation = config.evaluation.model_copy(update={"tasks": tasks})
     weights = config.weights
@@ -155,6 +155,7 @@ def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
             config.data.flip, config.data.colour_jitter, config.data.colour_jitter_share, config.data.grey
         ),
         fraction=config.data.fraction,
+        captions=config.data.captions,
     )
     return spec, Stream(spec).num_remaining()
 

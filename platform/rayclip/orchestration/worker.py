@@ -104,7 +104,15 @@ class Worker:
         self.ema = Ema(self.model, self.config.ema) if self.config.ema else None
         state = self._restore()
         ledger = Stream(self.job.spec, state.ledger).ledger()
-        hooks = Hooks(self._step, self._log, self._evaluate, self._save, self._notice, self._replay)
+        hooks = Hooks(
+            self._step,
+            self._log,
+            self._evaluate,
+            self._save,
+            self._notice,
+            self._replay,
+            Stream(self.job.spec).shard_at,
+        )
         trainer = Trainer(self._plan(), self.model, self.optimizer, state, ledger, hooks, self.ema)
         shard = ray.train.get_dataset_shard("train")
         if not isinstance(self.config.cluster.num_workers, int):

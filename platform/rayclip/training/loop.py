@@ -36,6 +36,7 @@ Sample = tuple[int, int]
 """Position and row."""
 
 _FEW_SAMPLES = 1_000  # below this many, a fraction of bad ones says little
+_SHOWN_SHARDS = 3
 _FIRST_GUARD_CAUSE = CAUSES.index(GUARD_CAUSES[0])
 
 
@@ -64,8 +65,9 @@ class Hooks:
     `step` gets the metrics of every step, `log` those of a point to be recorded. `evaluate` measures the model as it
     is. `save` makes a checkpoint of the state, with what was measured (nothing, where nothing was), and gets the
     samples of all ranks since the last one, int64 [n, 3] of (position, row, index into CAUSES).
-    `notice` gets a line for people. `replay` gives this rank's share of samples that came before, int64 [n, 2] of
-    (position, row), in equally many batches on all ranks; it is asked where the guard rolls back.
+    `notice` gets a line for people. `shard_of` names the shard at a position. `replay` gives this rank's share of
+    samples that came before, int64 [n, 2] of (position, row), in equally many batches on all ranks; it is asked where
+    the guard rolls back.
     """
 
     step: Callable[[Metrics, RunState], None]
@@ -74,6 +76,7 @@ class Hooks:
     save: Callable[[RunState, Metrics, np.ndarray], None]
     notice: Callable[[str], None] = lambda line: None
     replay: Callable[[np.ndarray], Iterable[Batch]] | None = None
+    shard_of: Callable[[int], str] | None = None
 
 
 class Trainer:
@@ -234,9 +237,18 @@ class Trainer:
         skipped = self._count_skipped(seen[seen[:, 2] < _FIRST_GUARD_CAUSE])
         shown = ", ".join(f"{cause} {count:,}" for cause, count in skipped.items() if cause not in GUARD_CAUSES)
         return (
-            f"{self._num_skipped - self._num_left_out:,} of {given_so_far:,} samples could not be read ({shown}); "
-            f"data.max_bad_fraction allows {self.plan.max_bad_fraction:g}"
+            f"{self._num_skipped - self._num_left_out:,} of {given_so_far:,} samples could not be read ({shown}"
+            f"{self._worst_shards(seen)}); data.max_bad_fraction allows {self.plan.max_bad_fraction:g}"
         )
+
+    def _worst_shards(self, seen: np.ndarray) -> str:
+        """As in "; most of them in 00017.tar 40, 00003.tar 12", since the last checkpoint."""
+        if self.hooks.shard_of is None:
+            return ""
+        unreadable = seen[(seen[:, 2] > 0) & (seen[:, 2] < _FIRST_GUARD_CAUSE), 0]
+        counts = Counter(self.hooks.shard_of(position) for position in unreadable.tolist())
+        worst = ", ".join(f"{shard} {count:,}" for shard, count in counts.most_common(_SHOWN_SHARDS))
+        return f"; most in {worst}" if worst else ""
 
     def _count_skipped(self, seen: np.ndarray) -> dict[str, int]:
         """What was skipped up to the last checkpoint and in `seen`, by cause, the commonest first."""

@@ -6,23 +6,47 @@ to be looked at. Numbers of bytes throughout.
 
 import io
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
+
+from rayclip.data.formats.base import ChunkError, Layout, Sample, Shard, Span
+from rayclip.storage import open_file, read_range
 
 BLOCK = tarfile.BLOCKSIZE
 
 
-class Span(NamedTuple):
-    """Where a chunk lies in its shard."""
+def list_chunks(shard: Shard, chunk_samples: int, layout: Layout) -> list[Span]:
+    """Runs of `chunk_samples` neighbours. Raises OSError, naming the file, for one that is not a whole tar."""
+    spans, problem = list_whole_chunks(shard, chunk_samples)
+    if problem:
+        raise ChunkError(problem)
+    return spans
 
-    offset: int
-    length: int
-    num_samples: int
+
+def list_whole_chunks(shard: Shard, chunk_samples: int) -> tuple[list[Span], str | None]:
+    """The chunks of all samples that are there in full, and what is wrong with the tar, if anything is."""
+    ends: list[int] = []
+    try:
+        with open_file(shard.path) as file:
+            ends += _sample_ends(file)
+            file.seek(ends[-1] if ends else 0)
+            mark = file.read(BLOCK)
+    except (tarfile.TarError, EOFError) as error:
+        return _cut(ends, chunk_samples), f"'{shard.path}' is not a whole tar: {error}"
+    if mark == bytes(BLOCK):
+        return _cut(ends, chunk_samples), None
+    # A tar that was cut between two files, or inside a header, reads as a shorter tar but for this mark.
+    end = min(ends[-1] if ends else 0, shard.size)
+    return _cut(ends[:-1], chunk_samples), f"'{shard.path}' is not a whole tar: it is cut off after {end:,} bytes"
 
 
-Sample = dict[str, bytes]
-"""One sample's files by extension ("png", "txt", "cls", "seg.png"); "__key__" holds the name they share."""
+def read_chunk(shard: Shard, span: Span, layout: Layout) -> list[Sample]:
+    """The samples of a range of bytes. Raises OSError where it cannot be read."""
+    try:
+        return read_samples(read_range(shard.path, span.offset, span.length))
+    except (tarfile.TarError, UnicodeError) as error:
+        raise ChunkError(f"'{shard.path}' is damaged at byte {span.offset:,}: {error}") from None
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -32,25 +56,37 @@ def split_name(name: str) -> tuple[str, str]:
     return str(path.with_name(stem)) if stem else name, extension.lower()
 
 
-def list_spans(shard: BinaryIO, chunk_size: int) -> Iterator[Span]:
+def list_spans(shard: BinaryIO, chunk_size: int) -> list[Span]:
     """Cut a shard into chunks of `chunk_size` neighbouring samples, reading only the headers of a seekable file.
 
     Raises tarfile.TarError or EOFError for a file that is not a whole tar.
     """
-    offset, end, num_samples, last_key = 0, 0, 0, None
+    return _cut(list(_sample_ends(shard)), chunk_size)
+
+
+def _sample_ends(shard: BinaryIO) -> Iterator[int]:
+    """Where each sample ends; the next begins there."""
+    end, last_key = 0, None
     with tarfile.open(fileobj=shard, mode="r:") as tar:
         for member in tar:
             if member.isfile():
                 key, _ = split_name(member.name)
-                if key != last_key:
-                    if num_samples == chunk_size:
-                        yield Span(offset, end - offset, num_samples)
-                        offset, num_samples = end, 0
-                    num_samples += 1
-                    last_key = key
+                if key != last_key and last_key is not None:
+                    yield end
+                last_key = key
             end = member.offset_data + _padded(member.size)
-    if num_samples:
-        yield Span(offset, end - offset, num_samples)
+            tar.members = []  # type: ignore[attr-defined]  # it would keep one for every file
+    if last_key is not None:
+        yield end
+
+
+def _cut(ends: Sequence[int], chunk_size: int) -> list[Span]:
+    spans, start = [], 0
+    for first in range(0, len(ends), chunk_size):
+        chunk = ends[first : first + chunk_size]
+        spans.append(Span(start, chunk[-1] - start, len(chunk)))
+        start = chunk[-1]
+    return spans
 
 
 def read_samples(chunk: bytes) -> list[Sample]:

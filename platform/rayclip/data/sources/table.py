@@ -35,8 +35,8 @@ def splits(config: TableConfig, cache: Path) -> dict[str, Split]:
             lines.seek(0)
             rows = csv.DictReader(lines, delimiter=config.separator or ("\t" if "\t" in header else ","))
             columns = list(rows.fieldnames or [])
-            image = _column("image_column", config.image_column, IMAGE_COLUMNS, columns, config.path)
-            caption = _column("caption_column", config.caption_column, CAPTION_COLUMNS, columns, config.path)
+            image = find_column("source.image_column", config.image_column, IMAGE_COLUMNS, columns, config.path)
+            caption = find_column("source.caption_column", config.caption_column, CAPTION_COLUMNS, columns, config.path)
             items = [Item(str(table.parent / (row[image] or "")), row[caption]) for row in rows]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"'{config.path}' is not a table in UTF-8: {error}") from None
@@ -52,11 +52,12 @@ def read(item: Item, config: TableConfig) -> Record:
     return Record(read_picture(Path(item.path)), item.caption)
 
 
-def _column(key: str, named: str | None, usual: tuple[str, ...], columns: list[str], path: str) -> str:
+def find_column(key: str, named: str | None, usual: tuple[str, ...], columns: list[str], path: str) -> str:
+    """The named column, or the first of the usual ones. Raises UserError for a table without."""
     wanted = (named,) if named is not None else usual
     found = next((column for column in wanted if column in columns), None)
     if found is None:
         raise UserError(
-            f"'{path}' has no column '{wanted[0]}' (source.{key}); it has: {', '.join(columns) or 'an empty header'}"
+            f"'{path}' has no column '{wanted[0]}' ({key}); it has: {', '.join(columns) or 'an empty header'}"
         )
     return found

@@ -1,0 +1,283 @@
+"""Files under a path or under `s3://bucket/prefix`, by the same few functions.
+
+S3 is whatever botocore finds: credentials from the environment, a profile or the machine; AWS_ENDPOINT_URL names a
+server other than Amazon's. A request that fails for a reason that may pass is made again, after a wait that doubles
+and is drawn anew each time; a ranged read that takes longer than it should races with a second one (Dean and Barroso,
+"The tail at scale", 2013). What cannot be read after that raises StorageError with the file's name.
+"""
+
+import asyncio
+import io
+import os
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+from rayclip.files import whole_file
+
+T = TypeVar("T")
+
+_SCHEME = "s3://"
+_ATTEMPTS = 7
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
+# A ranged read that has not come by then is asked for once more, and given up much later.
+_PATIENCE_S, _PATIENT_BYTES_PER_S, _DEADLINE_S = 1.0, 4_000_000, 60.0
+_CONNECTIONS = 64
+_BLOCK_BYTES = 4 * 2**20  # what a file that is read on and on fetches at once
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class StorageError(OSError):
+    """A file that cannot be read or written; the message names it."""
+
+
+class File(NamedTuple):
+    """A file that a listing found. `stamp` changes when its content does: an ETag, or the time of the last change."""
+
+    name: str
+    size: int
+    stamp: str
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is an address in S3."""
+    return str(path).startswith(_SCHEME)
+
+
+def absolute(path: str | Path) -> str:
+    """A path that means the same in any folder; an address already does."""
+    return str(path).rstrip("/") if is_remote(path) else str(Path(path).absolute())
+
+
+def join(folder: str | Path, name: str) -> str:
+    """The path of `name` in a folder; a name that is an address or an absolute path stays what it is."""
+    if is_remote(name):
+        return name
+    return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
+
+
+def split(path: str) -> tuple[str, str]:
+    """(folder, name) of a file's path."""
+    folder, _, name = path.rpartition("/")
+    return folder or ".", name
+
+
+def list_files(folder: str) -> list[File]:
+    """Every file below a folder, by its name relative to the folder, in the order of names. Nothing: none."""
+    if is_remote(folder):
+        return _list_remote(folder)
+    found = []
+    for inner, _, names in os.walk(folder, followlinks=True):
+        prefix = os.path.relpath(inner, folder)
+        for name in names:
+            try:
+                status = Path(inner, name).stat()
+            except OSError:  # a link to nothing, or a file that went meanwhile
+                continue
+            relative = name if prefix == "." else f"{prefix}/{name}"
+            found.append(File(relative, status.st_size, str(status.st_mtime_ns)))
+    return sorted(found)
+
+
+def find_file(path: str) -> File | None:
+    """The file at a path; None where there is none."""
+    try:
+        if is_remote(path):
+            info = _retried(path, lambda: _client().info(path))
+            return None if info["type"] != "file" else File(path, info["size"], str(info["ETag"]).strip('"'))
+        status = Path(path).stat()
+        return File(path, status.st_size, str(status.st_mtime_ns)) if Path(path).is_file() else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def find_files(paths: list[str]) -> list[File | None]:
+    """`find_file` of many."""
+    if not any(map(is_remote, paths)):
+        return [find_file(path) for path in paths]
+    return list(requests().map(find_file, paths))
+
+
+def read_bytes(path: str) -> bytes:
+    """A file's content. Raises FileNotFoundError, and OSError for one that cannot be read."""
+    if not is_remote(path):
+        return Path(path).read_bytes()
+    return _retried(path, lambda: _race(path, None, None, _PATIENCE_S))
+
+
+def read_range(path: str, offset: int, length: int) -> bytes:
+    """`length` bytes from `offset` on, by one request. Raises OSError where the file cannot be read that far."""
+    if not length:
+        return b""
+    if is_remote(path):
+        patience_s = _PATIENCE_S + length / _PATIENT_BYTES_PER_S
+        return _retried(path, lambda: _whole(path, _race(path, offset, offset + length, patience_s), length))
+    with Path(path).open("rb", buffering=0) as file:
+        file.seek(offset)
+        return _whole(path, file.read(length), length)
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a file, whole and then named."""
+    if is_remote(path):
+        _retried(path, lambda: _client().pipe_file(path, data))
+        return
+    with whole_file(Path(path)) as target:
+        target.write(data)
+
+
+def remove(path: str) -> None:
+    """Delete a file, where there is one."""
+    if not is_remote(path):
+        Path(path).unlink(missing_ok=True)
+    elif find_file(path) is not None:
+        _retried(path, lambda: _client().rm_file(path))
+
+
+def open_file(path: str) -> BinaryIO:
+    """A file to read and seek in; one in S3 is fetched a few megabytes at a time. Raises FileNotFoundError."""
+    if not is_remote(path):
+        return Path(path).open("rb")
+    found = find_file(path)
+    if found is None:
+        raise FileNotFoundError(f"no file at '{path}'")
+    return io.BufferedReader(RemoteFile(path, found.size), _BLOCK_BYTES)  # type: ignore[return-value]
+
+
+class RemoteFile(io.RawIOBase):
+    """A file in S3 whose every read is one ranged request."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self._path, self._size, self._at = path, size, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place; nothing is fetched."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """Fetch up to `size` bytes."""
+        left = max(0, self._size - self._at)
+        data = read_range(self._path, self._at, left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        """Fetch as much as the buffer holds."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def requests() -> ThreadPoolExecutor:
+    """The threads of this process that wait for files; what they run must not wait for them in turn."""
+    return _requests(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _requests(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_CONNECTIONS // 2, thread_name_prefix="storage")
+
+
+def _client() -> Any:
+    return _client_of(os.getpid(), os.environ.get("AWS_ENDPOINT_URL"))
+
+
+@lru_cache(maxsize=1)
+def _client_of(process: int, endpoint: str | None) -> Any:
+    from s3fs import S3FileSystem  # takes half a second, and most runs need none
+
+    settings = {
+        "retries": {"total_max_attempts": 1},
+        "connect_timeout": 5,
+        "read_timeout": _DEADLINE_S / 2,
+        "max_pool_connections": _CONNECTIONS,
+    }
+    client = S3FileSystem(
+        endpoint_url=endpoint, config_kwargs=settings, use_listings_cache=False, skip_instance_cache=True
+    )
+    client.retries = 1  # `_retried` does that
+    return client
+
+
+def _retried(path: str, request: Callable[[], T]) -> T:
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(random.uniform(0.5, 1) * min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt))
+        try:
+            return request()
+        except _FINAL:
+            raise
+        except Exception as error:  # botocore's and aiohttp's have no base in common
+            last = error
+            if type(error).__name__ in ("NoCredentialsError", "ParamValidationError"):
+                break
+    reason = str(last) or type(last).__name__
+    raise StorageError(f"'{path}' cannot be reached after {attempt + 1} attempts: {reason}") from last
+
+
+def _whole(path: str, data: bytes, length: int) -> bytes:
+    if len(data) != length:
+        raise StorageError(f"'{path}' ends inside a chunk: {len(data)} of {length} bytes")
+    return data
+
+
+def _race(path: str, start: int | None, end: int | None, patience_s: float) -> bytes:
+    """What the first of at most two requests answers."""
+    from fsspec.asyn import sync
+
+    client = _client()
+
+    def ask() -> "asyncio.Task[bytes]":
+        return asyncio.ensure_future(client._cat_file(path, start=start, end=end, max_concurrency=1))
+
+    async def race() -> bytes:
+        asked = [ask()]
+        try:
+            await asyncio.wait(asked, timeout=patience_s)
+            if not asked[0].done():
+                asked.append(ask())
+                await asyncio.wait(asked, timeout=_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
+            done = [request for request in asked if request.done()]
+            if not done:
+                raise TimeoutError(f"no answer within {_DEADLINE_S:.0f} s")
+            return min(done, key=lambda request: request.exception() is not None).result()
+        finally:
+            for request in asked:
+                request.cancel()
+
+    return sync(client.loop, race)  # type: ignore[no-any-return]
+
+
+def _list_remote(folder: str) -> list[File]:
+    """A listing that is short, for whatever reason, would leave out shards without a word: two must agree."""
+
+    def once() -> list[File]:
+        found = _client().find(folder, detail=True, maxdepth=None)
+        start = len(folder.removeprefix(_SCHEME).rstrip("/")) + 1
+        return sorted(File(name[start:], i["size"], str(i["ETag"]).strip('"')) for name, i in found.items())
+
+    def agreeing() -> list[File]:
+        first, second = (_retried(folder, once) for _ in range(2))
+        if first != second:
+            raise StorageError(f"two listings of '{folder}' differ")
+        return second
+
+    return _retried(folder, agreeing)
