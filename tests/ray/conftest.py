@@ -27,15 +27,20 @@ def ray_session():
 
 
 class TrainingProcess:
-    """`python -m jobs.train CONFIG` in a folder; `checkpoints` is the folder that they go to."""
+    """`python -m jobs.train CONFIG` in a folder, on the cluster at `address` or on a Ray of its own.
 
-    def __init__(self, folder: Path, config: dict) -> None:
+    `checkpoints` is the folder that they go to.
+    """
+
+    def __init__(self, folder: Path, config: dict, address: str | None = None) -> None:
         path = folder / f"{config['name']}.yaml"
         path.write_text(json.dumps(config))
         self.checkpoints = folder / "runs" / config["name"] / "checkpoints"
         self.log = folder / f"{config['name']}.log"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform"}
         environment.pop("RAY_ADDRESS", None)
+        if address:
+            environment["RAY_ADDRESS"] = address
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "jobs.train", str(path)], cwd=folder, env=environment, stdout=log, stderr=log
@@ -100,8 +105,8 @@ def start_training():
     """Starts `jobs.train` on a config in a folder; whatever still runs at the end of the test is killed."""
     started = []
 
-    def start(folder, config):
-        started.append(TrainingProcess(folder, config))
+    def start(folder, config, address=None):
+        started.append(TrainingProcess(folder, config, address))
         return started[-1]
 
     yield start

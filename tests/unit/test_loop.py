@@ -24,7 +24,7 @@ from rayclip.training.checkpoint import RunState, restore, write_checkpoint
 from rayclip.training.loop import Hooks, Plan, Trainer
 from rayclip.training.meter import Meter
 from rayclip.training.optimizer import build_optimizer
-from rayclip.training.schedule import warmup_cosine
+from rayclip.training.schedule import learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -207,7 +207,7 @@ def test_steps_are_told_their_loss_rate_and_scale(tmp_path, data, tiny_config):
     before = 0
     for name, samples, metrics in run.calls:
         if name == "step":
-            assert metrics["learning_rate"] == pytest.approx(warmup_cosine(before, 3e-3, 20, TOTAL))
+            assert metrics["learning_rate"] == pytest.approx(learning_rate(before, OPTIMIZER, TOTAL))
             assert 0 < metrics["loss"] < 5
             assert 1 <= metrics["logit_scale"] <= 100
             assert 0 < metrics["rates"]["samples_per_s"] < 1e6

@@ -11,7 +11,7 @@ from rayclip.config import OptimizerConfig
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.training.optimizer import RowAdamW, build_optimizer
-from rayclip.training.schedule import warmup_cosine
+from rayclip.training.schedule import learning_rate
 from rayclip.training.step import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -237,8 +237,10 @@ def test_the_logit_scale_stays_between_1_and_100(model, start, lr, sign):
 
 
 def test_the_rate_rises_in_a_line_and_falls_along_a_cosine():
+    settings = OptimizerConfig(lr=2.0, warmup_samples=100)
+
     def rate(seen):
-        return warmup_cosine(seen, peak=2.0, warmup_samples=100, total_samples=1100)
+        return learning_rate(seen, settings, 1100)
 
     assert [rate(seen) for seen in (0, 49, 99)] == pytest.approx([0.02, 1.0, 2.0])
     assert [rate(seen) for seen in (100, 350, 600, 850, 1100)] == pytest.approx(
@@ -250,7 +252,33 @@ def test_the_rate_rises_in_a_line_and_falls_along_a_cosine():
 
 
 def test_rates_at_the_limits():
-    assert warmup_cosine(0, peak=1.0, warmup_samples=0, total_samples=10) == 1.0
-    assert warmup_cosine(10_000, peak=1.0, warmup_samples=0, total_samples=10) == pytest.approx(0)
-    assert warmup_cosine(5, peak=1.0, warmup_samples=10, total_samples=10) == pytest.approx(0.6)
-    assert warmup_cosine(10, peak=1.0, warmup_samples=10, total_samples=10) == 1.0
+    at_once, slowly = (OptimizerConfig(lr=1.0, warmup_samples=samples) for samples in (0, 10))
+    assert learning_rate(0, at_once, 10) == 1.0
+    assert learning_rate(10_000, at_once, 10) == pytest.approx(0)
+    assert learning_rate(5, slowly, 10) == pytest.approx(0.6)
+    assert learning_rate(10, slowly, 10) == 1.0
+
+
+@pytest.mark.parametrize(("shape", "halfway"), [("linear", 0.5), ("sqrt", 1 - np.sqrt(0.5))])
+def test_the_rate_stays_until_its_cooldown_and_then_falls_to_zero(shape, halfway):
+    settings = OptimizerConfig(lr=2.0, warmup_samples=100, schedule="wsd", cooldown_samples=200, cooldown_shape=shape)
+    rates = [learning_rate(seen, settings, 1000) for seen in range(1001)]
+    assert rates[:100] == [2.0 * (seen + 1) / 100 for seen in range(100)]
+    assert set(rates[100:801]) == {2.0}
+    assert rates[900] == pytest.approx(2.0 * halfway)
+    assert rates[800:] == sorted(rates[800:], reverse=True)
+    assert rates[1000] == 0 and learning_rate(1100, settings, 1000) == 0
+
+
+def test_a_trunk_never_cools_down_and_the_warm_up_is_the_same_for_all():
+    trunk = OptimizerConfig(lr=1.0, warmup_samples=10, schedule="wsd")
+    assert {learning_rate(seen, trunk, 50) for seen in range(10, 70)} == {1.0}
+    cosine = OptimizerConfig(lr=1.0, warmup_samples=10)
+    assert [learning_rate(seen, trunk, 50) for seen in range(10)] == [
+        learning_rate(seen, cosine, 50) for seen in range(10)
+    ]
+
+
+def test_a_cooldown_of_a_cosine_is_refused():
+    with pytest.raises(ValueError, match="cooldown_samples is for schedule=wsd, not schedule=cosine; leave it out"):
+        OptimizerConfig(cooldown_samples=10)

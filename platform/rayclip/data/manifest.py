@@ -7,7 +7,7 @@ index in the list of names that stands in the file's metadata with each shard's 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayclip.data.formats.tar import Span
+from rayclip.data.order import mix64
 from rayclip.errors import UserError
 from rayclip.files import whole_file
 
 FILE_NAME = "manifest.parquet"
 _KEY = b"rayclip"
+_SUBSET = -1  # where an epoch stands in the order of a run; no epoch has this number
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,18 @@ class Manifest:
         for array in (self.shard, self.offset, self.length, self.num_samples):
             state.update(np.ascontiguousarray(array).astype("<i8").tobytes())
         return state.hexdigest()
+
+    def subset(self, fraction: float, seed: int) -> "Manifest":
+        """So large a share of the chunks, at least one: those that come first in an order of their own.
+
+        A function of the seed, and a smaller share lies within a larger one. The shards stay as they are.
+        """
+        if fraction == 1:
+            return self
+        rank = np.argsort(mix64(seed, _SUBSET, np.arange(len(self))), kind="stable")
+        kept = np.sort(rank[: max(1, round(fraction * len(self)))])
+        columns = {name: getattr(self, name)[kept] for name in ("shard", "offset", "length", "num_samples")}
+        return replace(self, **columns)
 
     def read_chunk(self, chunk: int) -> bytes:
         """The bytes of one chunk. Raises OSError where the shard cannot be read that far."""

@@ -45,14 +45,16 @@ class StreamSpec:
     context_length: int
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
+    fraction: float = 1.0
+    """Share of the data set's chunks that the stream is made of; `digest` is of the whole."""
 
 
 @lru_cache(maxsize=4)
-def _manifest(folder: str, digest: str) -> Manifest:
+def _manifest(folder: str, digest: str, fraction: float, seed: int) -> Manifest:
     manifest = Manifest.load(folder)
     if manifest.digest != digest:
         raise UserError(f"the data set in '{folder}' has changed since the run began")
-    return manifest
+    return manifest.subset(fraction, seed)
 
 
 @lru_cache(maxsize=4)
@@ -78,8 +80,8 @@ class Stream:
 
     @property
     def manifest(self) -> Manifest:
-        """The data set's manifest, read once a process."""
-        return _manifest(self.spec.folder, self.spec.digest)
+        """The manifest of what is read of the data set, made once a process."""
+        return _manifest(self.spec.folder, self.spec.digest, self.spec.fraction, self.spec.seed)
 
     @property
     def order(self) -> Order:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -12,12 +13,24 @@ from rayclip.data.stream import Batch, Stream, StreamSpec
 from rayclip.training.checkpoint import read_state
 
 
-def remaining_dataset(spec: StreamSpec, checkpoints: str, num_workers: int) -> ray.data.Dataset:
-    """What the latest checkpoint's ledger lacks, as a Ray dataset of batches' columns.
+class StreamConfig(ray.train.DataConfig):
+    """Gives each group of workers its stream: however many they are, it is what their checkpoint's ledger lacks."""
 
-    Ray Train calls this, in its controller, whenever it starts the workers: with the checkpoint that they are about to
-    restore. A ledger from anywhere else could belong to other weights.
-    """
+    def __init__(self, spec: StreamSpec, checkpoints: str) -> None:
+        super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
+        self._spec, self._checkpoints = spec, checkpoints
+
+    def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
+        """Ray Train calls this whenever it has started workers, that have restored the latest checkpoint.
+
+        A ledger from anywhere else could belong to other weights.
+        """
+        stream = remaining_dataset(self._spec, self._checkpoints, world_size)
+        return super().configure({"train": stream}, world_size, *args, **kwargs)
+
+
+def remaining_dataset(spec: StreamSpec, checkpoints: str, num_workers: int) -> ray.data.Dataset:
+    """What the latest checkpoint's ledger lacks, as a Ray dataset of batches' columns."""
     folder = latest_checkpoint(checkpoints)
     stream = Stream(spec, read_state(folder).ledger if folder else None)
     windows = stream.windows() or range(1)  # a run that has ended still needs a stream to find that out

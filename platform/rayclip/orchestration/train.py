@@ -4,16 +4,17 @@ The driver checks everything that can be wrong before anything is started, opens
 the workers alive, shows how far they are, and registers the best checkpoint at the end.
 """
 
+import math
 import subprocess
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayclip import __version__
 from rayclip.config import ModelConfig, TrainConfig
@@ -27,7 +28,7 @@ from rayclip.orchestration.cluster import check_resources, connect
 from rayclip.orchestration.monitor import Monitor
 from rayclip.orchestration.progress import Line, ProgressLine
 from rayclip.orchestration.run_folder import RunFolder
-from rayclip.orchestration.stream import latest_checkpoint, remaining_dataset
+from rayclip.orchestration.stream import StreamConfig, latest_checkpoint
 from rayclip.orchestration.worker import Job, StoppedError, train_worker
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.registry import is_registered, link_checkpoint, register, resolve_model
@@ -71,9 +72,10 @@ def run_training(
 
     workers = config.cluster
     # One core beside the workers reads ahead for them.
-    connect(local_cpus=int(workers.num_workers * workers.cpus_per_worker) + 1)
-    needed = {"CPU": workers.num_workers * workers.cpus_per_worker + 1, "GPU": workers.num_workers * workers.use_gpu}
-    check_resources({k: v for k, v in needed.items() if v}, f"a run with {workers.num_workers} workers and a reader")
+    connect(local_cpus=math.ceil(workers.max_workers * workers.cpus_per_worker + 1))
+    least = workers.min_workers
+    needed = {"CPU": least * workers.cpus_per_worker + 1, "GPU": least * workers.use_gpu}
+    check_resources({k: v for k, v in needed.items() if v}, f"a run with {least} workers and a reader")
 
     folder.repair_list()
     found = latest_checkpoint(str(folder.checkpoints))
@@ -82,7 +84,8 @@ def run_training(
 
     version = code_version()
     run_id = _open_mlflow_run(config, uri, folder, record, spec, version)
-    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     job = Job(config, spec, total_samples, str(folder.path), uri, run_id, version, monitor, judged=judge is not None)
     succeeded = stopped = False
     try:
@@ -177,6 +180,7 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judg
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers.num_workers,
+            elastic_resize_monitor_interval_s=workers.resize_every_s,
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
         ),
@@ -188,8 +192,8 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judg
                 num_to_keep=config.checkpoint.keep, checkpoint_score_attribute="score"
             ),
         ),
-        datasets={"train": partial(remaining_dataset, job.spec, str(folder.checkpoints), workers.num_workers)},
-        dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
+        datasets={"train": ray.data.range(1)},  # stands for the stream, which is made when the workers are known
+        dataset_config=StreamConfig(job.spec, str(folder.checkpoints)),
     )
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(job.monitor, line, judge, done), daemon=True)
@@ -212,7 +216,7 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judg
 def _goes_on_from(found: Path, total_samples: int, judge: Judge) -> bool:
     """Ask again what may have been asked, and not heard, when the crash came."""
     state, tasks = read_state(found), read_metrics(found)["tasks"]
-    ended = state.samples_seen + sum(state.skipped.values()) >= total_samples
+    ended = state.num_given >= total_samples
     return ended or not tasks or judge({"samples_seen": state.samples_seen, **tracking.flatten(tasks)})
 
 

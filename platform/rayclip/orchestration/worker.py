@@ -104,7 +104,14 @@ class Worker:
         hooks = Hooks(self._step, self._log, self._evaluate, self._save, self._notice, self._replay)
         trainer = Trainer(self._plan(), self.model, self.optimizer, state, ledger, hooks, self.ema)
         shard = ray.train.get_dataset_shard("train")
-        trainer.run(batches(shard, self.config.batch_size // self.world_size))
+        if not isinstance(self.config.cluster.num_workers, int):
+            self._notice(f"training on {self.world_size} workers, {self.world_size * self._local_batch} pairs a step")
+        trainer.run(batches(shard, self._local_batch))
+
+    @property
+    def _local_batch(self) -> int:
+        """Pairs of this worker a step. Where the workers do not divide the batch it is a little smaller."""
+        return self.config.batch_size // self.world_size
 
     def close(self) -> None:
         """Send what is left to MLflow."""
@@ -170,8 +177,7 @@ class Worker:
 
     def _replay(self, samples: np.ndarray) -> Iterator[Batch]:
         rank = ray.train.get_context().get_world_rank()
-        batch_size = self.config.batch_size // self.world_size
-        return Stream(self.job.spec).again(samples, batch_size, rank, self.world_size)
+        return Stream(self.job.spec).again(samples, self._local_batch, rank, self.world_size)
 
     def _evaluate(self) -> Metrics:
         config = self.config
@@ -211,7 +217,7 @@ class Worker:
 
     def _wait_for_verdict(self, state: RunState, metrics: Metrics) -> None:
         """Raise StoppedError, on all workers, where the run does not go on; one that has ended has nothing to ask."""
-        if not (self.job.judged and metrics) or _num_given(state) >= self.job.total_samples:
+        if not (self.job.judged and metrics) or state.num_given >= self.job.total_samples:
             return
         if self.is_first:
             self.job.monitor.measure.remote({"samples_seen": state.samples_seen, **flatten(metrics)})
@@ -260,10 +266,6 @@ class Worker:
         if lines:
             with self.folder.quarantine.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def _num_given(state: RunState) -> int:
-    return state.samples_seen + sum(state.skipped.values())
 
 
 def _device_name() -> str:

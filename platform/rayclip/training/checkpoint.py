@@ -12,7 +12,7 @@ It is written under another name and renamed when it is whole. No pickle anywher
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,17 @@ class RunState:
     manifest_digest: str = ""
     code_version: str = ""
     device: str = ""
+    branched_at: int = 0
+    """Samples seen by the run that this one went on from; its times and rates count from there."""
+
+    @property
+    def num_given(self) -> int:
+        """Samples that came, whether they could be read or not: what durations count."""
+        return self.samples_seen + sum(self.skipped.values())
+
+    def branch(self) -> "RunState":
+        """The same state as another run's first: the time that it took was not that run's."""
+        return replace(self, branched_at=self.samples_seen, train_time_s=0.0, data_wait_s=0.0)
 
 
 def write_checkpoint(

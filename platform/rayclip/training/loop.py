@@ -28,7 +28,7 @@ from rayclip.training.ema import Ema
 from rayclip.training.guard import Guard, Snapshot, Trouble
 from rayclip.training.meter import Meter
 from rayclip.training.precision import in_precision
-from rayclip.training.schedule import warmup_cosine
+from rayclip.training.schedule import learning_rate
 from rayclip.training.step import StepResult, train_step
 
 Metrics = dict[str, Any]
@@ -53,6 +53,8 @@ class Plan:
     micro_batch_size: int | None = None
     precision: Precision = "float32"
     guard: GuardConfig = GuardConfig()  # noqa: RUF009 (frozen)
+    checkpoint_at: tuple[int, ...] = ()
+    """Counts of samples that came, readable or not: a checkpoint is made at the first step at or after each."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class Trainer:
                 continue
             ends = self._num_given() >= self.plan.total_samples
             evaluated = ends or self._due(before, self.plan.evaluate_every)
-            if evaluated or self._due(before, self.plan.checkpoint_every):
+            reached = passes(self.plan.checkpoint_at, given_before, self._num_given())
+            if evaluated or reached or self._due(before, self.plan.checkpoint_every):
                 self._checkpoint(evaluate=evaluated)
         if not evaluated:
             self._checkpoint(evaluate=True)
@@ -129,7 +132,7 @@ class Trainer:
 
     def _step(self, batch: Batch, before: int) -> None:
         settings = self.plan.optimizer
-        lr = warmup_cosine(before, settings.lr, settings.warmup_samples, self.plan.total_samples)
+        lr = learning_rate(before, settings, self.plan.total_samples)
         result = train_step(
             self._net, self.model, self.optimizer, batch, lr, settings.max_grad_norm,
             self.plan.loss, self.plan.micro_batch_size, self._guard,
@@ -242,6 +245,11 @@ class Trainer:
 
     def _due(self, before: int, every: int | None) -> bool:
         return every is not None and before // every < self.state.samples_seen // every
+
+
+def passes(marks: tuple[int, ...], before: int, after: int) -> bool:
+    """Whether a count that went from `before` to `after` reached one of the marks on its way."""
+    return any(before < mark <= after for mark in marks)
 
 
 def _samples(rows: np.ndarray) -> set[Sample]:
