@@ -158,7 +158,9 @@ class SweepConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "SweepConfig":
-        evaluation = self.base.evaluation
+        evaluation, workers = self.base.evaluation, self.base.cluster
+        if workers.min_workers < workers.max_workers:
+            raise ValueError(f"base.cluster.num_workers {workers.num_workers} must be one number: trials would differ")
         measured = [f"{name}.{metric}" for name, task in evaluation.tasks.items() for metric in task.metrics]
         if self.metric not in measured:
             raise ValueError(f"metric '{self.metric}' is not measured; measured: {', '.join(measured) or '-'}")

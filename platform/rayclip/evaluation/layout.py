@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rayclip.data.decode import IMAGE_EXTENSIONS
-from rayclip.data.formats.tar import Sample, Span, write_shard
-from rayclip.data.index import find_shards, index_shard
-from rayclip.data.manifest import FILE_NAME, Manifest
+from rayclip.data.formats import Layout, Sample, Shard
+from rayclip.data.formats.tar import write_shard
+from rayclip.data.index import index_shard
+from rayclip.data.manifest import FILE_NAME, Chunks, Manifest
 from rayclip.errors import UserError, nearest
 from rayclip.files import whole_file
 from rayclip.inference.prompts import PLACEHOLDER
@@ -113,22 +114,28 @@ def _lines(folder: Path, split: Path, name: str) -> list[str] | None:
 
 
 def _index(split: Path, cache: Path) -> Manifest:
-    shards = find_shards(split)
+    shards = sorted(path for path in split.glob("*.tar") if path.is_file())
     count = split / "nshards.txt"
     said = count.read_text().strip() if count.is_file() else str(len(shards))
     if said != str(len(shards)):
         raise UserError(f"'{split}': {count.name} says {said} shards, {len(shards)} are there")
 
-    def make(folder: Path) -> list[tuple[str, int, list[Span]]]:
-        return [(str(shard.absolute()), *index_shard(shard, _CHUNK_SAMPLES)) for shard in shards]
+    def make(folder: Path) -> list[tuple[str, int, Chunks]]:
+        return [_index_shard(shard.absolute()) for shard in shards]
 
     return _cached(split, cache / "indexes", [shard.absolute() for shard in shards], make)
+
+
+def _index_shard(path: Path) -> tuple[str, int, Chunks]:
+    size = path.stat().st_size
+    chunks, _ = index_shard(Shard(str(path), size), _CHUNK_SAMPLES, Layout())
+    return str(path), size, chunks
 
 
 def _pack(split: Path, cache: Path) -> Manifest:
     pictures = [(path, label) for label, folder in enumerate(class_folders(split)) for path in _pictures(folder)]
 
-    def make(folder: Path) -> list[tuple[str, int, list[Span]]]:
+    def make(folder: Path) -> list[tuple[str, int, Chunks]]:
         starts = range(0, len(pictures), _SHARD_SAMPLES)
         return [_write_shard(folder / f"{i:06}.tar", pictures[i : i + _SHARD_SAMPLES], split) for i in starts]
 
@@ -143,7 +150,7 @@ def _pictures(folder: Path) -> list[Path]:
     return found
 
 
-def _write_shard(path: Path, pictures: Sequence[tuple[Path, int]], split: Path) -> tuple[str, int, list[Span]]:
+def _write_shard(path: Path, pictures: Sequence[tuple[Path, int]], split: Path) -> tuple[str, int, Chunks]:
     def samples() -> Iterator[Sample]:
         for picture, label in pictures:
             # A dot would end the sample's key.
@@ -157,7 +164,7 @@ def _write_shard(path: Path, pictures: Sequence[tuple[Path, int]], split: Path) 
 
 
 def _cached(
-    split: Path, cache: Path, files: Sequence[Path], make: Callable[[Path], list[tuple[str, int, list[Span]]]]
+    split: Path, cache: Path, files: Sequence[Path], make: Callable[[Path], list[tuple[str, int, Chunks]]]
 ) -> Manifest:
     """The manifest that the cache keeps for these files as they are now; made where it is not there."""
     state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -23,7 +23,8 @@ from rayclip.config import CurateConfig
 from rayclip.data.curation.decide import OUTCOMES, Decision, decide
 from rayclip.data.curation.look import Looked, look, to_table
 from rayclip.data.curation.report import write_queries, write_query_plot
-from rayclip.data.formats.tar import Sample, write_shard
+from rayclip.data.formats import Layout, Sample, Shard
+from rayclip.data.formats.tar import write_shard
 from rayclip.data.index import index_shard
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
@@ -195,9 +196,10 @@ def _index(output: Path, num_parts: int, chunk_samples: int) -> Manifest:
     """The new manifest, of the shards that hold anything."""
     shards = []
     for path in (shard_path(output, part) for part in range(num_parts)):
-        size, spans = index_shard(path, chunk_samples)
-        if spans:
-            shards.append((path.name, size, spans))
+        size = path.stat().st_size
+        chunks, _ = index_shard(Shard(str(path), size), chunk_samples, Layout())
+        if len(chunks):
+            shards.append((path.name, size, chunks))
     manifest = Manifest.from_spans(output, shards)
     manifest.save()
     return manifest

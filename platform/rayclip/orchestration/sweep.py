@@ -193,12 +193,12 @@ class Sweep:
         """Join the cluster; how many trials it places at a time. Their drivers take nothing that workers need."""
         workers = self.config.base.cluster
         worker = {"CPU": workers.cpus_per_worker, "GPU": float(workers.use_gpu)}
-        bundles = [worker] * workers.num_workers + [{"CPU": 1.0}]
+        bundles = [worker] * workers.max_workers + [{"CPU": 1.0}]
         num_cpus = sum(bundle["CPU"] for bundle in bundles)
         # A trial has about ten processes, most of them idle: Ray warns of so many on few cores.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         connect(local_cpus=int(num_cpus * (self.config.max_concurrent or 1)))
-        check_resources({"CPU": num_cpus, "GPU": worker["GPU"] * workers.num_workers}, "a trial")
+        check_resources({"CPU": num_cpus, "GPU": worker["GPU"] * workers.max_workers}, "a trial")
         fit = num_that_fit(bundles)
         if not fit:
             raise UserError(

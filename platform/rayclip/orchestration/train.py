@@ -249,7 +249,7 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judg
 def _goes_on_from(found: Path, total_samples: int, judge: Judge) -> bool:
     """Ask again what may have been asked, and not heard, when the crash came."""
     state, tasks = read_state(found), read_metrics(found)["tasks"]
-    ended = state.samples_seen + sum(state.skipped.values()) >= total_samples
+    ended = state.num_given >= total_samples
     return ended or not tasks or judge({"samples_seen": state.samples_seen, **tracking.flatten(tasks)})
 
 

@@ -233,7 +233,7 @@ class Worker:
 
     def _wait_for_verdict(self, state: RunState, metrics: Metrics) -> None:
         """Raise StoppedError, on all workers, where the run does not go on; one that has ended has nothing to ask."""
-        if not (self.job.judged and metrics) or _num_given(state) >= self.job.total_samples:
+        if not (self.job.judged and metrics) or state.num_given >= self.job.total_samples:
             return
         if self.is_first:
             self.job.monitor.measure.remote({"samples_seen": state.samples_seen, **flatten(metrics)})
@@ -282,10 +282,6 @@ class Worker:
         if lines:
             with self.folder.quarantine.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def _num_given(state: RunState) -> int:
-    return state.samples_seen + sum(state.skipped.values())
 
 
 def _device_name() -> str:
