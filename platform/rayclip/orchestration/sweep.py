@@ -176,13 +176,11 @@ class Sweep:
     def _open_parent(self) -> str:
         settings = self.config.model_dump(mode="json")
         record = self.folder.read_record()
-        for key in ("metric", "plan") if record else ():
-            before, now = (_comparable(s[key]) for s in (record["config"], settings))  # type: ignore[index]
-            if before != now:
-                raise UserError(
-                    f"'{self.folder.path}' holds a sweep with another {key}: give this one another name, "
-                    "or remove the folder"
-                )
+        if record is not None and _decided(record["config"]) != _decided(settings):
+            raise UserError(
+                f"'{self.folder.path}' holds a sweep with another plan or metric: give this one another name, "
+                "or remove the folder"
+            )
         known = record["mlflow_run_id"] if record else None
         experiment = self.config.base.tracking.experiment
         run_id = open_group(self.uri, experiment, "sweep", self.config.name, settings, code_version(), known)
@@ -271,6 +269,7 @@ class Sweep:
         return path
 
 
-def _comparable(settings: Any) -> Any:
-    """What must stay as it was when a sweep goes on: not how many trials a search has."""
-    return {k: v for k, v in settings.items() if k != "num_trials"} if isinstance(settings, dict) else settings
+def _decided(settings: dict[str, Any]) -> dict[str, Any]:
+    """What must stay as it was when a sweep goes on: not how many trials a search has, nor how a ladder is read."""
+    plan = {key: value for key, value in settings["plan"].items() if key not in ("num_trials", "form", "frontier")}
+    return plan if plan["kind"] == "ladder" else plan | {"metric": settings["metric"]}
