@@ -27,7 +27,7 @@ from jobs.benchmarks.peers import load_open_clip, load_open_clip_data
 from jobs.benchmarks.workload import jpegs, labels
 from rayclip.config import BenchmarkConfig
 from rayclip.data.decode import crop_picture, random_box
-from rayclip.data.formats.tar import Sample, write_shard
+from rayclip.data.formats.tar import Sample, Span, write_shard
 from rayclip.data.manifest import Manifest
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.orchestration.cluster import connect
@@ -66,7 +66,7 @@ class Data:
     def __init__(self, folder: Path, side: int, pictures: int) -> None:
         files = jpegs(side, _DIFFERENT)
         self.files = [files[i % len(files)] for i in range(pictures)]
-        shards = []
+        shards: list[tuple[str, int, list[Span]]] = []
         for first in range(0, pictures, _SHARD):
             path = folder / f"{len(shards):06}.tar"
             with path.open("wb") as target:

@@ -145,7 +145,7 @@ def open_file(path: str) -> BinaryIO:
     found = find_file(path)
     if found is None:
         raise FileNotFoundError(f"no file at '{path}'")
-    return io.BufferedReader(RemoteFile(path, found.size), _BLOCK_BYTES)  # type: ignore[return-value]
+    return io.BufferedReader(RemoteFile(path, found.size), _BLOCK_BYTES)
 
 
 class RemoteFile(io.RawIOBase):
@@ -263,7 +263,7 @@ def _race(path: str, start: int | None, end: int | None, patience_s: float) -> b
             for request in asked:
                 request.cancel()
 
-    return sync(client.loop, race)  # type: ignore[no-any-return]
+    return sync(client.loop, race)
 
 
 def _list_remote(folder: str) -> list[File]:

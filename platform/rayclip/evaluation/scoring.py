@@ -132,9 +132,13 @@ def figures(answers: Answers, num_classes: int) -> dict[str, Figure]:
 def multi_label_figures(scores: Scores) -> dict[str, Figure]:
     """Both kinds of mean average precision."""
     scored, targets = scores.scores_NC, scores.targets_NC
+
+    def resampled(of: Callable[[Tensor, Tensor], float]) -> Figure:
+        return _resampled(lambda rows: of(scored[rows], targets[rows]), len(scored))
+
     return {
-        name: _resampled(lambda rows, of=of: of(scored[rows], targets[rows]), len(scored))
-        for name, of in (("eleven_point_map", metrics.eleven_point_map), ("mean_ap", metrics.multi_label_map))
+        "eleven_point_map": resampled(metrics.eleven_point_map),
+        "mean_ap": resampled(metrics.multi_label_map),
     }
 
 

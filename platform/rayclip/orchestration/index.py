@@ -101,7 +101,8 @@ def _run_on_cluster(tasks: Sequence[Task], work: Callable[[Task], Result]) -> It
     connect()
     do: Any = ray.remote(_plain(work))
     most = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    left, running = list(reversed(tasks)), []
+    left = list(reversed(tasks))
+    running: list[ray.ObjectRef] = []
     while left or running:
         while left and len(running) < most:
             running.append(do.remote(left.pop()))

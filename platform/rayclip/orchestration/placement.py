@@ -72,7 +72,7 @@ def _worker(workers: ClusterConfig | WorkersConfig) -> Bundle:
 
 
 def _least(workers: ClusterConfig) -> int:
-    return getattr(workers, "min_workers", workers.num_workers)
+    return workers.min_workers
 
 
 def _fits(bundles: list[Bundle], nodes: list[Bundle]) -> bool:

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import ray
 import requests
@@ -61,7 +61,7 @@ class Cluster:
         """Its nodes as they are, and what they may grow to."""
         with self._explained():
             # Ray takes the nodes that a filter leaves out, as those that have died, for missing output.
-            alive = [("state", "=", "ALIVE")]
+            alive: Any = [("state", "=", "ALIVE")]
             nodes = list_nodes(self.address, alive, limit=10_000, detail=True, raise_on_missing_output=False)
         return Capacity([node.resources_total for node in nodes], most_of([node.labels for node in nodes]))
 
@@ -69,7 +69,7 @@ class Cluster:
         """Ship the tree in the working folder, and start `python -m jobs.JOB ARGUMENTS` in it; the job's id."""
         environment = copy.deepcopy(RUNTIME_ENV)
         environment["env_vars"]["RAYCLIP_CODE_VERSION"] = code_version
-        request = {
+        request: dict[str, Any] = {
             "entrypoint": shlex.join(["python", "-m", f"jobs.{job}", *arguments]),
             "submission_id": f"{job}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{uuid.uuid4().hex[:6]}",
             "runtime_env": environment,

@@ -210,8 +210,8 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judg
         train_worker,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.num_workers,
-            elastic_resize_monitor_interval_s=workers.resize_every_s,
+            num_workers=workers.num_workers,  # type: ignore[arg-type]  # Ray's types are those of its older half
+            elastic_resize_monitor_interval_s=workers.resize_every_s,  # type: ignore[call-arg]
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
         ),

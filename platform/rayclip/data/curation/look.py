@@ -38,10 +38,11 @@ class Looked(NamedTuple):
 
 def look(sample: Sample | None) -> Looked:
     """Look at a sample; None stands for one that is missing."""
-    size: list[int] = []
+    width, height = 0, 0
 
-    def whole(width: int, height: int) -> tuple[float, float, float, float]:
-        size[:] = width, height
+    def whole(*size: int) -> tuple[float, float, float, float]:
+        nonlocal width, height
+        width, height = size
         return 0, 0, width, height
 
     try:
@@ -51,7 +52,8 @@ def look(sample: Sample | None) -> Looked:
         picture = crop_picture(data, whole, HASH_SIDE)
     except BadSampleError as error:
         return Looked(error.cause)
-    return Looked(None, caption, *size, blake2b(data, digest_size=16).digest(), perceptual_hash(picture))
+    digest = blake2b(data, digest_size=16).digest()
+    return Looked(None, caption, width, height, digest, perceptual_hash(picture))
 
 
 def to_table(places: Sequence[tuple[str, int, int]], looked: Sequence[Looked]) -> pa.Table:
