@@ -130,7 +130,7 @@ def test_asha_stops_a_trial_at_its_evaluation_and_a_mistake_is_told_not_retried(
         "optimizer.lr": {"choices": [1e-2, 1e-9]},
         "data.max_bad_fraction": {"choices": [0.5, 0.0]},
     }
-    plan = {"kind": "search", "space": space, "num_trials": 4, "algorithm": "asha", "seed": 65}
+    plan = {"kind": "search", "space": space, "num_trials": 3, "algorithm": "asha", "seed": 65}
     plan |= {"grace_samples": 256, "reduction_factor": 2}
     values = make_sweep(
         "asha", plan, 1024, data={"path": str(colours / "train")}, batch_size=16, optimizer={"warmup_samples": 0}
@@ -138,18 +138,17 @@ def test_asha_stops_a_trial_at_its_evaluation_and_a_mistake_is_told_not_retried(
     values["max_concurrent"] = 1
     task = {"kind": "zero_shot", "path": str(colours / "pictures")}
     values["base"]["evaluation"] = {"every_samples": 256, "tasks": {"classes": task}}
-    with pytest.raises(UserError, match=r"1 of 4 trials failed: trial-002: .*samples could not be read"):
+    with pytest.raises(UserError, match=r"1 of 3 trials failed: trial-002: .*samples could not be read"):
         sweep_job.main(SweepConfig.model_validate(values))
 
     folder = tmp_path / "runs/sweeps/asha"
     summary = json.loads((folder / "summary.json").read_text())
     rows = rows_of(folder / "trials.csv")
-    assert [row["status"] for row in rows.values()] == ["finished", "stopped", "failed", "stopped"]
-    for name in ("trial-001", "trial-003"):
-        checkpoints = (folder / name / "checkpoints").glob("samples-*")
-        assert int(rows[name]["samples"]) == max(int(path.name[-12:]) for path in checkpoints) < 1000
+    assert [row["status"] for row in rows.values()] == ["finished", "stopped", "failed"]
+    checkpoints = (folder / "trial-001/checkpoints").glob("samples-*")
+    assert int(rows["trial-001"]["samples"]) == max(int(path.name[-12:]) for path in checkpoints) < 1000
     spent = sum(int(row["samples"]) for row in rows.values() if row["samples"])
-    assert 0.3 < summary["share_saved"] <= 1 - spent / (4 * 1024) + 0.01
+    assert 0.3 < summary["share_saved"] <= 1 - spent / (3 * 1024) + 0.01
     _, children = runs_of(tmp_path)
     expected = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
     assert {name: run.info.status for name, run in children.items()} == {

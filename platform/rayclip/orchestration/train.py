@@ -209,9 +209,10 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judg
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.num_workers,  # type: ignore[arg-type]  # Ray's types are those of its older half
-            elastic_resize_monitor_interval_s=workers.resize_every_s,  # type: ignore[call-arg]
+        # mypy reads the class of Train's first version.
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
+            num_workers=workers.num_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=workers.resize_every_s,
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
         ),
