@@ -5,12 +5,12 @@ their difference, so the interval of paired differences is the narrower one.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -102,10 +102,10 @@ def _difference(name: str, base: Report, other: Report) -> dict[str, Any]:
     if ours["metric"] in _PAIRED and (pairs := _pairs(name, base, other)) is not None:
         worth = [_worth(rank_N, pairs.label_N, ours["metric"]) for rank_N in (pairs.other_N, pairs.base_N)]
         return {**mean_difference(worth[0] - worth[1])._asdict(), "paired": True}
-    halves = [_half_width(result["score"]) for result in (ours, theirs)]
-    if None in halves:
+    halves = [half for result in (ours, theirs) if (half := _half_width(result["score"])) is not None]
+    if len(halves) < 2:
         return {"value": value, "low": None, "high": None, "paired": False}
-    half = float(np.hypot(*halves))
+    half = math.hypot(*halves)
     return {"value": value, "low": value - half, "high": value + half, "paired": False}
 
 

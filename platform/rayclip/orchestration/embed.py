@@ -234,7 +234,7 @@ class Embedder:
         features = self.encoder.encode_texts(list(place), self.reading.batch_size).cpu().numpy()
         return features[[place[caption] for caption in captions]]
 
-    def _to_part(self, chunks: range, rows: list[_Row], image_features: np.ndarray) -> Part:
+    def _to_part(self, chunks: range, rows: list[Any], image_features: np.ndarray) -> Part:
         counts = self.manifest.num_samples[chunks.start : chunks.stop]
         chunk = np.repeat(np.arange(chunks.start, chunks.stop, dtype=np.int64), counts)
         row = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])

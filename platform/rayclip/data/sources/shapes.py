@@ -27,7 +27,7 @@ class Item(NamedTuple):
     """One picture to draw."""
 
     split: str
-    index: int
+    number: int
     cls: int
 
 
@@ -35,7 +35,7 @@ def splits(config: ShapesConfig, cache: Path) -> dict[str, Split]:
     """`train` and `test`, both with classes, as many of each number."""
     counts = {"train": config.train, "test": config.test}
     return {
-        name: Split([Item(name, index, index % len(CLASS_NAMES)) for index in range(count)], CLASS_NAMES)
+        name: Split([Item(name, number, number % len(CLASS_NAMES)) for number in range(count)], CLASS_NAMES)
         for name, count in counts.items()
     }
 
@@ -43,7 +43,7 @@ def splits(config: ShapesConfig, cache: Path) -> dict[str, Split]:
 def read(item: Item, config: ShapesConfig) -> Record:
     """Draw it."""
     num_shapes = item.cls + LEAST
-    key = config.seed, SPLITS.index(item.split), item.index
+    key = config.seed, SPLITS.index(item.split), item.number
     cells = uniform(*key, 0, np.arange(_CELLS**2)).argsort()[:num_shapes].tolist()
     draws = uniform(*key, 1, np.arange(1 + _DRAWS_A_SHAPE * num_shapes)).tolist()
     ground = _GROUNDS[int(draws[0] * len(_GROUNDS))]
