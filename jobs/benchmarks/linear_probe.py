@@ -5,7 +5,7 @@ Both do the same search, fit anew on training and validation, and are measured o
 Shapes: N samples, D features, C classes.
 """
 
-import importlib.util
+import importlib
 import time
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from jobs.benchmarks.timing import paired_times
 from rayclip.config import BenchmarkConfig
-from rayclip.errors import UserError
 from rayclip.evaluation.linear_probe import Split, linear_probe, search_strength
 from rayclip.evaluation.logistic import MAX_ITERATIONS, LinearModel, LogisticRegression
 
@@ -84,11 +83,8 @@ def _peer_probe(train: Split, validation: Split, test: Split) -> tuple[float, fl
 
 
 def _peer_fit(split: Split, strength: float) -> Any:
-    if importlib.util.find_spec("sklearn") is None:
-        raise UserError("scikit-learn is not installed: run make peers")
-    from sklearn.linear_model import LogisticRegression as Peer
-
-    return Peer(C=1 / strength, max_iter=MAX_ITERATIONS).fit(split.features_ND.numpy(), split.targets.numpy())
+    peer = importlib.import_module("sklearn.linear_model").LogisticRegression
+    return peer(C=1 / strength, max_iter=MAX_ITERATIONS).fit(split.features_ND.numpy(), split.targets.numpy())
 
 
 def _loss(model: LinearModel, split: Split, strength: float) -> float:

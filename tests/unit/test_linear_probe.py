@@ -21,14 +21,14 @@ def split(num, seed, classes, spread=1.0):
     return Split((centres[labels] + 2 * spread * noise) * torch.linspace(0.2, 3, DIM) + 5, labels)
 
 
-def peer_fit(data, strength, tolerance=1e-9):
+def peer_fit(data, strength, tolerance=1e-8):
     sklearn = pytest.importorskip("sklearn.linear_model")
     peer = sklearn.LogisticRegression(C=1 / strength, tol=tolerance, max_iter=20_000)
     return peer.fit(data.features_ND.numpy(), data.targets.numpy())
 
 
 @pytest.mark.parametrize("strength", [1e-2, 1.0, 1e3])
-@pytest.mark.parametrize(("classes", "num"), [(5, 400), (2, 300), (7, 14)])
+@pytest.mark.parametrize(("classes", "num"), [(5, 150), (2, 150), (7, 14)])
 def test_a_fit_is_scikit_learns(classes, num, strength):
     data = split(num, 0, classes)
     peer = peer_fit(data, strength)
@@ -37,8 +37,9 @@ def test_a_fit_is_scikit_learns(classes, num, strength):
     ours, our_bias = model.weight_DC, model.bias_C
     if classes == 2:  # one sigmoid there
         ours, our_bias = ours[:, 1:] - ours[:, :1], our_bias[1:] - our_bias[:1]
+    # scikit-learn stops where its loss no longer changes: its gradient is then 600 times ours and more.
     assert (ours - weight).abs().max() <= 5e-4 * weight.abs().max()
-    assert torch.allclose(our_bias, bias, rtol=1e-3, atol=1e-3)
+    assert (our_bias - bias).abs().max() <= 5e-4 * max(1, bias.abs().max())
 
 
 def test_a_start_changes_the_way_and_not_the_answer():
@@ -79,15 +80,15 @@ def test_float32_features_give_the_same_within_their_precision():
 
 
 def test_a_probe_chooses_and_answers_as_scikit_learn_on_the_same_search():
-    train, validation, test = split(300, 0, 5, 1.5), split(200, 1, 5, 1.5), split(500, 2, 5, 1.5)
-    probe = linear_probe(train, validation, test, 5, tolerance=1e-8)
+    train, validation, test = split(150, 0, 3, 1.5), split(150, 1, 3, 1.5), split(300, 2, 3, 1.5)
+    probe = linear_probe(train, validation, test, 3, tolerance=1e-8)
     search = search_strength(
         lambda strength: peer_fit(train, strength, 1e-7).score(validation.features_ND.numpy(), validation.targets)
     )
     assert probe.search.strength == search.strength
     assert probe.search.tried == pytest.approx(search.tried, abs=1e-6)
     peer = peer_fit(train + validation, search.strength, 1e-7)
-    assert probe.value == pytest.approx(peer.score(test.features_ND.numpy(), test.targets), abs=1 / 500)
+    assert probe.value == pytest.approx(peer.score(test.features_ND.numpy(), test.targets), abs=1 / 300)
 
 
 @pytest.mark.parametrize("peak", [-6, -3.3, 0.125, 1.9, 6])

@@ -202,3 +202,20 @@ def test_without_a_process_group_nothing_changes():
     assert all_gather_rows(rows) is rows
     assert torch.equal(reduce_counts(rows), rows)
     assert row_offset(rows) == 0
+
+
+@pytest.mark.peers
+def test_recall_of_five_captions_a_picture_is_clip_benchmarks():
+    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(60, 16, generator=generator), dim=1)
+    owner = torch.arange(60).repeat_interleave(5)[torch.randperm(300, generator=generator)]
+    texts = torch.nn.functional.normalize(images[owner] + torch.randn(300, 16, generator=generator), dim=1)
+    scores, positive = texts @ images.T, torch.zeros(300, 60, dtype=torch.bool)
+    positive[torch.arange(300), owner] = True
+    ours = recall_at_k(images, texts, owner, chunk_size=64)
+    for k in KS:
+        text_to_image = (peer.recall_at_k(scores, positive, k) > 0).double().mean()
+        image_to_text = (peer.recall_at_k(scores.T, positive.T, k) > 0).double().mean()
+        assert ours[f"text_to_image.recall_at_{k}"] == pytest.approx(float(text_to_image), abs=1e-9)
+        assert ours[f"image_to_text.recall_at_{k}"] == pytest.approx(float(image_to_text), abs=1e-9)

@@ -1,7 +1,7 @@
 """Pictures made worse in seven ways at five strengths, after Hendrycks and Dietterich 2019 (arXiv:1903.12261).
 
-Their strengths are for pictures of 224 pixels. Smaller ones carry less: there, as in their own set of 32 pixels, noise,
-JPEG and pixelation weaken with the root of the side, and a blur keeps its share of the picture.
+Their strengths are for pictures of 224 pixels. Smaller ones carry less: there, as about in their own set of 32 pixels,
+noise, blur, JPEG and pixelation weaken with the root of the side. In larger ones a blur keeps its share of the picture.
 
 Shapes: N pictures, H and W their sides.
 """
@@ -64,7 +64,7 @@ def _shot_noise(x: np.ndarray, level: int, scale: float, random: np.random.Gener
 
 
 def _blur(x: np.ndarray, level: int, scale: float, random: np.random.Generator) -> np.ndarray:
-    radius = (1, 2, 3, 4, 6)[level] * scale
+    radius = (1, 2, 3, 4, 6)[level] * max(scale, _weaker(scale))
     return np.asarray(_to_image(x).filter(ImageFilter.GaussianBlur(radius))) / 255
 
 

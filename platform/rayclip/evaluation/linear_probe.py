@@ -189,7 +189,7 @@ def _search(
     def score(strength: float) -> float:
         # The path goes from strong to weak: a stronger penalty's solution is a short way from a weaker one's.
         start = min((fit for fit in fits.values() if fit.strength > strength), key=lambda f: f.strength, default=None)
-        fits[strength] = regression.fit(strength, start and start.model, tolerance, max_iterations)
+        fits[strength] = regression.fit(strength, start.model if start else None, tolerance, max_iterations)
         return metric(fits[strength].model.scores(validation.features_ND), validation.targets)
 
     search = search_strength(score)
