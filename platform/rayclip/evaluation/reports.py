@@ -102,10 +102,10 @@ def _difference(name: str, base: Report, other: Report) -> dict[str, Any]:
     if ours["metric"] in _PAIRED and (pairs := _pairs(name, base, other)) is not None:
         worth = [_worth(rank_N, pairs.label_N, ours["metric"]) for rank_N in (pairs.other_N, pairs.base_N)]
         return {**mean_difference(worth[0] - worth[1])._asdict(), "paired": True}
-    one, other_one = _half_width(ours["score"]), _half_width(theirs["score"])
-    if one is None or other_one is None:
+    halves = [half for result in (ours, theirs) if (half := _half_width(result["score"])) is not None]
+    if len(halves) < 2:
         return {"value": value, "low": None, "high": None, "paired": False}
-    half = math.hypot(one, other_one)
+    half = math.hypot(*halves)
     return {"value": value, "low": value - half, "high": value + half, "paired": False}
 
 

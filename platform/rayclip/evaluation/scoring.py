@@ -131,15 +131,12 @@ def figures(answers: Answers, num_classes: int) -> dict[str, Figure]:
 
 def multi_label_figures(scores: Scores) -> dict[str, Figure]:
     """Both kinds of mean average precision."""
-    scored, targets = scores.scores_NC, scores.targets_NC
+    kinds = {"eleven_point_map": metrics.eleven_point_map, "mean_ap": metrics.multi_label_map}
+    return {name: _of_scores(scores, metric) for name, metric in kinds.items()}
 
-    def resampled(of: Callable[[Tensor, Tensor], float]) -> Figure:
-        return _resampled(lambda rows: of(scored[rows], targets[rows]), len(scored))
 
-    return {
-        "eleven_point_map": resampled(metrics.eleven_point_map),
-        "mean_ap": resampled(metrics.multi_label_map),
-    }
+def _of_scores(scores: Scores, metric: Callable[[Tensor, Tensor], float]) -> Figure:
+    return _resampled(lambda rows: metric(scores.scores_NC[rows], scores.targets_NC[rows]), len(scores.scores_NC))
 
 
 def share(right_N: Tensor) -> Figure:

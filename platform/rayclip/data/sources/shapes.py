@@ -35,7 +35,7 @@ def splits(config: ShapesConfig, cache: Path) -> dict[str, Split]:
     """`train` and `test`, both with classes, as many of each number."""
     counts = {"train": config.train, "test": config.test}
     return {
-        name: Split([Item(name, index, index % len(CLASS_NAMES)) for index in range(count)], CLASS_NAMES)
+        name: Split([Item(name, number, number % len(CLASS_NAMES)) for number in range(count)], CLASS_NAMES)
         for name, count in counts.items()
     }
 
