@@ -40,7 +40,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [
         (
             "samples seen",
-            f"{summary['samples_seen']:,} in {summary['train_time_s']:.0f} s, {summary['samples_per_s']:,.0f}/s",
+            f"{_seen(summary)} in {summary['train_time_s']:.0f} s, {summary['samples_per_s']:,.0f}/s",
         ),
         ("data wait", f"{summary['data_wait_share']:.1%} of the time"),
         ("skipped", ", ".join(f"{cause} {count:,}" for cause, count in summary["skipped"].items()) or "none"),
@@ -49,6 +49,12 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["model_version"] is not None:
         rows.append(("model version", f"{summary['registered_model']} version {summary['model_version']}"))
     return rows
+
+
+def _seen(summary: dict[str, Any]) -> str:
+    seen = summary["samples_seen"]
+    trained = summary.get("samples_trained", seen)  # a summary of an older version does not have it
+    return f"{seen:,}" if trained == seen else f"{seen - trained:,} before the branch, {trained:,}"
 
 
 if __name__ == "__main__":

@@ -71,13 +71,15 @@ class Run:
         self.checkpoint, self.spec, self.config = folder / "checkpoint", make_spec(data), tiny_config
         self.plan, self.calls, self.seen = plan or make_plan(), [], []
 
-    def start(self, crash_after=None, seed=0):
+    def start(self, crash_after=None, seed=0, origin=None):
         torch.manual_seed(seed)
         self.model = CLIP(self.config)
         self.optimizer = build_optimizer(self.model, OPTIMIZER)
         state = RunState()
         if self.checkpoint.exists():
             state = restore(self.checkpoint, self.model, self.optimizer)
+        elif origin:
+            state = restore(origin, self.model, self.optimizer).branch()
         stream = Stream(self.spec, state.ledger)
         hooks = Hooks(self._step, self._log, self._evaluate, self._save)
         self.trainer = Trainer(self.plan, self.model, self.optimizer, state, stream.ledger(), hooks)
@@ -185,6 +187,54 @@ def test_a_crash_repeats_only_what_was_not_saved(tmp_path, data, tiny_config):
     assert len(identities) == TOTAL
 
 
+# Branches
+
+
+WSD = OPTIMIZER.model_copy(update={"schedule": "wsd"})
+
+
+@pytest.mark.parametrize("cooldown", [24, 40])
+def test_a_cooldown_that_branches_off_a_trunk_ends_with_the_bits_of_a_run_of_its_own(
+    tmp_path, data, tiny_config, cooldown
+):
+    """The trunk goes on past the point, and the branch crashes before its first checkpoint and after it."""
+    plan = make_plan(optimizer=WSD.model_copy(update={"cooldown_samples": cooldown}))
+    single = Run(tmp_path / "single", data, tiny_config, plan)
+    single.start()
+
+    trunk = Run(
+        tmp_path / "trunk", data, tiny_config, make_plan(optimizer=WSD, checkpoint_every=999, checkpoint_at=(24,))
+    )
+    with pytest.raises(CrashError):
+        trunk.start(crash_after=7)
+    assert (trunk.at("step")[-1], trunk.at("save")) == (42, [24])
+    branch = Run(tmp_path / "branch", data, tiny_config, plan)
+    for crash_after in (1, 4):
+        with pytest.raises(CrashError):
+            branch.start(crash_after, seed=9, origin=trunk.checkpoint)
+    state = branch.start(seed=9, origin=trunk.checkpoint)
+    assert branch.at("save")[0] == 30
+    assert state.branched_at == 24
+    assert branch.everything() == single.everything() | {"branched_at": 24}
+    # The cooldown matters: without it the weights are others.
+    endless = Run(tmp_path / "endless", data, tiny_config, make_plan(optimizer=WSD))
+    endless.start()
+    assert endless.everything() != single.everything()
+
+    identities = Counter(map(tuple, np.concatenate(trunk.seen + branch.seen)[:, :2].tolist()))
+    assert set(identities.values()) == {1}
+    assert len(identities) == TOTAL
+
+
+def test_a_branch_counts_its_own_time():
+    trunk = RunState(
+        samples_seen=90, steps=9, train_time_s=5.0, data_wait_s=1.0, skipped={"no_image": 3}, ledger={"cursor": 8}
+    )
+    branch = trunk.branch()
+    assert asdict(branch) == asdict(trunk) | {"branched_at": 90, "train_time_s": 0, "data_wait_s": 0}
+    assert branch.num_given == 93
+
+
 # Hooks
 
 
@@ -199,6 +249,18 @@ def test_hooks_are_called_where_they_are_due(tmp_path, data, tiny_config):
     assert [samples for samples, metrics in measured.items() if metrics] == [36, 66]
     assert state.steps == 11
     assert run.model.training
+
+
+def test_checkpoints_are_made_where_they_are_asked_for(tmp_path, bad_data, data, tiny_config):
+    """At the first step at or after each, several in one step making one; samples that could not be read count too."""
+    plan = make_plan(checkpoint_every=1000, checkpoint_at=(1, 2, 18, 19, 40, 70))
+    run = Run(tmp_path / "fine", data, tiny_config, plan)
+    run.start()
+    assert run.at("save") == [6, 18, 24, 42, 66]
+    bad = Run(tmp_path / "bad", bad_data, tiny_config, plan)
+    bad.start()
+    given = np.cumsum([len(seen) for seen in bad.seen]).tolist()
+    assert given == [6, 18, 24, 42, 66]
 
 
 def test_steps_are_told_their_loss_rate_and_scale(tmp_path, data, tiny_config):

@@ -1,7 +1,9 @@
 """The stream over a small data set on disk: what a batch holds, what a restart streams, what a bad sample becomes."""
 
 import io
+import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -104,6 +106,53 @@ def test_every_epoch_holds_every_sample_once(manifest, whole):
         chunks = stream.order.chunks(whole["position"][here])
         numbers = [chunk_start(manifest, c) + int(r) for c, r in zip(chunks, whole["row"][here], strict=True)]
         assert sorted(numbers) == list(range(NUM_SAMPLES))
+
+
+def chunks_of(spec):
+    """The chunks of the whole data set that a stream reads, by their place in it, for each epoch."""
+    whole = Manifest.load(spec.folder)
+    at = {(s, o): i for i, (s, o) in enumerate(zip(whole.shard.tolist(), whole.offset.tolist(), strict=True))}
+    stream, epochs = Stream(spec), []
+    for start in range(0, spec.end, len(stream.manifest)):
+        chunks = stream.order.chunks(np.arange(start, min(start + len(stream.manifest), spec.end)))
+        epochs.append([at[int(stream.manifest.shard[c]), int(stream.manifest.offset[c])] for c in chunks])
+    return epochs
+
+
+def test_a_share_of_the_data_is_fixed_and_the_smaller_lies_within_the_larger(manifest):
+    shares = [0.01, 0.3, 0.5, 0.75, 1.0]
+    subsets = []
+    for fraction in shares:
+        num_chunks = len(manifest.subset(fraction, 5))
+        first, second = chunks_of(make_spec(manifest, fraction=fraction, end=2 * num_chunks))
+        assert len(set(first)) == len(first) == num_chunks == max(1, round(fraction * len(manifest)))
+        assert set(first) == set(second)
+        subsets.append(set(first))
+    assert all(small < large for small, large in itertools.pairwise(subsets))
+    seeds = {frozenset(chunks_of(make_spec(manifest, fraction=0.5, end=4, seed=seed))[0]) for seed in range(8)}
+    assert len(seeds) > 1
+
+
+def test_a_share_is_streamed_once_an_epoch_and_goes_on_after_a_restart(manifest):
+    half = manifest.subset(0.5, 5)
+    spec = make_spec(manifest, fraction=0.5, end=Stream.position_at(half, 5, 2 * half.total_samples))
+    batches = list(Stream(spec).batches(4))
+    samples = Counter(identity(spec, batch, i) for batch in batches for i in range(len(batch["row"])))
+    assert set(samples.values()) == {2}
+    assert len(samples) == half.total_samples < NUM_SAMPLES
+    assert Stream(spec).num_remaining() == 2 * half.total_samples
+    ledger = Stream(spec).ledger()
+    for batch in batches[:3]:
+        ledger.add(batch["position"], batch["row"])
+    rest = joined(Stream(spec, ledger.to_dict()).batches(4))
+    assert as_rows(rest) == as_rows(joined(batches[3:]))
+
+
+def identity(spec, batch, i):
+    """A sample by its shard, its chunk's place and its row."""
+    chunk = Stream(spec).order.chunks(batch["position"][i : i + 1])[0]
+    subset = Stream(spec).manifest
+    return int(subset.shard[chunk]), int(subset.offset[chunk]), int(batch["row"][i])
 
 
 def test_a_row_is_its_sample(manifest, samples, whole):

@@ -69,11 +69,11 @@ class RunFolder:
 
     def check_same(self, record: dict[str, Any], config: dict[str, Any]) -> None:
         """Raise UserError where a run of this name was started with other settings."""
-        before, now = _with_defaults(record["config"]), config
+        before, now = with_defaults(record["config"]), config
         for section in before.keys() | now.keys():
-            if section not in _MAY_CHANGE and not _same(before.get(section), now.get(section)):
+            if section not in _MAY_CHANGE and not same(before.get(section), now.get(section)):
                 raise UserError(
-                    f"'{self.path}' holds a run with {_difference(section, before.get(section), now.get(section))}: "
+                    f"'{self.path}' holds a run with {difference(section, before.get(section), now.get(section))}: "
                     f"give this one another name, or remove the folder"
                 )
 
@@ -114,7 +114,7 @@ def _read_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that a run of an older version had, with the keys that have been added since."""
     try:
         return TrainConfig.model_validate(config).model_dump(mode="json")
@@ -122,15 +122,16 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
         return config
 
 
-def _same(before: object, now: object) -> bool:
+def same(before: object, now: object) -> bool:
     """Equal, where a key that one of them does not have yet is one without a value."""
     if isinstance(before, dict) and isinstance(now, dict):
-        return all(_same(before.get(key), now.get(key)) for key in before.keys() | now.keys())
+        return all(same(before.get(key), now.get(key)) for key in before.keys() | now.keys())
     return before == now
 
 
-def _difference(key: str, before: object, now: object) -> str:
+def difference(key: str, before: object, now: object) -> str:
+    """The first of the settings under `key` that differs, as KEY = BEFORE, not NOW."""
     if isinstance(before, dict) and isinstance(now, dict):
-        inner = next(k for k in sorted(before.keys() | now.keys()) if not _same(before.get(k), now.get(k)))
-        return _difference(f"{key}.{inner}", before.get(inner), now.get(inner))
+        inner = next(k for k in sorted(before.keys() | now.keys()) if not same(before.get(k), now.get(k)))
+        return difference(f"{key}.{inner}", before.get(inner), now.get(inner))
     return f"{key} = {before}, not {now}"

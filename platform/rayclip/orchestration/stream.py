@@ -16,22 +16,27 @@ from rayclip.training.checkpoint import read_state
 class StreamConfig(ray.train.DataConfig):
     """Gives each group of workers its stream: however many they are, it is what their checkpoint's ledger lacks."""
 
-    def __init__(self, spec: StreamSpec, checkpoints: str) -> None:
+    def __init__(self, spec: StreamSpec, checkpoints: str, origin: str | None = None) -> None:
         super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
-        self._spec, self._checkpoints = spec, checkpoints
+        self._spec, self._checkpoints, self._origin = spec, checkpoints, origin
 
     def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
         """Ray Train calls this whenever it has started workers, that have restored the latest checkpoint.
 
         A ledger from anywhere else could belong to other weights.
         """
-        stream = remaining_dataset(self._spec, self._checkpoints, world_size)
+        stream = remaining_dataset(self._spec, self._checkpoints, world_size, self._origin)
         return super().configure({"train": stream}, world_size, *args, **kwargs)
 
 
-def remaining_dataset(spec: StreamSpec, checkpoints: str, num_workers: int) -> ray.data.Dataset:
-    """What the latest checkpoint's ledger lacks, as a Ray dataset of batches' columns."""
-    folder = latest_checkpoint(checkpoints)
+def remaining_dataset(
+    spec: StreamSpec, checkpoints: str, num_workers: int, origin: str | None = None
+) -> ray.data.Dataset:
+    """What the latest checkpoint's ledger lacks, as a Ray dataset of batches' columns.
+
+    Before the first one that is the ledger of `origin`, the checkpoint of another run that this one goes on from.
+    """
+    folder = latest_checkpoint(checkpoints) or (Path(origin) if origin else None)
     stream = Stream(spec, read_state(folder).ledger if folder else None)
     windows = stream.windows() or range(1)  # a run that has ended still needs a stream to find that out
     num_remaining = stream.num_remaining()

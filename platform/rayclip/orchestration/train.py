@@ -24,6 +24,7 @@ from rayclip.errors import UserError
 from rayclip.evaluation.tasks import Evaluator
 from rayclip.models.presets import preset, with_logit_bias
 from rayclip.models.weights import fit_weights
+from rayclip.orchestration.branch import branch_checkpoint, branch_tags
 from rayclip.orchestration.cluster import check_resources, connect
 from rayclip.orchestration.monitor import Monitor
 from rayclip.orchestration.progress import Line, ProgressLine
@@ -81,12 +82,16 @@ def run_training(
     found = latest_checkpoint(str(folder.checkpoints))
     if found and read_state(found).manifest_digest != spec.digest:
         raise UserError(f"the data set in '{spec.folder}' is not the one that run '{config.name}' began with")
+    origin = None if found or config.branch_from is None else branch_checkpoint(config, spec, total_samples)
 
     version = code_version()
-    run_id = _open_mlflow_run(config, uri, folder, record, spec, version)
+    run_id = _open_mlflow_run(config, uri, folder, record, spec, version, origin)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
     monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    job = Job(config, spec, total_samples, str(folder.path), uri, run_id, version, monitor, judged=judge is not None)
+    job = Job(
+        config, spec, total_samples, str(folder.path), uri, run_id, version, monitor, origin and str(origin),
+        judged=judge is not None,
+    )  # fmt: skip
     succeeded = stopped = False
     try:
         _fit(job, folder, new_line, judge)
@@ -96,7 +101,7 @@ def run_training(
         raise
     finally:
         tracking.close_run(uri, run_id, succeeded, stopped)
-    summary = _finish(config, folder, uri, run_id)
+    summary = _finish(config, folder, uri, run_id, Stream(spec).manifest.total_samples)
     folder.write_summary(summary)
     return summary
 
@@ -115,24 +120,28 @@ def resolve(config: TrainConfig) -> TrainConfig:
     weights = config.weights
     if weights is not None and not is_registered(weights):
         weights = str(Path(weights).absolute())
-    return config.model_copy(update={"model": model, "weights": weights, "data": data, "evaluation": evaluation})
+    branch_from = config.branch_from and str(Path(config.branch_from).absolute())
+    update = {"model": model, "weights": weights, "branch_from": branch_from, "data": data, "evaluation": evaluation}
+    return config.model_copy(update=update)
 
 
 def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
     """The stream of a run, and the number of samples in it. Raises UserError where the data does not fit the run."""
     model = config.model
     assert isinstance(model, ModelConfig)
-    manifest = Manifest.load(config.data.path)
-    manifest.check_shards()
+    whole = Manifest.load(config.data.path)
+    whole.check_shards()
+    manifest = whole.subset(config.data.fraction, config.seed)
     if config.batch_size > manifest.total_samples:
+        which = "which has" if manifest is whole else f"of which data.fraction {config.data.fraction:g} has"
         raise UserError(
             f"batch_size {config.batch_size:,} is larger than the data set in '{config.data.path}', "
-            f"which has {manifest.total_samples:,} samples"
+            f"{which} {manifest.total_samples:,} samples"
         )
     samples = config.samples or (config.epochs or 0) * manifest.total_samples
     spec = StreamSpec(
         folder=config.data.path,
-        digest=manifest.digest,
+        digest=whole.digest,
         seed=config.seed,
         end=Stream.position_at(manifest, config.seed, samples),
         window=config.data.shuffle_window,
@@ -140,6 +149,7 @@ def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
         context_length=model.text.context_length,
         crop_scale=config.data.crop_scale,
         crop_ratio=config.data.crop_ratio,
+        fraction=config.data.fraction,
     )
     return spec, Stream(spec).num_remaining()
 
@@ -155,10 +165,17 @@ def code_version() -> str:
 
 
 def _open_mlflow_run(
-    config: TrainConfig, uri: str, folder: RunFolder, record: dict[str, Any] | None, spec: StreamSpec, version: str
+    config: TrainConfig,
+    uri: str,
+    folder: RunFolder,
+    record: dict[str, Any] | None,
+    spec: StreamSpec,
+    version: str,
+    origin: Path | None,
 ) -> str:
     resolved = config.model_dump(mode="json")
     tags = {"code_version": version, "manifest_digest": spec.digest, "data": spec.folder}
+    tags |= branch_tags(origin) if origin else {}
     known: str | None = record["mlflow_run_id"] if record else None
     parent = config.tracking.parent_run_id
     run_id = tracking.open_run(uri, config.tracking.experiment, config.name, resolved, tags, known, parent)
@@ -169,12 +186,16 @@ def _open_mlflow_run(
 def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judge | None) -> None:
     config = job.config
     workers = config.cluster
-    found = latest_checkpoint(str(folder.checkpoints))
-    line = new_line(job.total_samples, start=read_state(found).samples_seen if found else 0)
-    if found:
-        line.note(f"going on with run '{config.name}' from {read_state(found).samples_seen:,} samples")
-        if judge and not _goes_on_from(found, job.total_samples, judge):
-            raise StoppedError
+    checkpoint = latest_checkpoint(str(folder.checkpoints))
+    found = checkpoint or (Path(job.origin) if job.origin else None)
+    start = read_state(found).samples_seen if found else 0
+    line = new_line(job.total_samples, start=start)
+    if job.origin:
+        line.note(f"branching off at {start:,} samples, from '{job.origin}'")
+    elif found:
+        line.note(f"going on with run '{config.name}' from {start:,} samples")
+    if judge and checkpoint and not _goes_on_from(checkpoint, job.total_samples, judge):
+        raise StoppedError
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
@@ -190,11 +211,13 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judg
             storage_path=str(folder.path),
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=config.checkpoint.keep, checkpoint_score_attribute="score"
+                # Those of `at_samples` have the highest scores, so that they are the last to go.
+                num_to_keep=config.checkpoint.keep + len(config.checkpoint.at_samples),
+                checkpoint_score_attribute="score",
             ),
         ),
         datasets={"train": ray.data.range(1)},  # stands for the stream, which is made when the workers are known
-        dataset_config=StreamConfig(job.spec, str(folder.checkpoints)),
+        dataset_config=StreamConfig(job.spec, str(folder.checkpoints), job.origin),
     )
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(job.monitor, line, judge, done), daemon=True)
@@ -243,11 +266,15 @@ def _last_line(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _finish(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> dict[str, Any]:
-    """Register the best checkpoint and sum the run up."""
+def _finish(config: TrainConfig, folder: RunFolder, uri: str, run_id: str, num_samples: int) -> dict[str, Any]:
+    """Register the best checkpoint and sum the run up; it was of `num_samples` different ones.
+
+    A branch counts all samples that its weights have seen, and its own time.
+    """
     evaluated = [(path, metrics) for path, metrics in folder.evaluated_checkpoints() if metrics["measured"]]
     best, metrics = max(evaluated, key=lambda pair: (pair[1]["score"], pair[0].name))
     state, best_state = read_state(evaluated[-1][0]), read_state(best)
+    trained = state.samples_seen - state.branched_at
     version = None
     if config.tracking.register_as:
         client = tracking.connect(uri)
@@ -262,10 +289,12 @@ def _finish(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> di
         "name": config.name,
         **by_kind,
         "samples_seen": state.samples_seen,
+        "samples_trained": trained,
+        "unique_samples": min(state.samples_seen, num_samples),
         "steps": state.steps,
         "device": state.device,
         "train_time_s": round(state.train_time_s, 1),
-        "samples_per_s": round(state.samples_seen / max(state.train_time_s, 1e-9), 1),
+        "samples_per_s": round(trained / max(state.train_time_s, 1e-9), 1),
         "data_wait_share": round(state.data_wait_s / max(state.train_time_s, 1e-9), 4),
         "skipped": state.skipped,
         "checkpoint": str(best),

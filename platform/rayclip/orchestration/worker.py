@@ -33,11 +33,12 @@ from rayclip.tracking.mlflow import MlflowTracker, connect, flatten
 from rayclip.tracking.registry import link_checkpoint, resolve_model
 from rayclip.training.checkpoint import RunState, read_metrics, restore, write_checkpoint
 from rayclip.training.ema import Ema
-from rayclip.training.loop import Hooks, Metrics, Plan, Trainer
+from rayclip.training.loop import Hooks, Metrics, Plan, Trainer, passes
 from rayclip.training.optimizer import RowAdamW, build_optimizer
 
 _PROGRESS_EVERY_S = 0.5
 _VERDICT_POLL_S = 0.1
+_KEPT_SCORE = 1e18  # above any metric and any number of samples: Ray deletes what has the least
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Job:
     mlflow_run_id: str
     code_version: str
     monitor: ActorHandle
+    origin: str | None = None
+    """The checkpoint of another run that a branch begins with."""
     judged: bool = False
     """Whether the run waits after each evaluation to hear if it goes on."""
 
@@ -131,6 +134,7 @@ class Worker:
             micro_batch_size=config.micro_batch_size,
             precision=config.precision,
             guard=config.guard,
+            checkpoint_at=config.checkpoint.at_samples,
         )
 
     def _new_model(self, settings: ModelConfig) -> CLIP:
@@ -145,7 +149,9 @@ class Worker:
 
     def _restore(self) -> RunState:
         checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        if checkpoint is None and self.job.origin:
+            state = restore(Path(self.job.origin), self.model, self.optimizer, self.ema).branch()
+        elif checkpoint is None:
             state = RunState(manifest_digest=self.job.spec.digest)
         else:
             with checkpoint.as_directory() as path:
@@ -195,8 +201,10 @@ class Worker:
         name = f"samples-{state.samples_seen:012}"
         measured = bool(metrics) or not self.config.evaluation.tasks
         content = {"measured": measured, "score": self._score(state, metrics), "tasks": metrics}
+        is_kept = passes(self.config.checkpoint.at_samples, state.num_given - len(seen), state.num_given)
+        reported = {"score": _KEPT_SCORE if is_kept else content["score"]}
         if not self.is_first:
-            ray.train.report({"score": content["score"]}, checkpoint_dir_name=name)
+            ray.train.report(reported, checkpoint_dir_name=name)
             self._wait_for_verdict(state, metrics)
             return
         self._quarantine(seen[seen[:, 2] > 0], state.samples_seen)
@@ -206,7 +214,7 @@ class Worker:
             if self.config.checkpoint.record_samples:
                 np.save(Path(scratch) / name / "samples.npy", seen)
             checkpoint = ray.train.Checkpoint.from_directory(str(Path(scratch) / name))
-            ray.train.report({"score": content["score"]}, checkpoint=checkpoint, checkpoint_dir_name=name)
+            ray.train.report(reported, checkpoint=checkpoint, checkpoint_dir_name=name)
         if not (self.folder.checkpoints / name / "state.json").exists():
             return  # Ray keeps nothing where another worker has died meanwhile; it is about to start all anew
         self.folder.back_up_list()

@@ -192,12 +192,13 @@ class _Planner:
         return round(self.ladder.cooldown_share * step.samples)
 
     def _branch_point(self, step: _Step) -> int:
-        """A batch before the cooldown: the trunk's checkpoint comes up to a batch late, and must not be part of it."""
-        point = step.samples - self._cooldown(step) - self._batch_size(step.shape)
-        if point <= self.warmup:
+        """The last whole batch before the cooldown, so that the trunk's checkpoint is there and nowhere later."""
+        batch = self._batch_size(step.shape)
+        point = (step.samples - self._cooldown(step)) // batch * batch
+        if point < max(batch, self.warmup):
             raise UserError(
-                f"rung {step.name} is too short: {step.samples:,} samples are {self.warmup:,} of warm-up, "
-                f"{self._cooldown(step):,} of cooldown and less than a batch between them"
+                f"rung {step.name} is too short: of {step.samples:,} samples the last {self._cooldown(step):,} are "
+                f"cooldown, which leaves no whole batch of {batch:,} after a warm-up of {self.warmup:,}"
             )
         return point
 
