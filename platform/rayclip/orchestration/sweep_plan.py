@@ -7,7 +7,6 @@ from typing import Any
 from mlflow import MlflowClient
 
 from rayclip.config import LadderPlan, ModelConfig, SearchPlan, SweepConfig, TrainConfig
-from rayclip.data.manifest import Manifest
 from rayclip.data.stream import Stream
 from rayclip.errors import UserError
 from rayclip.evaluation.tasks import Evaluator
@@ -45,10 +44,9 @@ class Outcomes:
     def _read(self, run: TrainConfig, summary: dict[str, Any]) -> dict[str, Any]:
         names = [f"{name}.{m}" for name, task in run.evaluation.tasks.items() for m in task.metrics]
         values, samples = measured(summary), summary["samples_seen"]
-        read = Manifest.load(run.data.path).subset(run.data.fraction, run.seed)
         return {
             "samples": samples,
-            "unique_samples": min(samples, read.total_samples),
+            "unique_samples": summary["unique_samples"],
             "train_loss": mean_of_last(self._client, summary["mlflow_run_id"], "train/loss", _LAST_SHARE),
             "error": 1 - values[self.metric],
             "metrics": {name: values[name] for name in names},
