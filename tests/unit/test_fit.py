@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -356,6 +357,21 @@ def test_chinchilla_takes_all_runs():
 
 
 # The job
+
+
+def test_the_published_law_of_open_data_comes_from_its_published_points():
+    """Cherti et al., 2022: 5.858 C^-0.111 of 29 open models in five bins, 23.18 C^-0.164 through OpenAI's three."""
+    source = Path("tests/data/cherti_imagenet.csv")
+    usable = [run.point for run in read_csv(source, "LAION") if run.point]
+    assert len(usable) == 29
+    law = fit_law(usable, config(frontier="bins", bins=5, resamples=100)).estimates()
+    assert law["coefficient"].value == pytest.approx(5.858, abs=5e-4)
+    assert law["exponent"].value == pytest.approx(0.111, abs=5e-4)
+    wit = [run.point for run in read_csv(source, "CLIP-WIT") if run.point]
+    slope, at_one = np.polyfit(np.log([p.compute for p in wit]), np.log([p.error for p in wit]), 1)
+    assert (np.exp(at_one), -slope) == pytest.approx((23.18, 0.164), rel=2e-3)
+    with pytest.raises(NotEnoughError, match="3 to fit, power needs 4"):
+        fit_law(wit, config())
 
 
 def test_the_job_from_a_csv(tmp_path, capsys):
