@@ -356,6 +356,19 @@ def test_chinchilla_takes_all_runs():
         load(FitConfig, None, ["source=runs.csv", "form=chinchilla", "frontier=pareto"])
 
 
+def test_how_often_runs_repeat_their_data_is_said(tmp_path, capsys):
+    rows = [
+        f"run{i},1,{s},{power(1, s)},{u}" for i, (s, u) in enumerate([(1e8, 1e8), (4e8, 2e8), (1e9, 2e8), (2e9, "")])
+    ]
+    (tmp_path / "runs.csv").write_text(
+        "\n".join(["name,gmacs,samples,error,unique_samples", *rows, "bad,1,1e9,.3,all"])
+    )
+    summary = main(FitConfig(source=str(tmp_path / "runs.csv"), resamples=100, output=str(tmp_path / "out")))
+    assert summary["repeats"] == {"runs": 2, "told": 3, "least": 2, "most": 5}
+    assert summary["dropped"] == [{"name": "bad", "reason": "unique_samples 'all' is no number"}]
+    assert "2 of the 3 runs that say it saw their samples more than once, 2 to 5 times" in capsys.readouterr().out
+
+
 # The job
 
 
