@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -355,7 +356,35 @@ def test_chinchilla_takes_all_runs():
         load(FitConfig, None, ["source=runs.csv", "form=chinchilla", "frontier=pareto"])
 
 
+def test_how_often_runs_repeat_their_data_is_said(tmp_path, capsys):
+    rows = [
+        f"run{i},1,{s},{power(1, s)},{u}" for i, (s, u) in enumerate([(1e8, 1e8), (4e8, 2e8), (1e9, 2e8), (2e9, "")])
+    ]
+    (tmp_path / "runs.csv").write_text(
+        "\n".join(["name,gmacs,samples,error,unique_samples", *rows, "bad,1,1e9,.3,all"])
+    )
+    summary = main(FitConfig(source=str(tmp_path / "runs.csv"), resamples=100, output=str(tmp_path / "out")))
+    assert summary["repeats"] == {"runs": 2, "told": 3, "least": 2, "most": 5}
+    assert summary["dropped"] == [{"name": "bad", "reason": "unique_samples 'all' is no number"}]
+    assert "2 of the 3 runs that say it saw their samples more than once, 2 to 5 times" in capsys.readouterr().out
+
+
 # The job
+
+
+def test_the_published_law_of_open_data_comes_from_its_published_points():
+    """Cherti et al., 2022: 5.858 C^-0.111 of 29 open models in five bins, 23.18 C^-0.164 through OpenAI's three."""
+    source = Path("tests/data/cherti_imagenet.csv")
+    usable = [run.point for run in read_csv(source, "LAION") if run.point]
+    assert len(usable) == 29
+    law = fit_law(usable, config(frontier="bins", bins=5, resamples=100)).estimates()
+    assert law["coefficient"].value == pytest.approx(5.858, abs=5e-4)
+    assert law["exponent"].value == pytest.approx(0.111, abs=5e-4)
+    wit = [run.point for run in read_csv(source, "CLIP-WIT") if run.point]
+    slope, at_one = np.polyfit(np.log([p.compute for p in wit]), np.log([p.error for p in wit]), 1)
+    assert (np.exp(at_one), -slope) == pytest.approx((23.18, 0.164), rel=2e-3)
+    with pytest.raises(NotEnoughError, match="3 to fit, power needs 4"):
+        fit_law(wit, config())
 
 
 def test_the_job_from_a_csv(tmp_path, capsys):

@@ -3,11 +3,13 @@
 A MAC is one multiplication and addition, two FLOPs. What is counted is the plain architecture: every token through
 every block and through a ResNet's attention pool. Ours computes less of the last block and of the pool (one row a
 sequence is read of them) and only the real tokens of a caption: `num_tokens` tells the latter, and the former is left
-in, so that figures mean the same everywhere.
+in, so that figures mean the same everywhere. What is counted is remembered: even without weights, making a large model
+takes a while.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +42,13 @@ def meta_model(config: ModelConfig) -> CLIP:
         return CLIP(config)
 
 
+@lru_cache(maxsize=64)
 def num_parameters(config: ModelConfig) -> int:
     """Trained numbers, the logit scale included."""
     return sum(parameter.numel() for parameter in meta_model(config).parameters())
 
 
+@lru_cache(maxsize=64)
 def image_cost(config: ModelConfig) -> Cost:
     """One picture through the image tower."""
     tower = meta_model(config).visual
@@ -53,7 +57,12 @@ def image_cost(config: ModelConfig) -> Cost:
 
 def text_cost(config: ModelConfig, num_tokens: int | None = None) -> Cost:
     """One caption of so many tokens through the text tower; None is the full context, which padded towers compute."""
-    model, tokens = meta_model(config), num_tokens or config.text.context_length
+    return _text_cost(config, num_tokens or config.text.context_length)
+
+
+@lru_cache(maxsize=1024)
+def _text_cost(config: ModelConfig, tokens: int) -> Cost:
+    model = meta_model(config)
     blocks = _blocks_cost(model.transformer, tokens)
     return blocks + _norm_cost(model.ln_final, tokens) + Cost(model.text_projection.numel(), 0)
 

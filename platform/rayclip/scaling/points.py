@@ -11,7 +11,7 @@ from rayclip.errors import UserError
 from rayclip.files import write_text
 
 COLUMNS = ("name", "gmacs", "samples", "error")
-"""What a row must have. `dataset` it may have; whatever else there is, is left alone."""
+"""What a row must have. `dataset` and `unique_samples` it may have; whatever else there is, is left alone."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,30 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the source; `reason` says why it is not fitted, and is empty where it is."""
+    """A run of the source; `reason` says why it is not fitted, and is empty where it is.
+
+    `unique_samples` are the different ones among the samples seen, None where the source does not say.
+    """
 
     name: str
     point: Point | None
     reason: str = ""
+    unique_samples: float | None = None
 
 
 def make_run(name: str, figures: Mapping[str, object]) -> Run:
-    """A run of its gmacs, samples and error, numbers or text; without a point where one of them cannot be."""
+    """A run of its gmacs, samples, error and perhaps unique_samples, numbers or text; without a point where one of them
+    cannot be.
+    """
     try:
         gmacs, samples, error = (_positive(column, figures.get(column)) for column in COLUMNS[1:])
         if error > 1:
             raise ValueError(f"error {error:g} is above 1: it must be a share, not percent")
+        told = figures.get("unique_samples") not in (None, "")
+        unique = _positive("unique_samples", figures["unique_samples"]) if told else None
     except ValueError as reason:
         return Run(name, None, str(reason))
-    return Run(name, Point(gmacs, samples, error))
+    return Run(name, Point(gmacs, samples, error), unique_samples=unique)
 
 
 def read_csv(path: Path, dataset: str | None = None) -> list[Run]:

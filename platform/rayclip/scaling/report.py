@@ -71,6 +71,7 @@ def summarise(report: Report) -> dict[str, Any]:
         "units": UNITS,
         "num_runs": len(report.runs),
         "num_fitted": law.num_fitted if law else 0,
+        "repeats": _repeats(report.usable),
         **{name: asdict(estimate) for name, estimate in estimates.items()},
         "flags": [*flags(law), *_COVERAGE.get(config.frontier, [])] if law else [report.reason],
         "holdout": [holdout.as_dict(names) for holdout in report.holdouts],
@@ -87,6 +88,8 @@ def card(summary: dict[str, Any]) -> Card:
         ("runs", f"{summary['num_fitted']} fitted of {summary['num_runs']}, frontier {summary['frontier']}"),
         ("form", f"{summary['form']}; {UNITS}"),
     ]
+    if summary["repeats"]:
+        rows.append(("repeated data", _told_repeats(summary["repeats"])))
     rows += [(key, _told(value)) for key, value in summary.items() if isinstance(value, dict) and "value" in value]
     rows += [("flag", flag) for flag in summary["flags"]]
     rows += [(f"fitted below {held['fitted_below']}", _told_holdout(held)) for held in summary["holdout"]]
@@ -108,6 +111,15 @@ def _estimates(report: Report) -> dict[str, Estimate]:
     estimates = report.law.estimates()
     reason = why_no_limit(report.law)
     return estimates | ({"limit": Estimate(None, reason=reason)} if reason else {})
+
+
+def _repeats(runs: list[Run]) -> dict[str, Any] | None:
+    """How many runs saw samples more than once, and how often the most; None where the source says of none."""
+    epochs = [run.point.samples / run.unique_samples for run in runs if run.point and run.unique_samples]
+    if not epochs:
+        return None
+    repeated = [times for times in epochs if times > 1]
+    return {"runs": len(repeated), "told": len(epochs), "least": min(repeated, default=1), "most": max(epochs)}
 
 
 def _plan(report: Report) -> dict[str, Any] | None:
@@ -156,6 +168,13 @@ def _told(estimate: dict[str, Any]) -> str:
     if estimate["low"] is None:
         return f"{estimate['value']:.4g}"
     return f"{estimate['value']:.4g}  [{estimate['low']:.4g}, {estimate['high']:.4g}]"
+
+
+def _told_repeats(repeats: dict[str, Any]) -> str:
+    told = f"{repeats['runs']} of the {repeats['told']} runs that say it saw their samples more than once"
+    if not repeats["runs"]:
+        return told
+    return f"{told}, {repeats['least']:.3g} to {repeats['most']:.3g} times; C counts each time as if it were new"
 
 
 def _told_holdout(held: dict[str, Any]) -> str:
