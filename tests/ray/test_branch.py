@@ -86,7 +86,7 @@ def test_checkpoints_that_were_asked_for_are_not_deleted(trained):
 
 def test_a_branch_trains_what_its_trunk_would_have(trained, folders):
     """Trunk and branch together, every sample of the branch's stream once; and the batch is the same on two workers."""
-    folder, first, second = trained
+    folder, _, second = trained
     before = np.load(checkpoints(folder, "trunk")[0] / "samples.npy")
     state = read_state(checkpoints(folder, "trunk")[0])
     after = [np.load(path / "samples.npy") for path in checkpoints(folder, "branch")]
@@ -140,7 +140,7 @@ def test_a_branch_is_the_same_run_when_it_starts_again(trained, folders, make_co
     captured = capsys.readouterr()
     assert "run 'branch' is complete already" in captured.err
     assert "100 before the branch, 160 in" in captured.out
-    with pytest.raises(UserError, match="holds a run with branch_from = .*@95, not .*@150"):
+    with pytest.raises(UserError, match=r"holds a run with branch_from = .*@95, not .*@150"):
         train_job.main(TrainConfig.model_validate(recorded | {"branch_from": f"{folder}/runs/trunk@150"}))
 
 

@@ -75,7 +75,7 @@ def run_training(config: TrainConfig) -> dict[str, Any]:
     run_id = _open_mlflow_run(config, uri, folder, record, spec, version, origin)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
     monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    job = Job(config, spec, total_samples, str(folder.path), uri, run_id, version, monitor, origin and str(origin))
+    job = Job(config, spec, total_samples, str(folder.path), uri, run_id, version, monitor, origin)
     succeeded = False
     try:
         _fit(job, folder)
@@ -166,7 +166,7 @@ def _open_mlflow_run(
 def _fit(job: Job, folder: RunFolder) -> None:
     config = job.config
     workers = config.cluster
-    found = latest_checkpoint(str(folder.checkpoints)) or (Path(job.origin) if job.origin else None)
+    found = latest_checkpoint(str(folder.checkpoints)) or job.origin
     start = read_state(found).samples_seen if found else 0
     line = ProgressLine(job.total_samples, start=start)
     if job.origin:
