@@ -16,7 +16,7 @@ from rayclip.training.checkpoint import read_state
 class StreamConfig(ray.train.DataConfig):
     """Gives each group of workers its stream: however many they are, it is what their checkpoint's ledger lacks."""
 
-    def __init__(self, spec: StreamSpec, checkpoints: str, origin: str | None = None) -> None:
+    def __init__(self, spec: StreamSpec, checkpoints: str, origin: Path | None = None) -> None:
         super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
         self._spec, self._checkpoints, self._origin = spec, checkpoints, origin
 
@@ -30,13 +30,13 @@ class StreamConfig(ray.train.DataConfig):
 
 
 def remaining_dataset(
-    spec: StreamSpec, checkpoints: str, num_workers: int, origin: str | None = None
+    spec: StreamSpec, checkpoints: str, num_workers: int, origin: Path | None = None
 ) -> ray.data.Dataset:
     """What the latest checkpoint's ledger lacks, as a Ray dataset of batches' columns.
 
     Before the first one that is the ledger of `origin`, the checkpoint of another run that this one goes on from.
     """
-    folder = latest_checkpoint(checkpoints) or (Path(origin) if origin else None)
+    folder = latest_checkpoint(checkpoints) or origin
     stream = Stream(spec, read_state(folder).ledger if folder else None)
     windows = stream.windows() or range(1)  # a run that has ended still needs a stream to find that out
     num_remaining = stream.num_remaining()

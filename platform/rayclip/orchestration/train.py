@@ -91,17 +91,8 @@ def run_training(
     run_id = _open_mlflow_run(config, uri, folder, record, spec, version, origin)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
     monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-<<<<<<< HEAD
-    begins_with = str(origin) if origin else None
-    job = Job(
-        config, spec, total_samples, str(folder.path), uri, run_id, version, monitor, begins_with, judge is not None
-    )
-=======
-    job = Job(
-        config, spec, total_samples, str(folder.path), uri, run_id, version, monitor, origin and str(origin),
-        judged=judge is not None,
-    )  # fmt: skip
->>>>>>> sweep
+    judged = judge is not None
+    job = Job(config, spec, total_samples, str(folder.path), uri, run_id, version, monitor, origin, judged)
     succeeded = stopped = False
     try:
         _fit(job, folder, new_line, judge)
@@ -204,25 +195,16 @@ def _open_mlflow_run(
 def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judge | None) -> None:
     config = job.config
     workers = config.cluster
-<<<<<<< HEAD
-    found = latest_checkpoint(str(folder.checkpoints)) or (Path(job.origin) if job.origin else None)
-=======
     checkpoint = latest_checkpoint(str(folder.checkpoints))
-    found = checkpoint or (Path(job.origin) if job.origin else None)
->>>>>>> sweep
+    found = checkpoint or job.origin
     start = read_state(found).samples_seen if found else 0
     line = new_line(job.total_samples, start=start)
     if job.origin:
         line.note(f"branching off at {start:,} samples, from '{job.origin}'")
     elif found:
         line.note(f"going on with run '{config.name}' from {start:,} samples")
-<<<<<<< HEAD
-        if judge and not _goes_on_from(found, job.total_samples, judge):
-            raise StoppedError
-=======
     if judge and checkpoint and not _goes_on_from(checkpoint, job.total_samples, judge):
         raise StoppedError
->>>>>>> sweep
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},

@@ -53,7 +53,7 @@ class Job:
     mlflow_run_id: str
     code_version: str
     monitor: ActorHandle
-    origin: str | None = None
+    origin: Path | None = None
     """The checkpoint of another run that a branch begins with."""
     judged: bool = False
     """Whether the run waits after each evaluation to hear if it goes on."""
@@ -158,7 +158,7 @@ class Worker:
     def _restore(self) -> RunState:
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None and self.job.origin:
-            state = restore(Path(self.job.origin), self.model, self.optimizer, self.ema).branch()
+            state = restore(self.job.origin, self.model, self.optimizer, self.ema).branch()
         elif checkpoint is None:
             state = RunState(manifest_digest=self.job.spec.digest)
         else:
