@@ -21,7 +21,7 @@ def split(num, seed, classes, spread=1.0):
     return Split((centres[labels] + 2 * spread * noise) * torch.linspace(0.2, 3, DIM) + 5, labels)
 
 
-def peer_fit(data, strength, tolerance=1e-8):
+def peer_fit(data, strength, tolerance=1e-9):
     sklearn = pytest.importorskip("sklearn.linear_model")
     peer = sklearn.LogisticRegression(C=1 / strength, tol=tolerance, max_iter=20_000)
     return peer.fit(data.features_ND.numpy(), data.targets.numpy())

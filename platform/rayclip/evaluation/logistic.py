@@ -1,8 +1,8 @@
 """Logistic regression with an L2 penalty, solved many times on the same features: what a linear probe is.
 
-The features are centred and turned into their principal axes once. There the Hessian is nearly diagonal for every
-strength of the penalty, so L-BFGS starts from it and needs tens of steps, not hundreds, and each fit starts from its
-neighbour's. Scores are linear in the weights, so a line search costs no product with the features.
+The features are centred and turned into their principal axes once. There a diagonal stands in for the Hessian at every
+strength of the penalty: L-BFGS starts from it, and each fit from its neighbour's. Scores are linear in the weights, so
+a line search costs no product with the features.
 
 Shapes: N samples, D features, C classes; K principal axes and the constant.
 """
