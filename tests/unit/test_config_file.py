@@ -235,7 +235,9 @@ def leaves(schema, prefix=""):
             for name, inner in node["properties"].items():
                 walk(inner, [*prefix, name])
         elif isinstance(node.get("additionalProperties"), dict):
-            walk(node["additionalProperties"], [*prefix, "NAME"])
+            inner = node["additionalProperties"]
+            has_keys = {"$ref", "oneOf", "anyOf"} & inner.keys()  # a mapping to plain values is a value itself
+            walk(inner, [*prefix, "NAME"] if has_keys else prefix)
         elif "oneOf" in node or "anyOf" in node or "allOf" in node:
             options = [option for key in ("oneOf", "anyOf", "allOf") for option in node.get(key, [])]
             for option in options:
