@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from rayclip.files import whole_file
 from rayclip.scaling.fit import Estimate, Law
@@ -27,8 +28,8 @@ def write_plot(path: Path, report: Report) -> None:
         figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
         axes = figure.add_subplot()
         axes.set(xscale="log", yscale="log", xlabel="C, forward GMACs a pair times samples seen", ylabel="error")
-        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # none over many decades
         axes.grid(True, which="both", linewidth=0.3, color=_FAINT)
         _draw(axes, report)
         FigureCanvasAgg(figure)
@@ -50,6 +51,8 @@ def _draw(axes: Axes, report: Report) -> None:
             _draw_law(axes, report.law, places)
         for (name, (coefficient, exponent)), dashes in zip(PUBLISHED.items(), ("--", ":"), strict=True):
             curve = coefficient * places**exponent
+            if (curve > 1).all():
+                continue
             axes.plot(places[curve <= 1], curve[curve <= 1], dashes, color=_FAINT,
                       label=f"{name}, {coefficient:g} C^{exponent:g}")  # fmt: skip
     for held, colour in zip(report.holdouts, _HELD_OUT, strict=False):
