@@ -108,3 +108,9 @@ def test_mistakes_are_one_line(call, message):
     with pytest.raises(UserError, match=message) as raised:
         call()
     assert "\n" not in str(raised.value)
+
+
+def test_a_share_lies_within_its_interval_also_at_the_ends():
+    for num_samples in range(1, 400):
+        assert metrics.wilson_interval(0, num_samples)[0] == 0
+        assert metrics.wilson_interval(num_samples, num_samples)[1] == 1

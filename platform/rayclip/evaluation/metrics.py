@@ -75,7 +75,8 @@ def wilson_interval(num_correct: int, num_samples: int, z: float = 1.95996398454
     share, weight = num_correct / num_samples, z * z / num_samples
     centre = share + weight / 2
     half = math.sqrt(weight * (share * (1 - share) + weight / 4))
-    return max(0.0, (centre - half) / (1 + weight)), min(1.0, (centre + half) / (1 + weight))
+    # The bounds at no and at all correct are 0 and 1; rounding must not put the share outside of its interval.
+    return min(share, max(0.0, (centre - half) / (1 + weight))), max(share, min(1.0, (centre + half) / (1 + weight)))
 
 
 def expected_calibration_error(probabilities_NC: Tensor, labels_N: Tensor, num_bins: int = 15) -> float:
