@@ -123,7 +123,7 @@ def test_index_gives_the_manifest_that_ingest_wrote(source, whole, tmp_path):
 
 
 def test_index_names_the_file_that_is_no_tar(whole, tmp_path):
-    with pytest.raises(UserError, match="has no shards"):
+    with pytest.raises(UserError, match="is not a folder with files in it"):
         index_job.main(IndexConfig(path=str(tmp_path)))
     (tmp_path / "good.tar").write_bytes(whole["train/000000.tar"])
     (tmp_path / "half.tar").write_bytes(whole["train/000001.tar"][:5000])
