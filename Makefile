@@ -46,7 +46,7 @@ peers: $(PEERS) ## add what benchmarks and parity tests compare with
 # open_clip imports torchvision, which pins a torch of its own: neither may bring its dependencies along.
 $(PEERS): $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps \
-		open_clip_torch torchvision timm webdataset braceexpand regex transformers
+		open_clip_torch clip_benchmark torchvision timm webdataset braceexpand regex transformers
 	@touch $@
 
 # For the tests of the page. Debian's package, since a driver's own download needs more network than a package registry.
