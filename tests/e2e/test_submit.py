@@ -54,6 +54,7 @@ class ClusterProcess:
     def submit(self, *arguments, token=TOKEN, wait=True):
         """Runs jobs.submit; (exit code, what it showed, its notes), or the running process."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "RAY_API_SERVER_ADDRESS": self.address}
+        environment["HOME"] = str(self.log.parent)  # where no other Ray has left a token
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
         command = [sys.executable, "-m", "jobs.submit", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
