@@ -4,6 +4,7 @@ A line "kill PID" on its input kills the node whose raylet has that process, as 
 """
 
 import json
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +17,12 @@ OBJECT_STORE = 100 * 1024 * 1024
 def main(port: int, num_nodes: int, folder: str) -> None:
     # Each has a folder of its own, like machines: in a shared one, nodes unpack the job's files over each other's.
     node = [
-        {"num_cpus": 1, "object_store_memory": OBJECT_STORE, "temp_dir": str(Path(folder) / str(i))}
+        {
+            "num_cpus": 1,
+            "object_store_memory": OBJECT_STORE,
+            "temp_dir": str(Path(folder) / str(i)),
+            "dashboard_agent_listen_port": free_port(),  # the usual one may be another Ray's on this machine
+        }
         for i in range(num_nodes)
     ]
     head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
@@ -28,6 +34,12 @@ def main(port: int, num_nodes: int, folder: str) -> None:
         cluster.remove_node(nodes[int(line.split()[1])], allow_graceful=False)
         print("killed", flush=True)
     cluster.shutdown()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def raylet_of(node):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def test_a_job_s_failure_and_its_stop_come_back(cluster, training):
     assert f"error: '{folder}/nothing' is not a folder" in shown
     assert cluster.submit("stop", waiting.strip())[1] == f"{waiting.strip()} stopped\n"
     listed, unknown = cluster.submit("list", wait=False), cluster.submit("status", "another", wait=False)
-    assert f"{waiting.strip()}  stopped" in ended(listed)[1]
+    assert re.search(rf"{waiting.strip()} +stopped", ended(listed)[1])
     assert "does not exist" in only_error(*ended(unknown))
 
 
