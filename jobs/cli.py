@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from rayclip.config import Config
 from rayclip.config_file import describe, load
-from rayclip.errors import UserError
+from rayclip.errors import UserError, exit_with
 from rayclip.storage import write_bytes
 
 Main = Callable[[Any], dict[str, Any]]
@@ -26,14 +26,10 @@ def run_job(
     A job starts from a YAML file, or, where `positional` names keys, from their values; `from_file`: from both. A name
     that ends with "..." takes any number of values.
     """
-    try:
-        sys.exit(_run(sys.argv[1:], main, schema, summary_path, positional, from_file or not positional))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from where it was", file=sys.stderr)
-        sys.exit(130)
+    exit_with(
+        lambda: _run(sys.argv[1:], main, schema, summary_path, positional, from_file or not positional),
+        interrupted="interrupted; the same command goes on from where it was",
+    )
 
 
 def _run(

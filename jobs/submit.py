@@ -9,7 +9,7 @@ from typing import Any
 import rayclip.config
 from jobs.cli import print_table, take_option
 from rayclip.config import Config
-from rayclip.errors import UserError, nearest
+from rayclip.errors import UserError, exit_with, nearest
 from rayclip.orchestration.placement import demand, shortage
 from rayclip.orchestration.shipping import check_config, check_paths, pack
 from rayclip.orchestration.submission import Cluster
@@ -102,10 +102,4 @@ def follow(cluster: Cluster, job_id: str) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    exit_with(lambda: main(sys.argv[1:]))

@@ -5,7 +5,7 @@ import sys
 import threading
 
 from rayclip.config_file import describe, load
-from rayclip.errors import UserError
+from rayclip.errors import UserError, exit_with
 from serve import launch
 from serve.config import ServeConfig
 
@@ -78,10 +78,4 @@ def _key(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    exit_with(lambda: main(sys.argv[1:]))

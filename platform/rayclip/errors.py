@@ -1,6 +1,9 @@
 """The error that people cause and can mend."""
 
+import sys
+from collections.abc import Callable
 from difflib import get_close_matches
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -8,6 +11,19 @@ class UserError(ValueError):
 
     Jobs print the line and exit with code 2; every other exception is a defect and keeps its traceback.
     """
+
+
+def exit_with(command: Callable[[], int], interrupted: str = "") -> NoReturn:
+    """Run a command and exit with its code: 2 and one line for a user's error, 130 when it is interrupted."""
+    try:
+        sys.exit(command())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if interrupted:
+            print(f"\n{interrupted}", file=sys.stderr)
+        sys.exit(130)
 
 
 def nearest(name: str, allowed: list[str]) -> str:

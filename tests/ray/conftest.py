@@ -1,5 +1,6 @@
 """One Ray for what runs in the tests' own process, and training as a process that tests may kill."""
 
+import io
 import json
 import os
 import subprocess
@@ -25,6 +26,39 @@ def ray_session():
     connect(local_cpus=4)
     yield
     ray.shutdown()
+
+
+class Terminal(io.StringIO):
+    """What is written to it, as if on a terminal."""
+
+    def isatty(self):
+        return True
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def terminal():
+    return Terminal()
+
+
+@pytest.fixture
+def clock_of(monkeypatch):
+    """The clock of a module from now on, to be told the time."""
+
+    def replace(module):
+        clock = Clock()
+        monkeypatch.setattr(module, "time", clock)
+        return clock
+
+    return replace
 
 
 class TrainingProcess:

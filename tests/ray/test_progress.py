@@ -14,28 +14,13 @@ from rayclip.orchestration.run_folder import RunFolder
 CLEAR = "\r\x1b[K"
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 @pytest.fixture
-def clock(monkeypatch):
-    """Time that passes when it is told to."""
-
-    class Clock:
-        now = 100.0
-
-        def monotonic(self):
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
-    return clock
+def clock(clock_of):
+    return clock_of(progress)
 
 
-def test_a_terminal_has_one_line_that_is_rewritten(clock):
-    stream = Terminal()
+def test_a_terminal_has_one_line_that_is_rewritten(clock, terminal):
+    stream = terminal
     line = ProgressLine(100_000, stream=stream)
     for done in (1000, 2000, 3000):
         clock.now += 1
@@ -46,8 +31,8 @@ def test_a_terminal_has_one_line_that_is_rewritten(clock):
     assert stream.getvalue() == "".join(shown) + last
 
 
-def test_a_terminal_is_not_rewritten_more_than_five_times_a_second(clock):
-    stream = Terminal()
+def test_a_terminal_is_not_rewritten_more_than_five_times_a_second(clock, terminal):
+    stream = terminal
     line = ProgressLine(1000, stream=stream)
     for done in range(100):
         clock.now += 0.01
@@ -79,15 +64,15 @@ def test_the_last_state_is_not_written_twice(clock):
     assert stream.getvalue() == "samples 10/10  10/s  eta 0:00\n"
 
 
-@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
-def test_nothing_done_leaves_nothing_behind(kind):
-    stream = kind()
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_nothing_done_leaves_nothing_behind(on_terminal, terminal):
+    stream = terminal if on_terminal else io.StringIO()
     ProgressLine(10, stream=stream).close()
     assert stream.getvalue() == ""
 
 
-def test_notes_stay_above_the_line(clock):
-    stream = Terminal()
+def test_notes_stay_above_the_line(clock, terminal):
+    stream = terminal
     line = ProgressLine(10, stream=stream)
     clock.now += 1
     line.update(5)

@@ -8,7 +8,7 @@ import pytest
 
 from rayclip.config import Choices, Range, SearchPlan
 from rayclip.orchestration import sweep_table
-from rayclip.orchestration.cluster import num_times_placed
+from rayclip.orchestration.placement import num_times_placed
 from rayclip.orchestration.sweep_search import Journal, suggest
 from rayclip.orchestration.sweep_table import SweepTable, TrialLine
 from rayclip.scaling.search import draw
@@ -63,22 +63,9 @@ def test_as_many_trials_at_a_time_as_all_their_workers_find_nodes(nodes, placed)
     assert num_times_placed([{"CPU": 1}, {"CPU": 1}, {"CPU": 1}], nodes) == placed
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 @pytest.fixture
-def clock(monkeypatch):
-    class Clock:
-        now = 100.0
-
-        def monotonic(self):
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(sweep_table, "time", clock)
-    return clock
+def clock(clock_of):
+    return clock_of(sweep_table)
 
 
 def test_off_a_terminal_a_state_is_a_line_and_the_rest_one_now_and_then(clock):
@@ -98,8 +85,8 @@ def test_off_a_terminal_a_state_is_a_line_and_the_rest_one_now_and_then(clock):
     assert lines[1] == "2 trials: 1 training, 0 finished, 0 stopped, 0 failed; 50/200 samples; eta 1:10"
 
 
-def test_a_terminal_has_one_table_redrawn_at_most_each_second(clock):
-    stream = Terminal()
+def test_a_terminal_has_one_table_redrawn_at_most_each_second(clock, terminal):
+    stream = terminal
     table = SweepTable([TrialLine("a", 100, 1.0), TrialLine("b", 100, 1.0)], stream)
     for _ in range(20):
         clock.now += 0.26
@@ -110,10 +97,10 @@ def test_a_terminal_has_one_table_redrawn_at_most_each_second(clock):
     assert stream.getvalue().count("\x1b[4F\x1b[J") == 5, "each drawing and the note take the place of the table before"
 
 
-def test_a_terminal_too_low_for_all_shows_those_that_go(clock, monkeypatch):
+def test_a_terminal_too_low_for_all_shows_those_that_go(clock, monkeypatch, terminal):
     monkeypatch.setenv("LINES", "8")
     monkeypatch.setenv("COLUMNS", "80")
-    stream = Terminal()
+    stream = terminal
     table = SweepTable([TrialLine(f"t{i:02}", 10, 1.0) for i in range(40)], stream)
     table.change("t30", state="training", rate=1.0)
     table.refresh(at_once=True)

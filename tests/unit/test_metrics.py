@@ -67,19 +67,6 @@ def test_interval_equals_scipy(correct, total):
     assert metrics.wilson_interval(correct, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_calibration_equals_a_loop_over_bins():
-    generator = torch.Generator().manual_seed(2)
-    probabilities = (3 * torch.randn(NUM, CLASSES, generator=generator)).double().softmax(1)
-    labels = torch.arange(NUM) % CLASSES
-    confidence, right = probabilities.max(1).values.numpy(), (probabilities.argmax(1) == labels).numpy()
-    expected = 0.0
-    for low in range(15):
-        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
-        if inside.any():
-            expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    assert metrics.expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-12)
-
-
 def test_order_of_samples_changes_nothing(data):
     scores, labels, targets = data
     order = torch.randperm(NUM, generator=torch.Generator().manual_seed(3))

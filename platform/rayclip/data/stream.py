@@ -152,7 +152,9 @@ class Stream:
         held = self.padding(0)
         for window in self.windows():
             block = self.read(window)
-            held = {name: np.concatenate([held[name], block[name]]) for name in held}
+            if len(held["row"]):
+                block = {name: np.concatenate([held[name], block[name]]) for name in held}
+            held = block
             while len(held["row"]) >= batch_size:
                 yield {name: array[:batch_size] for name, array in held.items()}
                 held = {name: array[batch_size:] for name, array in held.items()}

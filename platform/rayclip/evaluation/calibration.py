@@ -46,7 +46,7 @@ class Confusion:
 
 
 def reliability(confidence_N: Tensor, right_N: Tensor, num_bins: int = 15) -> list[Bin]:
-    """The bins that hold pictures, by confidence, as those of `expected_calibration_error`.
+    """The bins that hold pictures: equal parts (a, b] of confidence.
 
     `confidence_N` is the probability of each answer, `right_N` bool. Raises UserError without pictures.
     """
@@ -60,7 +60,7 @@ def reliability(confidence_N: Tensor, right_N: Tensor, num_bins: int = 15) -> li
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
-    """The expected calibration error of the bins (Guo et al. 2017)."""
+    """How far confidence stands from accuracy (Guo et al. 2017): the gap of each bin, weighted by its pictures."""
     total = sum(one.count for one in bins)
     return sum(one.count * abs(one.confidence - one.accuracy) for one in bins) / total
 

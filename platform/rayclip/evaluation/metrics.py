@@ -79,17 +79,6 @@ def wilson_interval(num_correct: int, num_samples: int, z: float = 1.95996398454
     return min(share, max(0.0, (centre - half) / (1 + weight))), max(share, min(1.0, (centre + half) / (1 + weight)))
 
 
-def expected_calibration_error(probabilities_NC: Tensor, labels_N: Tensor, num_bins: int = 15) -> float:
-    """How far confidence stands from accuracy (Guo et al. 2017): over equal bins (a, b] of the best class's probability
-    the gap between their means, weighted by the bin's share of pictures."""
-    _check_single_label(probabilities_NC, labels_N)
-    confidence_N, answer_N = probabilities_NC.double().max(dim=1)
-    bin_N = ((confidence_N * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
-    gap_N = confidence_N - (answer_N == labels_N).double()
-    gaps = torch.zeros(num_bins, dtype=torch.float64, device=gap_N.device).index_add(0, bin_N, gap_N)
-    return float(gaps.abs().sum()) / len(labels_N)
-
-
 def _mean_over_classes(scores_NC: Tensor, targets_NC: Tensor, metric: Callable[[Tensor, Tensor], float]) -> float:
     if scores_NC.shape != targets_NC.shape:
         raise UserError(

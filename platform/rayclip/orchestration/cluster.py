@@ -8,7 +8,7 @@ import ray
 from ray.data import DataContext  # sets log levels as it is imported: before _quieten does
 
 from rayclip.errors import UserError
-from rayclip.orchestration.placement import most_of
+from rayclip.orchestration.placement import Bundle, most_of, num_times_placed, told, total
 
 _LEAST_LOGICAL_CPUS = 4  # two workers, a reader, and one to spare
 _ROOT = Path(__file__).resolve().parents[3]
@@ -37,35 +37,20 @@ def connect(local_cpus: int = 0) -> None:
     )
 
 
-def check_resources(needed: dict[str, float], what: str) -> None:
-    """Raise UserError where the cluster could never place `needed`, in total, however far it grows."""
+def check_resources(bundles: list[Bundle], what: str) -> None:
+    """Raise UserError where the cluster could never have what the bundles come to, however far it grows."""
+    needed = {name: amount for name, amount in total(bundles).items() if amount}
     has = ray.cluster_resources()
     most = most_of([node["Labels"] for node in ray.nodes() if node["Alive"]])
     short = {name for name, amount in needed.items() if max(has.get(name, 0), most.get(name, 0)) < amount}
     if short:
-        wants = ", ".join(f"{amount:g} {name}" for name, amount in needed.items() if amount)
-        holds = ", ".join(f"{has.get(name, 0):g} {name}" for name in needed)
-        raise UserError(f"{what} needs {wants}; the cluster has {holds} in all")
+        holds = told({name: has.get(name, 0) for name in needed})
+        raise UserError(f"{what} needs {told(needed)}; the cluster has {holds} in all")
 
 
-def num_that_fit(bundles: list[dict[str, float]]) -> int:
+def num_that_fit(bundles: list[Bundle]) -> int:
     """How many times the cluster, with nothing else on it, could place all of these together; each on one node."""
-    free = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    return num_times_placed(bundles, free)
-
-
-def num_times_placed(bundles: list[dict[str, float]], free: list[dict[str, float]]) -> int:
-    """How often all bundles find room in what the nodes have free, each in the first node that has it."""
-    assert any(amount for bundle in bundles for amount in bundle.values())
-    placed = 0
-    while True:
-        for bundle in bundles:
-            node = next((n for n in free if all(n.get(k, 0) >= amount for k, amount in bundle.items())), None)
-            if node is None:
-                return placed
-            for resource, amount in bundle.items():
-                node[resource] = node.get(resource, 0) - amount
-        placed += 1
+    return num_times_placed(bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
 def _worker_environment() -> dict[str, str]:

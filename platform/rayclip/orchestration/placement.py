@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from rayclip.config import ClusterConfig, Config, WorkersConfig
 
@@ -31,9 +32,9 @@ def demand(config: Config) -> list[Bundle]:
     """What a job takes of the cluster at once, a bundle a process. The job's own process takes none."""
     workers = getattr(config, "cluster", None)
     if isinstance(workers, ClusterConfig):
-        return [_worker(workers)] * _least(workers) + [{"CPU": getattr(workers, "reader_cpus", 1.0)}]
+        return [worker_bundle(workers)] * workers.min_workers + [{"CPU": 1.0}]  # which reads ahead for them
     if isinstance(workers, WorkersConfig):
-        return [_worker(workers)] * workers.num_workers
+        return [worker_bundle(workers)] * workers.num_workers
     inner = [getattr(config, name) for name in type(config).model_fields]
     # Else one task, or what the first job takes that this one starts.
     return next((demand(value) for value in inner if hasattr(value, "cluster")), [{"CPU": 1.0}])
@@ -41,7 +42,7 @@ def demand(config: Config) -> list[Bundle]:
 
 def shortage(bundles: list[Bundle], capacity: Capacity) -> str | None:
     """What is missing, in words, or None: the nodes have room for every bundle at once, or may come to have it."""
-    if _fits(bundles, capacity.nodes):
+    if _place(bundles, _free(capacity.nodes)):
         return None
     need, has = total(bundles), total(capacity.nodes)
     may_have = {name: max(has.get(name, 0), capacity.most.get(name, 0)) for name in need}
@@ -51,6 +52,13 @@ def shortage(bundles: list[Bundle], capacity: Capacity) -> str | None:
     wants = f"it needs {told(need)}, up to {told(largest)} on one node"
     grows = f", which may grow to {told(capacity.most)}" if capacity.most else ""
     return f"{wants}; the cluster has {told({name: has.get(name, 0) for name in need})} on {_count(capacity)}{grows}"
+
+
+def num_times_placed(bundles: list[Bundle], nodes: list[Bundle]) -> int:
+    """How often all bundles find room on the nodes together, each on one node."""
+    assert any(total(bundles).values())
+    free = _free(nodes)
+    return next(times for times in count() if not _place(bundles, free))
 
 
 def total(bundles: Iterable[Bundle]) -> Bundle:
@@ -67,17 +75,13 @@ def told(bundle: Bundle) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
 
 
-def _worker(workers: ClusterConfig | WorkersConfig) -> Bundle:
+def worker_bundle(workers: ClusterConfig | WorkersConfig) -> Bundle:
+    """What one worker takes."""
     return {"CPU": workers.cpus_per_worker} | ({"GPU": 1.0} if workers.use_gpu else {})
 
 
-def _least(workers: ClusterConfig) -> int:
-    return workers.min_workers
-
-
-def _fits(bundles: list[Bundle], nodes: list[Bundle]) -> bool:
-    """First fit, the largest first; nodes without a GPU are filled first, to leave the others to who needs them."""
-    free = [dict(node) for node in sorted(nodes, key=lambda node: node.get("GPU", 0))]
+def _place(bundles: list[Bundle], free: list[Bundle]) -> bool:
+    """Take room for all bundles from what nodes have free, the largest first, each from the first that has it."""
     for bundle in sorted(bundles, key=lambda bundle: (-bundle.get("GPU", 0), -bundle["CPU"])):
         node = next((n for n in free if all(n.get(name, 0) >= amount for name, amount in bundle.items())), None)
         if node is None:
@@ -85,6 +89,11 @@ def _fits(bundles: list[Bundle], nodes: list[Bundle]) -> bool:
         for name, amount in bundle.items():
             node[name] -= amount
     return True
+
+
+def _free(nodes: list[Bundle]) -> list[Bundle]:
+    """Nodes without a GPU are filled first, to leave the others to who needs them."""
+    return [dict(node) for node in sorted(nodes, key=lambda node: node.get("GPU", 0))]
 
 
 def _count(capacity: Capacity) -> str:

@@ -17,6 +17,7 @@ from rayclip.config import WorkersConfig
 from rayclip.errors import UserError
 from rayclip.orchestration.cluster import check_resources, connect
 from rayclip.orchestration.parts import Part, PartFolder, Tally, add, check_bad, told_causes
+from rayclip.orchestration.placement import worker_bundle
 from rayclip.orchestration.progress import ProgressLine
 
 Work = Callable[[int], Part]
@@ -46,8 +47,7 @@ def start(folder: PartFolder, workers: WorkersConfig) -> dict[str, Any] | None:
 def connect_for(workers: WorkersConfig) -> None:
     """Join or start Ray. Raises UserError for a cluster without room for the workers."""
     connect(local_cpus=int(workers.num_workers * workers.cpus_per_worker))
-    needed = {"CPU": workers.num_workers * workers.cpus_per_worker, "GPU": workers.num_workers * workers.use_gpu}
-    check_resources({k: v for k, v in needed.items() if v}, f"a job with {workers.num_workers} workers")
+    check_resources([worker_bundle(workers)] * workers.num_workers, f"a job with {workers.num_workers} workers")
 
 
 def run_parts(

@@ -18,6 +18,7 @@ from rayclip.errors import UserError
 from rayclip.files import write_text
 from rayclip.orchestration.cluster import check_resources, connect, num_that_fit
 from rayclip.orchestration.monitor import Board
+from rayclip.orchestration.placement import demand, total
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.sweep_plan import Outcomes, Planned, Planner, with_parent
 from rayclip.orchestration.sweep_search import Asha, Journal, suggest
@@ -189,14 +190,11 @@ class Sweep:
 
     def _connect(self) -> int:
         """Join the cluster; how many trials it places at a time. Their drivers take nothing that workers need."""
-        workers = self.config.base.cluster
-        worker = {"CPU": workers.cpus_per_worker, "GPU": float(workers.use_gpu)}
-        bundles = [worker] * workers.max_workers + [{"CPU": 1.0}]
-        num_cpus = sum(bundle["CPU"] for bundle in bundles)
+        workers, bundles = self.config.base.cluster, demand(self.config.base)
         # A trial has about ten processes, most of them idle: Ray warns of so many on few cores.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
-        connect(local_cpus=int(num_cpus * (self.config.max_concurrent or 1)))
-        check_resources({"CPU": num_cpus, "GPU": worker["GPU"] * workers.max_workers}, "a trial")
+        connect(local_cpus=int(total(bundles)["CPU"] * (self.config.max_concurrent or 1)))
+        check_resources(bundles, "a trial")
         fit = num_that_fit(bundles)
         if not fit:
             raise UserError(

@@ -29,6 +29,7 @@ from rayclip.models.weights import fit_weights
 from rayclip.orchestration.branch import branch_checkpoint, branch_tags
 from rayclip.orchestration.cluster import check_resources, connect
 from rayclip.orchestration.monitor import Monitor
+from rayclip.orchestration.placement import demand
 from rayclip.orchestration.progress import Line, ProgressLine
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import StreamConfig, latest_checkpoint
@@ -75,11 +76,8 @@ def run_training(
         fit_weights(resolve_model(config.weights, uri).folder, config.model)
 
     workers = config.cluster
-    # One core beside the workers reads ahead for them.
-    connect(local_cpus=math.ceil(workers.max_workers * workers.cpus_per_worker + 1))
-    least = workers.min_workers
-    needed = {"CPU": least * workers.cpus_per_worker + 1, "GPU": least * workers.use_gpu}
-    check_resources({k: v for k, v in needed.items() if v}, f"a run with {least} workers and a reader")
+    connect(local_cpus=math.ceil(workers.max_workers * workers.cpus_per_worker + 1))  # the workers' and a reader's
+    check_resources(demand(config), f"a run with {workers.min_workers} workers and a reader")
 
     folder.repair_list()
     found = latest_checkpoint(str(folder.checkpoints))

@@ -56,14 +56,6 @@ def split_name(name: str) -> tuple[str, str]:
     return str(path.with_name(stem)) if stem else name, extension.lower()
 
 
-def list_spans(shard: BinaryIO, chunk_size: int) -> list[Span]:
-    """Cut a shard into chunks of `chunk_size` neighbouring samples, reading only the headers of a seekable file.
-
-    Raises tarfile.TarError or EOFError for a file that is not a whole tar.
-    """
-    return _cut(list(_sample_ends(shard)), chunk_size)
-
-
 def _sample_ends(shard: BinaryIO) -> Iterator[int]:
     """Where each sample ends; the next begins there."""
     end, last_key = 0, None
