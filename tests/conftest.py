@@ -1,6 +1,8 @@
 """What the tests share."""
 
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,26 @@ from rayclip.config import ModelConfig, TextConfig, VisionConfig
 from rayclip.data.formats.tar import write_shard
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
+
+FOLDER = Path(__file__).parent
+# What starts a Ray stays together in one process of `make test`: the session's Ray and services are started once.
+GROUPS = {"ray": "ray", "e2e": "ray", "serve": "serve"}
+
+
+def pytest_configure():
+    """Processes that test side by side have a Ray folder and a core each."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker:
+        os.environ["RAY_TMPDIR"] = f"/tmp/ray-{os.getuid()}-{worker}"  # short: sockets lie below it
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Say which tests stay together; the others go wherever there is time."""
+    for item in items:
+        group = GROUPS.get(item.path.relative_to(FOLDER).parts[0])
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
