@@ -131,7 +131,7 @@ def test_asha_stops_a_trial_at_its_evaluation_and_a_mistake_is_told_not_retried(
         "data.max_bad_fraction": {"choices": [0.5, 0.0]},
     }
     plan = {"kind": "search", "space": space, "num_trials": 3, "algorithm": "asha", "seed": 65}
-    plan |= {"grace_samples": 256, "reduction_factor": 2}
+    plan |= {"grace_samples": 256, "reduction_factor": 2, "stop_by": "classes.percentile_rank"}
     values = make_sweep(
         "asha", plan, 1024, data={"path": str(colours / "train")}, batch_size=16, optimizer={"warmup_samples": 0}
     )

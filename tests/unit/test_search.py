@@ -101,6 +101,7 @@ def test_a_space_that_makes_no_run_is_one_line_before_the_start(base, space, mes
     [
         ({"algorithm": "asha"}, "grace_samples is for algorithm=asha, which needs it"),
         ({"grace_samples": 200}, "grace_samples is for algorithm=asha, which needs it"),
+        ({"stop_by": "shapes.top5"}, "stop_by is for algorithm=asha"),
         ({"algorithm": "asha", "grace_samples": 50}, "every_samples 100 must be at most plan.grace_samples 50"),
         ({"space": {"optimizer.lr": {"low": 2, "high": 1}}}, "low 2 must be below high 1"),
         ({"space": {"optimizer.lr": {"low": 0, "high": 1, "log": True}}}, "log=true needs low above 0"),

@@ -218,6 +218,7 @@ def test_k_beyond_the_number_of_classes_counts_everything():
         "top5": 1.0,
         "chance_top1": 0.5,
         "chance_top5": 1.0,
+        "percentile_rank": 0.5,
         "num_classes": 2,
         "num_samples": 2,
     }
@@ -235,6 +236,8 @@ def test_shards_add_up_to_the_whole():
     assert counts.metrics() == whole == counts.reduce().metrics()
     assert whole["top1"] == naive_top_k(scores, labels.numpy(), 1) / 5000
     assert whole["top5"] == naive_top_k(scores, labels.numpy(), 5) / 5000
+    behind = [np.mean(np.delete(row, label) < row[label]) for row, label in zip(scores, labels, strict=True)]
+    assert whole["percentile_rank"] == pytest.approx(np.mean(behind))
 
 
 @pytest.mark.parametrize("label", [3, -1])

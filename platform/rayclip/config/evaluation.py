@@ -16,7 +16,7 @@ SuiteMetric = Literal[
 class ZeroShotTask(Config):
     """Classify pictures by their classes' names alone."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("top1", "top5")
+    metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "percentile_rank")
     """What checkpoints may be compared by."""
 
     kind: Literal["zero_shot"] = Field("zero_shot", description="what is measured")

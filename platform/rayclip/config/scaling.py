@@ -123,6 +123,9 @@ class SearchPlan(Config):
     num_trials: int = Field(gt=0, description="settings that are tried")
     mode: Literal["max", "min"] = Field("max", description="which metric is best")
     grace_samples: int | None = Field(None, gt=0, description="asha: samples seen before a trial may be stopped")
+    stop_by: str | None = Field(
+        None, description="asha: TASK.METRIC that it compares, best one that moves early; None: the sweep's metric"
+    )
     reduction_factor: float = Field(3, gt=1, description="asha: one in so many goes on at each look")
     seed: int = Field(0, ge=0, description="of the settings that are tried")
 
@@ -130,6 +133,8 @@ class SearchPlan(Config):
     def _check(self) -> "SearchPlan":
         if (self.algorithm == "asha") != (self.grace_samples is not None):
             raise ValueError("grace_samples is for algorithm=asha, which needs it")
+        if self.stop_by is not None and self.algorithm != "asha":
+            raise ValueError("stop_by is for algorithm=asha")
         return self
 
 
@@ -162,8 +167,10 @@ class SweepConfig(Config):
         if workers.min_workers < workers.max_workers:
             raise ValueError(f"base.cluster.num_workers {workers.num_workers} must be one number: trials would differ")
         measured = [f"{name}.{metric}" for name, task in evaluation.tasks.items() for metric in task.metrics]
-        if self.metric not in measured:
-            raise ValueError(f"metric '{self.metric}' is not measured; measured: {', '.join(measured) or '-'}")
+        stop_by = self.plan.stop_by if isinstance(self.plan, SearchPlan) else None
+        for key, metric in {"metric": self.metric, "plan.stop_by": stop_by}.items():
+            if metric is not None and metric not in measured:
+                raise ValueError(f"{key} '{metric}' is not measured; measured: {', '.join(measured) or '-'}")
         if isinstance(self.plan, SearchPlan) and self.plan.grace_samples is not None:
             every = evaluation.every_samples
             if every is None or every > self.plan.grace_samples:

@@ -33,12 +33,15 @@ def top_k_correct(scores_NC: Tensor, labels_N: Tensor, ks: Sequence[int] = (1, 5
 
     k may exceed the number of classes: then every picture counts.
     """
-    rank_N = rank_of_label(scores_NC, labels_N)
+    return _within(rank_of_label(scores_NC, labels_N), ks)
+
+
+def _within(rank_N: Tensor, ks: Sequence[int]) -> Tensor:
     return torch.stack([(rank_N < k).sum() for k in ks])
 
 
 class ZeroShotCounts:
-    """Right answers at each k and pictures seen; `update` a shard at a time, `reduce` over workers, then `metrics`."""
+    """Right answers at each k, ranks and pictures seen; `update` a shard at a time, `reduce` over workers, then `metrics`."""
 
     def __init__(self, class_matrix_CD: Tensor, ks: Sequence[int] = (1, 5)) -> None:
         if not len(class_matrix_CD):
@@ -48,6 +51,7 @@ class ZeroShotCounts:
         self.class_matrix_CD = class_matrix_CD
         self.ks = tuple(ks)
         self.correct = torch.zeros(len(ks), dtype=torch.int64)
+        self.rank_sum = 0
         self.num_samples = 0
 
     def update(self, image_features_ND: Tensor, labels_N: Tensor) -> None:
@@ -57,25 +61,32 @@ class ZeroShotCounts:
         check_labels(labels_N, len(self.class_matrix_CD))
         device = self.class_matrix_CD.device
         for features, labels in zip(image_features_ND.split(_CHUNK), labels_N.split(_CHUNK), strict=True):
-            scores = features.to(device) @ self.class_matrix_CD.T
-            self.correct += top_k_correct(scores, labels.long().to(device), self.ks).cpu()
+            rank = rank_of_label(features.to(device) @ self.class_matrix_CD.T, labels.long().to(device))
+            self.correct += _within(rank, self.ks).cpu()
+            self.rank_sum += int(rank.sum())
         self.num_samples += len(labels_N)
 
     def reduce(self) -> "ZeroShotCounts":
         """The counts of all workers together, the same on each; a new object."""
         total = ZeroShotCounts(self.class_matrix_CD, self.ks)
-        counts = reduce_counts(torch.cat([self.correct, torch.tensor([self.num_samples])]))
-        total.correct, total.num_samples = counts[:-1], int(counts[-1])
+        counts = reduce_counts(torch.cat([self.correct, torch.tensor([self.rank_sum, self.num_samples])]))
+        total.correct, total.rank_sum, total.num_samples = counts[:-2], int(counts[-2]), int(counts[-1])
         return total
 
     def metrics(self) -> dict[str, float]:
-        """`top{k}` and `chance_top{k}` as fractions of 1, `num_classes`, `num_samples`. UserError without pictures."""
+        """`top{k}` and `chance_top{k}` as fractions of 1, `percentile_rank`, `num_classes`, `num_samples`.
+
+        The percentile rank is the mean share of the other classes that the true one stands before (Hu et al., 2008, count
+        from the other end): 0.5 is chance. It moves long before accuracy does. Raises UserError without pictures.
+        """
         if not self.num_samples:
             raise UserError("no pictures to measure zero-shot accuracy on: the data set is empty")
         num_classes = len(self.class_matrix_CD)
         accuracy = {f"top{k}": int(n) / self.num_samples for k, n in zip(self.ks, self.correct, strict=True)}
         chance = {f"chance_top{k}": min(k, num_classes) / num_classes for k in self.ks}
-        return {**accuracy, **chance, "num_classes": num_classes, "num_samples": self.num_samples}
+        percentile_rank = 1 - self.rank_sum / (self.num_samples * max(1, num_classes - 1))
+        sizes = {"num_classes": num_classes, "num_samples": self.num_samples}
+        return {**accuracy, **chance, "percentile_rank": percentile_rank, **sizes}
 
 
 def evaluate_zero_shot(

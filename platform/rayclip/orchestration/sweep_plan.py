@@ -90,7 +90,7 @@ class Planned:
         if all(summaries):
             line.state, line.metric = FINISHED, measured(summaries[-1] or {}).get(metric)
         elif stopped:
-            line.state, line.samples, line.metric = STOPPED, stopped["samples_seen"], stopped["value"]
+            line.state, line.samples, line.metric = STOPPED, stopped["samples_seen"], stopped["metric"]
         return line
 
     def rows(self, line: TrialLine, outcomes: Outcomes) -> list[Row]:

@@ -67,17 +67,17 @@ class Asha(InFolder, ASHAScheduler):
     def __init__(self, journal: Journal, metric: str, plan: SearchPlan, total_samples: int) -> None:
         super().__init__(
             time_attr="samples_seen",
-            metric=metric,
+            metric=plan.stop_by or metric,
             mode=plan.mode,
             max_t=total_samples,
             grace_period=plan.grace_samples or total_samples,
             reduction_factor=plan.reduction_factor,
             stop_last_trials=False,
         )
-        self._journal = journal
+        self._journal, self._told = journal, metric
         for entry in journal.entries:
             if "value" in entry:
-                result = {"samples_seen": entry["samples_seen"], metric: entry["value"]}
+                result = {"samples_seen": entry["samples_seen"], self._metric: entry["value"]}
                 self._trial_info.setdefault(entry["trial"], self._brackets[0])
                 super().on_trial_result(None, _Named(entry["trial"]), result)  # type: ignore[arg-type]
 
@@ -93,7 +93,11 @@ class Asha(InFolder, ASHAScheduler):
         decision = super().on_trial_result(tune_controller, named, result)
         goes_on = decision == TrialScheduler.CONTINUE or "finished" in result
         self._journal.add(
-            trial=_name(trial), samples_seen=result["samples_seen"], value=result[self._metric], goes_on=goes_on
+            trial=_name(trial),
+            samples_seen=result["samples_seen"],
+            value=result[self._metric],
+            metric=result[self._told],
+            goes_on=goes_on,
         )
         return decision if not goes_on else TrialScheduler.CONTINUE
 
