@@ -24,9 +24,14 @@ LARGE_NODE = NODE | {"num_cpus": 4}
 """Room for two workers."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ray_session():
+    """In the place of the tests' Ray, which nothing here needs."""
+
+
 @pytest.fixture
 def cluster(monkeypatch):
-    """A cluster of its own beside the tests' Ray."""
+    """A cluster whose nodes are of this machine."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # its nodes share the cores of one machine
     # What has been killed refuses connections at once; what is only busy has ten seconds to answer.
     monkeypatch.setenv("RAY_health_check_initial_delay_ms", "500")
