@@ -74,6 +74,7 @@ class TrainingProcess:
         self.log = folder / f"{config['name']}.log"
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform"}
         environment.pop("RAY_ADDRESS", None)
+        self._on_cluster = address is not None
         if address:
             environment["RAY_ADDRESS"] = address
         with self.log.open("a") as log:
@@ -82,9 +83,9 @@ class TrainingProcess:
             )
 
     def worker_pids(self):
-        """The Ray Train workers of this process alone."""
+        """The Ray Train workers of this process alone; on a cluster, of all that this Python started."""
         found = []
-        for process in self._descendants():
+        for process in psutil.Process().children(recursive=True) if self._on_cluster else self._descendants():
             try:
                 # The actor's name comes first in the title; processes that work for it may mention it elsewhere.
                 title = " ".join(process.cmdline())

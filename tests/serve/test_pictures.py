@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from serve import pictures
 from serve.pictures import MAX_ASPECT, MAX_JPEG_SCANS, RequestError, decode_picture, is_url, picture_bytes
@@ -217,6 +217,16 @@ def test_the_bytes_decide_and_not_the_declared_type():
         "data:image/jpeg;base64," + base64.b64encode(encoded(noise(20, 20), "PNG")).decode(), "", 10**6
     )
     assert np.array_equal(decoded(data), reference(Image.fromarray(noise(20, 20)), 16))
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_picture_that_lies_on_its_side_is_turned_upright(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lying = encoded(noise(50, 34), "JPEG", exif=exif.tobytes(), subsampling=0, quality=95)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(lying)))
+    assert np.array_equal(decoded(lying), reference(upright, 16))
+    assert not np.array_equal(decoded(lying), decoded(encoded(noise(50, 34), "JPEG", subsampling=0, quality=95)))
 
 
 # Sizes

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from rayclip.data.decode import (
     CAUSES,
     BadSampleError,
+    crop_picture,
     crop_to_array,
     eval_array,
+    open_image,
     random_box,
     read_caption,
     read_image,
@@ -40,6 +42,10 @@ def encoded(array, file_format, **options):
     file = io.BytesIO()
     Image.fromarray(array).save(file, file_format, **options)
     return file.getvalue()
+
+
+def whole(*size):
+    return 0, 0, *size
 
 
 def opened(data):
@@ -106,11 +112,69 @@ def test_a_transparent_palette_colour_goes_on_white():
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
 def test_every_mode_becomes_rgb(mode):
     file = io.BytesIO()
-    image = Image.new("I;16", (20, 20), 300) if mode == "I;16" else Image.new("RGB", (20, 20), "white").convert(mode)
+    image = Image.new("I;16", (20, 20), 65535) if mode == "I;16" else Image.new("RGB", (20, 20), "white").convert(mode)
     image.save(file, "JPEG" if mode == "CMYK" else "PNG")
     for array in (eval_array(opened(file.getvalue()), 8), crop_to_array(opened(file.getvalue()), (0, 0, 20, 20), 8)):
         assert array.shape == (8, 8, 3)
         assert (array == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_16_bit_grey_is_scaled_and_not_cut_off(mode):
+    grey = noise(40, 30, channels=1)[..., 0]
+    deep = Image.frombytes(mode, (40, 30), (grey.astype(np.uint16) * 257).astype(">u2" if "B" in mode else "<u2"))
+    file = io.BytesIO()
+    deep.save(file, "TIFF" if "B" in mode else "PNG")
+    assert np.array_equal(np.asarray(to_rgb(opened(file.getvalue()))), np.repeat(grey[..., None], 3, axis=2))
+
+
+# Pictures that lie on their side, and damage
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_upright_once_as_pil_turns_it(orientation, file_format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise(48, 32), file_format, exif=exif.tobytes())
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert np.array_equal(np.asarray(opened(data)), np.asarray(expected))
+    for image in (opened(data), Image.open(io.BytesIO(data))):
+        assert np.array_equal(eval_array(image, 16), eval_array(expected, 16))
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0II*\0", b"Exif\0\0", b"Exif\0\0XX*\0\x08\0\0\0", b"Exif\0\0" + b"\xff" * 40]
+)
+def test_damaged_exif_data_turn_nothing_and_lose_nothing(exif):
+    plain, data = (encoded(noise(48, 32), "JPEG", **more) for more in ({}, {"exif": exif}))
+    assert exif in data
+    assert np.array_equal(eval_array(opened(data), 16), eval_array(opened(plain), 16))
+    assert np.array_equal(*(crop_picture(file, whole, 16) for file in (plain, data)))
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "BMP", "DDS"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL, of what it finds in damaged files
+def test_whatever_is_damaged_there_are_pixels_or_a_bad_sample(file_format, monkeypatch):
+    """PIL raises struct.error, RuntimeError and others here, each of which would end a run."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0128], exif[0x011A] = 6, 2, 300.0
+    options = {"exif": exif.tobytes()} if file_format in ("JPEG", "PNG", "WEBP", "TIFF") else {}
+    data = encoded(noise(24, 24), file_format, **options)
+    generator = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(300):
+        damaged = np.frombuffer(data, dtype=np.uint8).copy()
+        # Headers are where most can go wrong.
+        places = generator.integers(0, min(len(data), generator.choice([64, 200, len(data)])), generator.integers(1, 7))
+        damaged[places] = generator.choice([0, 1, 127, 128, 255, *generator.integers(0, 256, 3)], len(places))
+        for decode in (lambda data: eval_array(open_image(data), 8), lambda data: crop_picture(data, whole, 8)):
+            try:
+                outcomes.add(decode(damaged.tobytes()).shape)
+            except BadSampleError as error:
+                outcomes.add(error.cause)
+    assert outcomes == {(8, 8, 3), "image_undecodable"}
 
 
 # Crops

@@ -2,13 +2,14 @@
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from rayclip.data.formats.base import IMAGE_EXTENSIONS, Sample
-from rayclip.data.jpeg import EXIF_ORIENTATION, Box, crop_jpeg, jpeg_size
+from rayclip.data.jpeg import Box, crop_jpeg, how_to_turn, jpeg_size
 
 GUARD_CAUSES = ("loss_not_finite", "gradient_not_finite", "loss_spike", "logit_scale_collapsed")
 """Why a sample that could be read was left out: what a step came to that it was in."""
@@ -69,13 +70,31 @@ def read_image(sample: Sample) -> Image.Image:
 
 def open_image(data: bytes) -> Image.Image:
     """A picture's file, opened and upright. Raises BadSampleError."""
+    with what_fails_is_bad():
+        return upright(Image.open(io.BytesIO(data)))
+
+
+@contextmanager
+def what_fails_is_bad() -> Iterator[None]:
+    """Around the decoding of a picture: raises BadSampleError for whatever it raises.
+
+    Damaged files make PIL raise nearly anything: OSError and ValueError mostly, but also struct.error, EOFError,
+    RuntimeError. One picture must not end a run.
+    """
     try:
-        image = Image.open(io.BytesIO(data))
-        if "exif" in image.info and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            return ImageOps.exif_transpose(image)
-        return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        yield
+    except Exception:
         raise BadSampleError("image_undecodable") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF data say it is to be shown; once turned it has none, and is not turned again."""
+    turn = how_to_turn(image)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    del turned.info["exif"]
+    return turned
 
 
 def crop_picture(data: bytes, choose_box: Callable[[int, int], Box], size: int) -> np.ndarray:
@@ -98,7 +117,7 @@ def crop_to_array(image: Image.Image, box: Box, size: int) -> np.ndarray:
 
     A JPEG is decoded at the smallest scale that still covers the crop. Raises BadSampleError.
     """
-    try:
+    with what_fails_is_bad():
         if image.format == "JPEG":
             # draft() halves the picture while it stays at least as large as asked for; the box shrinks with it.
             share = size / max(1.0, min(box[2] - box[0], box[3] - box[1]))
@@ -110,14 +129,14 @@ def crop_to_array(image: Image.Image, box: Box, size: int) -> np.ndarray:
             box = (left, upper, min(right, image.width), min(lower, image.height))
         image = to_rgb(image)
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise BadSampleError("image_undecodable") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as RGB; what is transparent goes on white."""
+    """The picture as RGB, of 16-bit grey the higher eight bits; what is transparent goes on white."""
     if image.mode == "RGB":
         return image
+    if image.mode.startswith("I;16"):  # PIL would cut all above 255 off
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
@@ -144,10 +163,11 @@ def random_box(
 def eval_array(image: Image.Image, size: int) -> np.ndarray:
     """CLIP's reference preprocess: shorter side to `size` by PIL's bicubic, then the middle, uint8 [size, size, 3].
 
-    Raises BadSampleError.
+    Within one level of open_clip's, which turns no picture upright and makes 16-bit grey ones white: those that need it
+    are turned here, as in training, and scaled. Raises BadSampleError.
     """
-    try:
-        image = to_rgb(image)
+    with what_fails_is_bad():
+        image = to_rgb(upright(image))
         short = min(image.size)
         # The longer side is cut down to whole pixels, as torchvision's Resize does.
         image = image.resize(
@@ -155,5 +175,3 @@ def eval_array(image: Image.Image, size: int) -> np.ndarray:
         )
         left, upper = round((image.width - size) / 2), round((image.height - size) / 2)
         return np.array(image.crop((left, upper, left + size, upper + size)))  # a copy that torch may own
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise BadSampleError("image_undecodable") from None

@@ -2,12 +2,11 @@
 
 import io
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from rayclip.config import IngestConfig
-from rayclip.data.decode import BadSampleError, to_rgb
+from rayclip.data.decode import BadSampleError, to_rgb, upright, what_fails_is_bad
 from rayclip.data.formats.tar import Sample
-from rayclip.data.jpeg import EXIF_ORIENTATION
 from rayclip.data.sources import Record
 
 _READABLE = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -26,22 +25,20 @@ def to_sample(record: Record, key: str, config: IngestConfig) -> Sample:
 
 def encode_image(image: bytes | Image.Image, config: IngestConfig) -> tuple[str, bytes]:
     """(extension, file) as the config wants it. Raises BadSampleError for a picture that cannot be decoded."""
-    try:
+    with what_fails_is_bad():
         picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
         picture.load()
         extension = _READABLE.get(picture.format or "", "png") if config.image_format == "keep" else config.image_format
-        upright = picture.getexif().get(EXIF_ORIENTATION, 1) == 1
+        turned = upright(picture)
         small = config.shorter_side is None or min(picture.size) <= config.shorter_side
-        if isinstance(image, bytes) and upright and small and _PIL_NAMES[extension] == picture.format:
+        if isinstance(image, bytes) and turned is picture and small and _PIL_NAMES[extension] == picture.format:
             return extension, image
-        rgb = to_rgb(ImageOps.exif_transpose(picture))
+        rgb = to_rgb(turned)
         if config.shorter_side is not None and not small:
             rgb = _shrink(rgb, config.shorter_side)
         target = io.BytesIO()
         rgb.save(target, _PIL_NAMES[extension], quality=config.quality)
         return extension, target.getvalue()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise BadSampleError("image_undecodable") from None
 
 
 def _shrink(image: Image.Image, shorter_side: int) -> Image.Image:

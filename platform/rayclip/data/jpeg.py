@@ -15,11 +15,30 @@ from torch.nn.functional import interpolate
 
 Box = tuple[float, float, float, float]
 
-EXIF_ORIENTATION = 0x0112
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 _COLOURS = ("YCbCr", "Gray")
 # libjpeg-turbo has vector code for these; scales between them take longer than the next larger one.
 _REDUCTIONS = (8, 4, 2)
+
+
+def how_to_turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright by its EXIF data; None where it is, or where those are damaged."""
+    if "exif" not in image.info:
+        return None
+    try:
+        return _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # PIL's reader of EXIF data has no error of its own: struct.error, SyntaxError and others
+        return None
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -27,7 +46,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     if not data.startswith(b"\xff\xd8"):
         return None
     try:
-        if b"Exif\0\0" in data and Image.open(io.BytesIO(data)).getexif().get(EXIF_ORIENTATION, 1) != 1:
+        if b"Exif\0\0" in data and how_to_turn(Image.open(io.BytesIO(data))) is not None:
             return None
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError):

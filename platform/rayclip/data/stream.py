@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 
@@ -105,6 +105,11 @@ class Stream:
         """A ledger that starts from where the stream does."""
         return Ledger.from_dict(self._ledger, self.rows_at)
 
+    @cached_property
+    def _done(self) -> Ledger:
+        """What is passed over; kept, since with thousands of chunks half done it takes a while to make."""
+        return self.ledger()
+
     def rows_at(self, position: int) -> int:
         """How many samples stand at a position."""
         return int(self.manifest.num_samples[self.order.chunks(np.array([position]))[0]])
@@ -131,7 +136,7 @@ class Stream:
 
     def read(self, window: int) -> Batch:
         """All samples of one window that the ledger lacks, in the window's order."""
-        ledger = self.ledger()
+        ledger = self._done
         positions = self.order.positions(window, self.spec.end)
         remaining = [ledger.remaining_rows(position) for position in positions.tolist()]
         counts = [len(rows) for rows in remaining]

@@ -226,6 +226,8 @@ class Worker:
         if not (self.folder.checkpoints / name / "state.json").exists():
             return  # Ray keeps nothing where another worker has died meanwhile; it is about to start all anew
         self.folder.back_up_list()
+        assert self.tracker
+        self.tracker.log({f"skipped/{cause}": count for cause, count in state.skipped.items()}, state.samples_seen)
         self._link(self.folder.checkpoints / name, state.samples_seen)
         if metrics:
             self._show(metrics, state)
