@@ -6,6 +6,7 @@ validation split; then the probe is fitted anew on training and validation toget
 Shapes: N samples, D features, C classes.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,26 @@ def _strength(step: int) -> float:
     return float(10 ** (LOWEST + step / STEPS_PER_DECADE))
 
 
+def search_with(
+    train: Split,
+    validation: Split,
+    num_classes: int,
+    metric: Metric = metrics.accuracy,
+    tolerance: float = TOLERANCE,
+    max_iterations: int = MAX_ITERATIONS,
+) -> tuple[Search, dict[float, Fit]]:
+    """The search, and the fit on the training split of each strength it tried. Raises UserError as `linear_probe`."""
+    regression = LogisticRegression(train.features_ND, train.targets, num_classes)
+    fits: dict[float, Fit] = {}
+
+    def score(strength: float) -> float:
+        start = _start(strength, list(fits.values()))
+        fits[strength] = regression.fit(strength, start, tolerance, max_iterations)
+        return metric(fits[strength].model.scores(validation.features_ND), validation.targets)
+
+    return search_strength(score), fits
+
+
 def linear_probe(
     train: Split,
     validation: Split,
@@ -124,10 +145,10 @@ def linear_probe(
     Raises UserError for labels that do not match, a class without samples, and splits of other features.
     """
     _check_widths(train, validation, test)
-    search, chosen = _search(train, validation, num_classes, metric, tolerance, max_iterations)
+    search, fits = search_with(train, validation, num_classes, metric, tolerance, max_iterations)
     both = train + validation
     regression = LogisticRegression(both.features_ND, both.targets, num_classes)
-    fit = regression.fit(search.strength, chosen.model, tolerance, max_iterations)
+    fit = regression.fit(search.strength, fits[search.strength].model, tolerance, max_iterations)
     return Probe(fit.model, fit, search, metric(fit.model.scores(test.features_ND), test.targets))
 
 
@@ -175,25 +196,19 @@ def _few(
         raise UserError("few-shot needs one label a picture")
     fitted = train[draw_shots(train.targets, num_classes, shots, seed)]
     chosen_by = validation[draw_shots(validation.targets, num_classes, min(shots, _VALIDATION_SHOTS), seed)]
-    _, fit = _search(fitted, chosen_by, num_classes, metric, TOLERANCE, MAX_ITERATIONS)
-    return metric(fit.model.scores(test.features_ND), test.targets)
+    search, fits = search_with(fitted, chosen_by, num_classes, metric)
+    return metric(fits[search.strength].model.scores(test.features_ND), test.targets)
 
 
-def _search(
-    train: Split, validation: Split, num_classes: int, metric: Metric, tolerance: float, max_iterations: int
-) -> tuple[Search, Fit]:
-    """The search, and the fit on the training split of the strength it chose."""
-    regression = LogisticRegression(train.features_ND, train.targets, num_classes)
-    fits: dict[float, Fit] = {}
-
-    def score(strength: float) -> float:
-        # The path goes from strong to weak: a stronger penalty's solution is a short way from a weaker one's.
-        start = min((fit for fit in fits.values() if fit.strength > strength), key=lambda f: f.strength, default=None)
-        fits[strength] = regression.fit(strength, start.model if start else None, tolerance, max_iterations)
-        return metric(fits[strength].model.scores(validation.features_ND), validation.targets)
-
-    search = search_strength(score)
-    return search, fits[search.strength]
+def _start(strength: float, fits: Sequence[Fit]) -> LinearModel | None:
+    """On the line through the two nearest solutions: weights change about evenly with the logarithm of the strength,
+    and as its logarithm exactly where classes are told apart and the penalty goes to nothing."""
+    nearest = sorted(fits, key=lambda fit: abs(math.log(fit.strength / strength)))[:2]
+    if len(nearest) < 2:
+        return nearest[0].model if nearest else None
+    near, far = nearest
+    share = math.log(strength / near.strength) / math.log(far.strength / near.strength)
+    return near.model.toward(far.model, share)
 
 
 def _mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:

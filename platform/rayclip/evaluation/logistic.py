@@ -1,16 +1,15 @@
 """Logistic regression with an L2 penalty, solved many times on the same features: what a linear probe is.
 
-The features are centred and turned into their principal axes once. There a diagonal stands in for the Hessian at every
-strength of the penalty: L-BFGS starts from it, and each fit from its neighbour's. Scores are linear in the weights, so
-a line search costs no product with the features.
+The features' principal axes are found once. On them a diagonal stands in for the Hessian at every strength of the
+penalty: L-BFGS starts from it. Scores are linear in the weights, so a line search costs no
+product with the features; one step costs two.
 
-Shapes: N samples, D features, C classes; K principal axes and the constant.
+Shapes: N samples, D features, C classes; K principal axes and the constant, M the features and the constant.
 """
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -20,10 +19,11 @@ from torch import Tensor
 from rayclip.errors import UserError
 from rayclip.evaluation.zero_shot import check_labels
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-4
+"""scikit-learn's own, of the same measure."""
 MAX_ITERATIONS = 1000
 
-_MEMORY = 10
+_MEMORY = 20
 _MAX_TRIALS = 20
 _FLOAT32_SHARE = 1e-6
 # A step is taken where the slope has shrunk to this share of what it was, below and above the minimum on the line.
@@ -41,10 +41,15 @@ class LinearModel:
         """[N, C] in the features' own precision: logits of a softmax, or of a sigmoid each if of several labels."""
         return features_ND @ self.weight_DC.to(features_ND.dtype) + self.bias_C.to(features_ND.dtype)
 
+    def toward(self, other: "LinearModel", share: float) -> "LinearModel":
+        """The model at a share of the way to another; beyond it where that is above 1."""
+        weight_DC = torch.lerp(self.weight_DC, other.weight_DC, share)
+        return LinearModel(weight_DC, torch.lerp(self.bias_C, other.bias_C, share))
+
 
 @dataclass(frozen=True)
 class Fit:
-    """A solution: `gradient` is the longest column of the mean loss's gradient, `loss` the sum with its penalty."""
+    """A solution: `gradient` is the largest entry of the mean loss's gradient, `loss` the sum with its penalty."""
 
     strength: float
     model: LinearModel
@@ -58,7 +63,7 @@ class LogisticRegression:
 
     It is scikit-learn's with C = 1 / strength, two classes included, which are one sigmoid there. Targets are class
     indices [N], for a softmax over `num_classes`, or bool [N, C], for C sigmoids. The work is done on the features'
-    device. It holds 12 bytes a feature, and while it fits about 24 a score.
+    device. It holds the features as they are, and while it fits about 24 bytes a score.
 
     Raises UserError for a label that is no class and for a class without, or a label with nothing but, samples.
     """
@@ -71,9 +76,8 @@ class LogisticRegression:
         self._penalty_scale = 2.0 if targets.ndim == 1 and num_classes == 2 else 1.0
         target_NC = targets if targets.ndim == 2 else F.one_hot(targets.long(), num_classes)
         self._target_NC = target_NC.float().to(features_ND.device)
-        features = features_ND.double()
-        self._mean_D = features.mean(dim=0)
-        self._axes_DK, self._variance_K1, self._features_NK = _principal_axes(features - self._mean_D)
+        self._features_ND = features_ND
+        self._mean_D, self._axes_DK, self._variance_K1 = _principal_axes(features_ND.double())
 
     def fit(
         self,
@@ -82,116 +86,126 @@ class LogisticRegression:
         tolerance: float = TOLERANCE,
         max_iterations: int = MAX_ITERATIONS,
     ) -> Fit:
-        """Solve for one strength, from another's solution if there is one, in float32 and at last in float64.
+        """Solve for one strength, from another's solution if there is one.
 
-        It ends where no column of the gradient of the mean loss is longer than `tolerance`, or after `max_iterations`.
+        It ends where no entry of the gradient of the mean loss is above `tolerance`, which is how scikit-learn measures
+        it, or after `max_iterations`. What float32 is not precise enough for is done in float64.
         """
         if not strength > 0:
             raise UserError(f"the strength of a penalty must be above 0, got {strength}")
-        exact, rough = (self._problem(strength, dtype) for dtype in (torch.float64, torch.float32))
-        point, enough, used = exact.at(self._first(start)), max(tolerance / 2, self._rounding), 0
-        if exact.size(point) > enough:
-            roughly, used = _descend(rough, rough.at(point.theta_KC.float()), enough, max_iterations)
-            point = exact.at(roughly.theta_KC.double())
-        point, more = _descend(exact, point, tolerance, max_iterations - used)
-        theta_KC = point.theta_KC
-        return Fit(strength, self._model(theta_KC), exact.loss(point), exact.size(point), used + more)
+        theta_MC, enough = self._first(start), max(tolerance, self._rounding)
+        problem = self._problem(strength, torch.float32)
+        point, used = _descend(problem, problem.at(theta_MC.float()), enough, max_iterations)
+        if enough > tolerance:
+            problem = self._problem(strength, torch.float64)
+            # A start that is exact already would lose by its way through float32.
+            best = min((problem.at(theta) for theta in (theta_MC, point.theta_MC.double())), key=_size)
+            point, more = _descend(problem, best, tolerance, max_iterations - used)
+            used += more
+        return Fit(strength, self._model(point.theta_MC.double()), problem.loss(point), point.size, used)
 
-    def _model(self, theta_KC: Tensor) -> LinearModel:
-        weight_DC = self._axes_DK @ theta_KC[:-1]
-        bias_C = theta_KC[-1] - self._mean_D @ weight_DC
+    def _model(self, theta_MC: Tensor) -> LinearModel:
+        weight_DC = theta_MC[:-1]
+        bias_C = theta_MC[-1] - self._mean_D @ weight_DC
         # A softmax does not see what all classes have in common.
         return LinearModel(weight_DC, bias_C - bias_C.mean() if self._link is _softmax else bias_C)
 
     def _first(self, start: LinearModel | None) -> Tensor:
-        """Weights on the principal axes, and the bias for centred features."""
+        """Weights, and the bias for centred features."""
         if start is None:
-            return self._mean_D.new_zeros(len(self._variance_K1), self.num_classes)
-        bias_C = start.bias_C + self._mean_D @ start.weight_DC
-        return torch.cat([self._axes_DK.T @ start.weight_DC, bias_C[None]])
+            return self._mean_D.new_zeros(len(self._mean_D) + 1, self.num_classes)
+        return torch.cat([start.weight_DC, (start.bias_C + self._mean_D @ start.weight_DC)[None]])
 
     def _problem(self, strength: float, dtype: torch.dtype) -> "_Problem":
-        penalty_K1 = torch.full_like(self._variance_K1, strength * self._penalty_scale)
-        penalty_K1[-1] = 0
-        features_NK = self._features_in_float32 if dtype == torch.float32 else self._features_NK
-        target_NC, variance_K1 = self._target_NC.to(dtype), self._variance_K1.to(dtype)
-        return _Problem(features_NK, target_NC, variance_K1, penalty_K1.to(dtype), self._link)
+        tensors = self._features_ND, self._target_NC, self._mean_D, self._axes_DK, self._variance_K1
+        return _Problem(*(x.to(dtype) for x in tensors), strength * self._penalty_scale, self._link)
 
     @property
     def _rounding(self) -> float:
         """About what float32 makes of a gradient of the mean loss that is zero."""
-        return _FLOAT32_SHARE * float(self._variance_K1.sum() / len(self._target_NC)) ** 0.5
-
-    @cached_property
-    def _features_in_float32(self) -> Tensor:
-        return self._features_NK.float()
+        squares = self._variance_K1.sum() / len(self._target_NC) + self._mean_D.square().sum()
+        return _FLOAT32_SHARE * float(squares) ** 0.5
 
 
 class _Point(NamedTuple):
     """Weights with what is known of them."""
 
-    theta_KC: Tensor
+    theta_MC: Tensor
     logits_NC: Tensor
     residual_NC: Tensor
-    gradient_KC: Tensor
+    gradient_MC: Tensor
+    size: float
+    """The largest entry of the gradient of the mean loss, in the features and the bias as they were given."""
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """The loss for one strength, in one precision. The last row of the weights is the bias."""
+    """The loss for one strength, in one precision. The last row of the weights is the bias for centred features."""
 
-    features_NK: Tensor
+    features_ND: Tensor
     target_NC: Tensor
+    mean_D: Tensor
+    axes_DK: Tensor
     variance_K1: Tensor
-    penalty_K1: Tensor
+    penalty: float
     link: Callable[[Tensor], Tensor]
 
-    def at(self, theta_KC: Tensor) -> _Point:
-        logits_NC = self.features_NK @ theta_KC
-        return self.point(theta_KC, logits_NC, self.link(logits_NC) - self.target_NC)
+    def at(self, theta_MC: Tensor) -> _Point:
+        logits_NC = self.logits(theta_MC)
+        return self.point(theta_MC, logits_NC, self.link(logits_NC) - self.target_NC)
 
-    def point(self, theta_KC: Tensor, logits_NC: Tensor, residual_NC: Tensor) -> _Point:
-        gradient_KC = (self.features_NK.T @ residual_NC).addcmul_(self.penalty_K1, theta_KC)
-        return _Point(theta_KC, logits_NC, residual_NC, gradient_KC)
+    def logits(self, theta_MC: Tensor) -> Tensor:
+        return torch.addmm(theta_MC[-1] - self.mean_D @ theta_MC[:-1], self.features_ND, theta_MC[:-1])
 
-    def size(self, point: _Point) -> float:
-        """How long the gradient of the mean loss is, in its longest column."""
-        return float(point.gradient_KC.norm(dim=0).max()) / len(self.target_NC)
+    def point(self, theta_MC: Tensor, logits_NC: Tensor, residual_NC: Tensor) -> _Point:
+        weight_DC = (self.features_ND.T @ residual_NC).add_(theta_MC[:-1], alpha=self.penalty)
+        bias_C = residual_NC.sum(dim=0)
+        size = float(torch.maximum(weight_DC.abs().max(), bias_C.abs().max())) / len(residual_NC)
+        gradient_MC = torch.cat([weight_DC.addr_(self.mean_D, bias_C, alpha=-1), bias_C[None]])
+        return _Point(theta_MC, logits_NC, residual_NC, gradient_MC, size)
 
     def inverse_curvature(self, point: _Point) -> Tensor:
-        """An inverse of the Hessian's diagonal, [K, 1], as if p (1 - p) were the same for all samples and classes.
+        """An inverse of the Hessian's diagonal on the axes, [K, 1], as if p (1 - p) were the same for all samples and
+        classes.
 
         The same for all classes, because a softmax's gradient sums to zero over them, and steps must too: along what
         all classes have in common there is no curvature.
         """
         probability_NC = point.residual_NC + self.target_NC
         mean = _dot(probability_NC, 1 - probability_NC) / probability_NC.numel()
-        return 1 / (mean.clamp(min=1e-7) * self.variance_K1 + self.penalty_K1)
+        curvature_K1 = mean.clamp(min=1e-7) * self.variance_K1
+        curvature_K1[:-1] += self.penalty
+        return 1 / curvature_K1
+
+    def precondition(self, gradient_MC: Tensor, inverse_K1: Tensor) -> Tensor:
+        """That inverse times a gradient."""
+        along_KC = (self.axes_DK.T @ gradient_MC[:-1]).mul_(inverse_K1[:-1])
+        return torch.cat([self.axes_DK @ along_KC, gradient_MC[-1:] * inverse_K1[-1]])
 
     def loss(self, point: _Point) -> float:
         if self.link is torch.sigmoid:
             losses = F.softplus(point.logits_NC).sum()
         else:
             losses = point.logits_NC.logsumexp(dim=1).sum()
-        return float(losses - _dot(point.logits_NC, self.target_NC) + self._penalty(point.theta_KC, point.theta_KC) / 2)
+        return float(losses - _dot(point.logits_NC, self.target_NC) + self._penalty(point.theta_MC, point.theta_MC) / 2)
 
-    def _penalty(self, left_KC: Tensor, right_KC: Tensor) -> Tensor:
-        return _dot(left_KC * self.penalty_K1, right_KC)
+    def _penalty(self, left_MC: Tensor, right_MC: Tensor) -> Tensor:
+        return self.penalty * _dot(left_MC[:-1], right_MC[:-1])
 
-    def step(self, point: _Point, direction_KC: Tensor) -> _Point | None:
+    def step(self, point: _Point, direction_MC: Tensor) -> _Point | None:
         """Go along a direction to about the minimum; None where rounding hides it."""
-        slope_at_0 = float(_dot(point.gradient_KC, direction_KC))
+        slope_at_0 = float(_dot(point.gradient_MC, direction_MC))
         if not slope_at_0 < 0:
             return None
-        along_NC = self.features_NK @ direction_KC
-        penalty, curvature = (float(self._penalty(x, direction_KC)) for x in (point.theta_KC, direction_KC))
+        along_NC = self.logits(direction_MC)
+        penalty, curvature = (float(self._penalty(x, direction_MC)) for x in (point.theta_MC, direction_MC))
         line = _Line(slope_at_0)
         for _ in range(_MAX_TRIALS):
             logits_NC = torch.add(point.logits_NC, along_NC, alpha=line.at)
             residual_NC = self.link(logits_NC).sub_(self.target_NC)
             if line.accepts(float(_dot(residual_NC, along_NC)) + penalty + line.at * curvature):
-                theta_KC = torch.add(point.theta_KC, direction_KC, alpha=line.at)
-                return self.point(theta_KC, logits_NC, residual_NC)
+                theta_MC = torch.add(point.theta_MC, direction_MC, alpha=line.at)
+                return self.point(theta_MC, logits_NC, residual_NC)
         return None
 
 
@@ -225,37 +239,47 @@ def _descend(problem: _Problem, point: _Point, tolerance: float, max_iterations:
     """L-BFGS (Nocedal and Wright 2006, algorithm 7.5): the last point, and the number of steps to it."""
     history: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MEMORY)
     for iteration in range(max_iterations):
-        if problem.size(point) <= tolerance:
+        if point.size <= tolerance:
             return point, iteration
-        moved = problem.step(point, -_newton_step(point.gradient_KC, history, problem.inverse_curvature(point)))
+        moved = problem.step(point, -_newton_step(problem, point, history))
         if moved is None:
             return point, iteration
-        history.append((moved.theta_KC - point.theta_KC, moved.gradient_KC - point.gradient_KC))
+        history.append((moved.theta_MC - point.theta_MC, moved.gradient_MC - point.gradient_MC))
         point = moved
     return point, max_iterations
 
 
-def _newton_step(gradient_KC: Tensor, history: deque[tuple[Tensor, Tensor]], inverse_K1: Tensor) -> Tensor:
+def _size(point: _Point) -> float:
+    return point.size
+
+
+def _newton_step(problem: _Problem, point: _Point, history: deque[tuple[Tensor, Tensor]]) -> Tensor:
     """The inverse Hessian, as the last steps show it, times the gradient."""
-    result_KC, shares = gradient_KC.clone(), []
+    result_MC, shares = point.gradient_MC.clone(), []
     for step, change in reversed(history):
-        share = _dot(step, result_KC) / _dot(step, change)
-        result_KC -= share * change
+        share = _dot(step, result_MC) / _dot(step, change)
+        result_MC -= share * change
         shares.append(share)
-    result_KC *= inverse_K1
+    result_MC = problem.precondition(result_MC, problem.inverse_curvature(point))
     for (step, change), share in zip(history, reversed(shares), strict=True):
-        result_KC += (share - _dot(change, result_KC) / _dot(step, change)) * step
-    return result_KC
+        result_MC += (share - _dot(change, result_MC) / _dot(step, change)) * step
+    return result_MC
 
 
-def _principal_axes(centred_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Axes [D, K-1] along which the samples vary, their sums of squares [K, 1], and the samples on them [N, K]; the
-    last of K is a constant."""
-    _, spread_K, axes_KD = torch.linalg.svd(torch.linalg.qr(centred_ND, mode="r").R, full_matrices=False)
-    kept_K = spread_K > spread_K.max() * torch.finfo(torch.float64).eps * max(centred_ND.shape)
-    axes_DK, constant_N1 = axes_KD[kept_K].T, torch.ones_like(centred_ND[:, :1])
-    variance_K = torch.cat([spread_K[kept_K].square(), spread_K.new_tensor([len(centred_ND)])])
-    return axes_DK, variance_K[:, None], torch.cat([centred_ND @ axes_DK, constant_N1], dim=1)
+def _principal_axes(features_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean [D], the axes [D, K-1] of the centred samples, and their sums of squares on them, [K, 1]; the last of K
+    is a constant. From fewer samples than features they are those along which the samples vary at all: solutions have
+    nothing on others."""
+    num, width = features_ND.shape
+    mean_D = features_ND.mean(dim=0)
+    if num < width:
+        _, spread_K, axes_KD = torch.linalg.svd(features_ND - mean_D, full_matrices=False)
+        kept_K = spread_K > spread_K.max() * torch.finfo(torch.float64).eps * width
+        axes_DK, variance_K = axes_KD[kept_K].T, spread_K[kept_K].square()
+    else:
+        variance_K, axes_DK = torch.linalg.eigh((features_ND.T @ features_ND).addr_(mean_D, mean_D, alpha=-num))
+        variance_K = variance_K.clamp(min=float(variance_K.max()) * torch.finfo(torch.float64).eps * num)
+    return mean_D, axes_DK, torch.cat([variance_K, variance_K.new_tensor([num])])[:, None]
 
 
 def _softmax(logits_NC: Tensor) -> Tensor:
