@@ -41,7 +41,7 @@ def _within(rank_N: Tensor, ks: Sequence[int]) -> Tensor:
 
 
 class ZeroShotCounts:
-    """Right answers at each k, ranks and pictures seen; `update` a shard at a time, `reduce` over workers, then `metrics`."""
+    """Right answers at each k, ranks, pictures seen; `update` a shard at a time, `reduce` over workers, then `metrics`."""
 
     def __init__(self, class_matrix_CD: Tensor, ks: Sequence[int] = (1, 5)) -> None:
         if not len(class_matrix_CD):
@@ -76,8 +76,8 @@ class ZeroShotCounts:
     def metrics(self) -> dict[str, float]:
         """`top{k}` and `chance_top{k}` as fractions of 1, `percentile_rank`, `num_classes`, `num_samples`.
 
-        The percentile rank is the mean share of the other classes that the true one stands before (Hu et al., 2008, count
-        from the other end): 0.5 is chance. It moves long before accuracy does. Raises UserError without pictures.
+        The percentile rank is the mean share of the other classes that the true one stands before: 0.5 is chance (Hu et
+        al., 2008, count from the other end). It moves long before accuracy does. Raises UserError without pictures.
         """
         if not self.num_samples:
             raise UserError("no pictures to measure zero-shot accuracy on: the data set is empty")
