@@ -1,7 +1,7 @@
 """How often a law's 95% intervals hold the law: made-up runs about known ones, for every form and choice of runs.
 
-Runs are models of 0.1 to 100 GMACs over 1M to 3B samples, spread evenly over the logarithms; their errors are the law's,
-off by a share of normal noise. The law is true for all of them: a frontier is picked by the noise alone.
+Runs are models of 0.1 to 100 GMACs over 1M to 3B samples, spread evenly over the logarithms; their errors are off the
+law's by a share of normal noise. The law is true for all of them: a frontier is picked by the noise alone.
 """
 
 from collections.abc import Callable
