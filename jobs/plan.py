@@ -29,6 +29,7 @@ def summarise(config: PlanConfig, plan: Plan) -> dict[str, Any]:
     cores = config.loader_samples_per_core_s
     return {
         "model": plan.model,
+        "nearest_preset": plan.nearest,
         "gmacs": plan.gmacs,
         "samples": _plain(plan.samples),
         "epochs": samples / config.unique_samples if config.unique_samples else None,
@@ -43,7 +44,7 @@ def summarise(config: PlanConfig, plan: Plan) -> dict[str, Any]:
         "samples_per_s": speed,
         "loader_cores": math.ceil(speed / cores) if cores else None,
         "read_mb_per_s": speed * config.bytes_per_pair / 1e6 if config.bytes_per_pair else None,
-        "checkpoint_bytes": checkpoint_bytes(plan.model),
+        "checkpoint_bytes": checkpoint_bytes(plan.nearest),
         "times_the_largest_run": plan.times_the_largest_run,
         "notes": plan.notes,
     }
@@ -57,7 +58,7 @@ def card(summary: dict[str, Any]) -> list[tuple[str, str]]:
         "cost": "price_per_gpu_hour",
         "epochs": "unique_samples",
         "error": "law",
-        "checkpoint_bytes": "model",
+        "model": "model, or train one of these gmacs",
     }
     rows = [(key, _told(value, missing.get(key))) for key, value in summary.items()
             if key not in ("notes", "times_the_largest_run")]  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,11 +19,13 @@ from jobs import sweep as sweep_job
 from rayclip.config import SweepConfig, TrainConfig
 from rayclip.config_file import load
 from rayclip.errors import UserError
+from rayclip.orchestration import sweep as sweep_module
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 PARENT = "mlflow.parentRunId"
+LR = "optimizer.lr"
 NUM_SAMPLES = 256
 START_S = 300
 """Longest wait for a trial to end, on a busy machine."""
@@ -88,23 +91,38 @@ def rows_of(path):
 
 
 @pytest.mark.chaos
-def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path, make_sweep):
-    plan = {"kind": "search", "space": {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}, "num_trials": 2}
+def test_a_killed_trial_and_a_killed_sweep_go_on_and_repeat_nothing(tmp_path, make_sweep, monkeypatch):
+    """There is room for one trial: begun again it finds none, unless that of the killed one's workers is given back."""
+    plan = {"kind": "search", "space": {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}, "num_trials": 3}
+    plan["algorithm"] = "tpe"
     config = make_sweep("killed", plan, 512) | {"max_concurrent": 1}
     (tmp_path / "killed.yaml").write_text(json.dumps(config))
-    folder = tmp_path / "runs/sweeps/killed"
+    folder, log = tmp_path / "runs/sweeps/killed", tmp_path / "log"
 
     first = start(tmp_path)
-    deadline = time.monotonic() + START_S
-    while not ((folder / "trial-000/summary.json").exists() and (folder / "trial-001/run.json").exists()):
-        assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.1)
-    kill(first)
+
+    def wait_until(condition):
+        deadline = time.monotonic() + START_S
+        while not condition():
+            assert first.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+
+    def workers():
+        return {process.pid for process in actors_of(first, "TrainWorker")}
+
+    wait_until(lambda: (folder / "trial-000/summary.json").exists())
     finished = files_of(folder / "trial-000")
+    old = workers()
+    wait_until(lambda: (folder / "trial-001/run.json").exists() and workers() - old)
+    killed = workers()
+    (trial,) = actors_of(first, "TrialActor")
+    trial.kill()
+    wait_until(lambda: "trial-001 is begun again" in log.read_text() and workers() - killed - old)
+    kill(first)
     parent, children = runs_of(tmp_path)
     assert children["trial-000"].info.status == "FINISHED"
 
-    assert start(tmp_path).wait(START_S) == 0, (tmp_path / "log").read_text()
+    assert start(tmp_path).wait(START_S) == 0, log.read_text()
     assert files_of(folder / "trial-000") == finished
     parent_after, children_after = runs_of(tmp_path)
     assert parent_after.info.run_id == parent.info.run_id and parent_after.info.status == "FINISHED"
@@ -113,13 +131,22 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path, make_sweep):
     assert {name: run.info.status for name, run in children_after.items()} == {
         "trial-000": "FINISHED",
         "trial-001": "FINISHED",
+        "trial-002": "FINISHED",
     }
     rows = rows_of(folder / "trials.csv")
-    assert [row["status"] for row in rows.values()] == ["finished", "finished"]
+    assert [row["status"] for row in rows.values()] == ["finished"] * 3
     assert {row["samples"] for row in rows.values()} == {"510"}, "two epochs without the one that cannot be read"
     assert {row["unique_samples"] for row in rows.values()} == {"256"}
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["num_finished"] == 2 and summary["share_saved"] == 0
+    assert summary["num_finished"] == 3 and summary["share_saved"] == 0
+
+    # One more trial is thought of with what all three came to, whoever was the driver then.
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(sweep_module, "suggest", lambda plan, index, known: asked.append((index, known)) or {LR: 1e-3})
+    sweep_module.Sweep(SweepConfig.model_validate(config | {"plan": plan | {"num_trials": 4}}))._suggested()
+    known = [({LR: float(row[LR])}, float(row["classes.top1"])) for row in rows.values()]
+    assert asked == [(3, known)]
 
 
 def test_asha_stops_a_trial_at_its_evaluation_and_a_mistake_is_told_not_retried(
@@ -180,6 +207,17 @@ def start(folder):
         return subprocess.Popen(
             [sys.executable, "-m", "jobs.sweep", "killed.yaml"], cwd=folder, env=environment, stdout=log, stderr=log
         )
+
+
+def actors_of(process, name):
+    """Processes of Ray's actors of that class, under a sweep."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            title = " ".join(child.cmdline())
+            if title.startswith("ray::") and name in title:
+                found.append(child)
+    return found
 
 
 def kill(process):

@@ -11,11 +11,12 @@ from jobs.fit import main
 from rayclip.config import FitConfig
 from rayclip.config_file import load
 from rayclip.errors import UserError
-from rayclip.scaling.fit import NotEnoughError, fit_law, flags, misfit_p, tail_probability, why_no_limit
+from rayclip.scaling.fit import NotEnoughError, fit_law, flags, misfit_p, why_no_limit
 from rayclip.scaling.flops import forward_gmacs
 from rayclip.scaling.forms import Form
 from rayclip.scaling.frontier import select
 from rayclip.scaling.holdout import hold_out
+from rayclip.scaling.intervals import tail_probability
 from rayclip.scaling.points import Point, read_csv
 from rayclip.tracking.experiment import read_runs
 from rayclip.tracking.mlflow import close_run, connect, connect_existing, open_run

@@ -73,6 +73,11 @@ def test_a_target_and_the_budget_it_asks_for_agree(law):
     assert budget["error"]["low"] < 0.15 < budget["error"]["high"]
     assert budget["samples"]["value"] == pytest.approx(target["samples"]["value"])
     assert any("frontier" in note for note in target["notes"])
+    # A size that is no preset's takes the checkpoint of the nearest, and says so.
+    assert target["model"] is None and any(target["nearest_preset"] in note for note in target["notes"])
+    named = plan(law=law, target_error=0.15, model=target["nearest_preset"])
+    assert named["checkpoint_bytes"] == target["checkpoint_bytes"] > 1e6
+    assert named["gmacs"] == pytest.approx(target["gmacs"], rel=0.6)
     assert target["times_the_largest_run"] == pytest.approx(target["compute"]["value"] / 1e11, rel=1e-3)
     assert any("extrapolated" in note for note in target["notes"])
 

@@ -23,10 +23,12 @@ class BenchmarkConfig(Config):
         "loader",
         "ledger",
         "curation",
+        "coverage",
     ] = Field(description="what is measured")
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
     samples: int = Field(20_000, gt=0, description="captions to tokenise, pictures to extract")
     probe_samples: int = Field(10_000, ge=1000, description="samples that a linear probe is fitted on")
+    draws: int = Field(300, gt=0, description="sets of made-up runs for each share of intervals that cover")
     threads: int | None = Field(None, gt=0, description="torch threads; None leaves torch's own choice")
     preset: str = Field("ViT-B/32", description="the model of a step")
     batch_size: int = Field(32, gt=0, description="pairs a step")

@@ -1,8 +1,4 @@
-"""A law, how sure it is, and whether its form is right.
-
-Intervals are of a bootstrap that resamples the runs, then selects the frontier, then fits. Plain percentiles of few
-runs are too narrow: they are taken as much further out as Student's t and the free residuals ask for (Hesterberg, What
-Teachers Should Know About the Bootstrap, 2015, on expanded percentiles).
+"""A law, how sure it is (by intervals.py), and whether its form is right.
 
 Shapes: R resamples, N runs, M places of a selection, K parameters.
 """
@@ -13,11 +9,11 @@ import numpy as np
 from scipy import stats
 
 from rayclip.config import FitConfig
-from rayclip.scaling.forms import Form, fit_many, fit_one
-from rayclip.scaling.frontier import Selection, select
+from rayclip.scaling.forms import Form, fit_one
+from rayclip.scaling.frontier import Selection
+from rayclip.scaling.intervals import Runs, Spread, spread_of
 from rayclip.scaling.points import Point
 
-CONFIDENCE = 0.95
 _MISFIT_P = 0.01
 _LIMIT_P = 0.05
 _NO_LIMIT = 1e-6
@@ -40,13 +36,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Law:
-    """A form with its parameters: those fitted, theta [1, K], and those of each resample [R, K], some of them NaN."""
+    """A form with its parameters, theta [1, K], and what else they may be."""
 
     form: Form
     runs: Selection
     theta_1K: np.ndarray
     huber: float
-    resampled_RK: np.ndarray
+    spread: Spread
 
     @property
     def num_fitted(self) -> int:
@@ -55,19 +51,21 @@ class Law:
 
     def estimates(self) -> dict[str, Estimate]:
         """Every figure of the form with its interval."""
-        value, resampled = self.form.figures(self.theta_1K), self.form.figures(self.resampled_RK)
+        value, resampled = self.form.figures(self.theta_1K), self.form.figures(self.spread.resampled_RK)
         return {name: self._estimate(value[name][0], resampled[name]) for name in value}
 
     def error_at(self, gmacs: float, samples: float) -> Estimate:
         """The error of a model of so many GMACs after so many samples."""
         runs = _selection(np.log([gmacs * samples]), np.log([gmacs]))
         z = self.form.coordinates(runs)
-        resampled_R = np.exp(self.form.log_error(self.resampled_RK, np.tile(z, (len(self.resampled_RK), 1, 1))))
+        resampled_R = np.exp(
+            self.form.log_error(self.spread.resampled_RK, np.tile(z, (len(self.spread.resampled_RK), 1, 1)))
+        )
         return self._estimate(float(np.exp(self.form.log_error(self.theta_1K, z))[0, 0]), resampled_R[:, 0])
 
     def best_error(self, compute: float) -> Estimate:
         """The error at the frontier for so much compute: for chinchilla, of the best model and samples."""
-        figures, resampled = self.form.figures(self.theta_1K), self.form.figures(self.resampled_RK)
+        figures, resampled = self.form.figures(self.theta_1K), self.form.figures(self.spread.resampled_RK)
         at, at_R = (f["coefficient"] * (compute + f.get("shift", 0.0)) ** -f["exponent"] + f["limit"]
                     for f in (figures, resampled))  # fmt: skip
         return self._estimate(at[0], at_R)
@@ -76,18 +74,18 @@ class Law:
         """Compute whose best error this is; no value at or below the limit, and an end at infinity where a resample's
         limit lies above the error.
         """
-        figures, resampled = self.form.figures(self.theta_1K), self.form.figures(self.resampled_RK)
+        figures, resampled = self.form.figures(self.theta_1K), self.form.figures(self.spread.resampled_RK)
         at, at_R = (_inverse(f, error) for f in (figures, resampled))
         if not np.isfinite(at[0]):
             return Estimate(None, reason=f"the law's limit is {figures['limit'][0]:.4g}: no compute reaches {error:g}")
-        tail = tail_probability(self.num_fitted, self.form.num_parameters)
+        tail = self.spread.tail
         usable_R = at_R[~np.isnan(at_R)]
         low, high = np.quantile(usable_R, [tail, 1 - tail], method="closest_observation")
         return Estimate(float(at[0]), float(low), float(high))
 
     def best_model(self, compute: float) -> tuple[Estimate, Estimate] | None:
         """GMACs a pair and samples that reach the least error for so much compute; None where the form has no sizes."""
-        figures, resampled = self.form.figures(self.theta_1K), self.form.figures(self.resampled_RK)
+        figures, resampled = self.form.figures(self.theta_1K), self.form.figures(self.spread.resampled_RK)
         if "best_gmacs_exponent" not in figures:
             return None
         gmacs, gmacs_R = (f["best_gmacs_coefficient"] * compute ** f["best_gmacs_exponent"]
@@ -98,7 +96,7 @@ class Law:
         usable_R = resampled_R[np.isfinite(resampled_R)]
         if not len(usable_R):
             return Estimate(float(value))
-        tail = tail_probability(self.num_fitted, self.form.num_parameters)
+        tail = self.spread.tail
         low, high = np.quantile(usable_R, [tail, 1 - tail])
         return Estimate(float(value), float(low), float(high))
 
@@ -110,27 +108,30 @@ def _inverse(figures: dict[str, np.ndarray], error: float) -> np.ndarray:
     return np.maximum(compute - figures.get("shift", 0.0), 0.0)
 
 
-def tail_probability(num_fitted: int, num_parameters: int) -> float:
-    """Share of resamples beyond each end of an interval: less than 2.5% where few runs are left to tell the noise."""
-    free = num_fitted - num_parameters
-    reach = np.sqrt(num_fitted / free) * stats.t.ppf((1 + CONFIDENCE) / 2, free)
-    return float(stats.norm.cdf(-reach))
-
-
 def fit_law(points: list[Point], config: FitConfig, num_resamples: int | None = None) -> Law:
     """The law of these runs. Raises NotEnoughError where they cannot carry one."""
     if not points:
         raise NotEnoughError("not enough points: there are none")
     compute_N, gmacs_N, error_N = logarithms(points)
-    every_1N = np.arange(len(points))[None]
-    runs = select(config.frontier, config.bins, compute_N, gmacs_N, error_N, every_1N)
+    given = Runs(config.frontier, config.bins, compute_N, gmacs_N, error_N)
+    runs = given.select()
     form = Form.of(config.form, runs)
     _check_enough(form, runs)
     theta_1K, huber = fit_one(form, runs)
     count = config.resamples if num_resamples is None else num_resamples
-    index_RN = np.random.default_rng(config.seed).integers(0, len(points), (count, len(points)))
-    resampled = select(config.frontier, config.bins, compute_N, gmacs_N, error_N, index_RN)
-    return Law(form, runs, theta_1K, huber, fit_many(form, resampled, theta_1K, huber))
+    return Law(form, runs, theta_1K, huber, spread_of(form, given, theta_1K, huber, config, count))
+
+
+def selection_bias(law: Law) -> float | None:
+    """Share by which noise alone puts the frontier's errors below those of the law that all runs scatter about; None
+    where runs are not selected, or differ by more than noise.
+    """
+    if law.spread.centre_1K is None:
+        return None
+    kept_M = law.runs.weight[0] > 0
+    z = law.form.coordinates(law.runs)
+    above = law.form.log_error(law.spread.centre_1K, z) - law.form.log_error(law.theta_1K, z)
+    return float(-np.expm1(-above[0][kept_M].mean()))
 
 
 def fitted_runs(law: Law) -> set[int]:
@@ -152,7 +153,7 @@ def flags(law: Law) -> list[str]:
     limit = law.estimates()["limit"]
     if law.form.name != "power" and limit.value and limit.low is not None and limit.low < _NO_LIMIT:
         found.append("not identifiable: the limit's interval reaches down to 0")
-    lost = float(np.isnan(law.resampled_RK).any(axis=1).mean())
+    lost = float(np.isnan(law.spread.resampled_RK).any(axis=1).mean())
     if lost > 0.01:
         found.append(f"{lost:.0%} of the resamples hold too few different runs to be fitted")
     return found

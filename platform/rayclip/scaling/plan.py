@@ -49,9 +49,13 @@ class FittedLaw:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked, answered; estimates with the law's interval, notes that say what they rest on."""
+    """What was asked, answered; estimates with the law's interval, notes that say what they rest on.
+
+    `model` is None where the law says the size; `nearest` is then the preset whose GMACs come closest, else the model.
+    """
 
     model: str | None
+    nearest: str
     gmacs: float
     samples: Estimate
     compute: Estimate
@@ -86,7 +90,7 @@ def read_law(path: Path) -> FittedLaw:
 def make_plan(config: PlanConfig, fitted: FittedLaw | None, flops_per_gpu_s: float) -> Plan:
     """Answer it. Raises UserError for an error that the law never reaches, and for a question with too little in it."""
     compute = _compute(config, fitted, flops_per_gpu_s)
-    gmacs, name, notes = _model(config, fitted, compute)
+    gmacs, nearest_preset, notes = _model(config, fitted, compute)
     if compute.value is None:
         compute = Estimate(gmacs * _required(config.samples))
     center = _required(compute.value)
@@ -98,7 +102,9 @@ def make_plan(config: PlanConfig, fitted: FittedLaw | None, flops_per_gpu_s: flo
     if factor and factor > 1:
         notes.append(f"extrapolated: {factor:.3g} times the compute of the largest run of the fit")
     speed = flops_per_gpu_s * config.num_gpus / (per_c * gmacs)
-    return Plan(name, gmacs, samples, compute, error, hours, flops_per_gpu_s, speed, factor, notes)
+    return Plan(
+        config.model, nearest_preset, gmacs, samples, compute, error, hours, flops_per_gpu_s, speed, factor, notes
+    )
 
 
 def measured_flops(config: PlanConfig, samples_per_s: float | None) -> float:
@@ -125,9 +131,9 @@ def batch_size(config: PlanConfig, samples: float) -> int:
     return batch
 
 
-def checkpoint_bytes(model: str | None) -> int | None:
-    """Weights and optimizer state; None where the model is no preset."""
-    return None if model is None else num_parameters(preset(model)) * _BYTES_PER_PARAMETER
+def checkpoint_bytes(model: str) -> int:
+    """Weights and optimizer state of a preset."""
+    return num_parameters(preset(model)) * _BYTES_PER_PARAMETER
 
 
 def budget_hours(config: PlanConfig) -> float | None:
@@ -157,8 +163,8 @@ def _compute(config: PlanConfig, fitted: FittedLaw | None, flops_per_gpu_s: floa
     return Estimate(None)
 
 
-def _model(config: PlanConfig, fitted: FittedLaw | None, compute: Estimate) -> tuple[float, str | None, list[str]]:
-    """GMACs, the preset, and where they are from."""
+def _model(config: PlanConfig, fitted: FittedLaw | None, compute: Estimate) -> tuple[float, str, list[str]]:
+    """GMACs, the preset that has them or comes nearest, and where they are from."""
     if config.model is not None:
         return forward_gmacs(preset(config.model)), config.model, []
     if fitted is None:
@@ -173,7 +179,7 @@ def _model(config: PlanConfig, fitted: FittedLaw | None, compute: Estimate) -> t
         gmacs, note = _frontier_gmacs(fitted.law, center), "model: along the frontier of the fit's own runs"
     sizes = _preset_gmacs()
     name = min(sizes, key=lambda other: abs(math.log(sizes[other] / gmacs)))
-    return gmacs, None, [note, f"nearest preset: {name}, {sizes[name]:.3g} GMACs a pair"]
+    return gmacs, name, [note, f"nearest preset: {name}, {sizes[name]:.3g} GMACs a pair; checkpoint_bytes are of it"]
 
 
 @cache

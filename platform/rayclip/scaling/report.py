@@ -11,6 +11,7 @@ from rayclip.scaling.fit import (
     fit_law,
     fitted_runs,
     flags,
+    selection_bias,
     why_no_limit,
 )
 from rayclip.scaling.holdout import Holdout, hold_out
@@ -36,13 +37,6 @@ class Report:
     def usable(self) -> list[Run]:
         """The runs that have figures, in the order that laws and hold-outs count them."""
         return [run for run in self.runs if run.point is not None]
-
-
-_COVERAGE = {
-    "pareto": ["narrow: on known laws, where noise alone picks the frontier, its 95% intervals covered 91 to 92%"],
-    "bins": ["unproven: intervals of frontier=bins have not been held against known laws"],
-}
-"""What is known of the intervals of runs that were picked for their small errors."""
 
 
 def make_report(runs: list[Run], config: FitConfig) -> Report:
@@ -73,7 +67,7 @@ def summarise(report: Report) -> dict[str, Any]:
         "num_fitted": law.num_fitted if law else 0,
         "repeats": _repeats(report.usable),
         **{name: asdict(estimate) for name, estimate in estimates.items()},
-        "flags": [*flags(law), *_COVERAGE.get(config.frontier, [])] if law else [report.reason],
+        "flags": [*flags(law), *_told_selection(law, config)] if law else [report.reason],
         "holdout": [holdout.as_dict(names) for holdout in report.holdouts],
         "plan": _plan(report),
         "resamples": config.resamples,
@@ -111,6 +105,18 @@ def _estimates(report: Report) -> dict[str, Estimate]:
     estimates = report.law.estimates()
     reason = why_no_limit(report.law)
     return estimates | ({"limit": Estimate(None, reason=reason)} if reason else {})
+
+
+def _told_selection(law: Law, config: FitConfig) -> list[str]:
+    """What it does to intervals that runs were picked for their small errors."""
+    if config.frontier == "all":
+        return []
+    bias = selection_bias(law)
+    if bias is None:
+        return ["narrow: more than noise parts the frontier from the other runs; its intervals are of resampled runs"]
+    return [
+        f"selected: by noise alone the frontier's errors are {bias:.1%} too small; intervals are set right for that"
+    ]
 
 
 def _repeats(runs: list[Run]) -> dict[str, Any] | None:
