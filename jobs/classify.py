@@ -1,13 +1,12 @@
 """Label a data set's pictures zero-shot, to Parquet: python -m jobs.classify CONFIG key=value ..."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 from jobs.cli import print_table, run_job
 from rayclip.config import ClassifyConfig
 from rayclip.orchestration.classify import classify
 from rayclip.orchestration.parts import told_causes
+from rayclip.storage import join, told
 
 _SHOWN_LABELS = 5
 
@@ -24,11 +23,11 @@ def main(config: ClassifyConfig) -> dict[str, Any]:
             ("with an error", told_causes(summary) or "none"),
             ("most frequent", ", ".join(f"{label} {count:,}" for label, count in often) or "-"),
             ("time", f"{summary['time_s']:.0f} s, {summary['samples_per_s']:,.0f} samples/s once started"),
-            ("labels", os.path.relpath(summary["output"])),
+            ("labels", told(summary["output"])),
         ]
     )
     return summary
 
 
 if __name__ == "__main__":
-    run_job(main, ClassifyConfig, lambda config: Path(config.output) / "summary.json")
+    run_job(main, ClassifyConfig, lambda config: join(config.output, "summary.json"))

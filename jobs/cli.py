@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from rayclip.config import Config
 from rayclip.config_file import describe, load
 from rayclip.errors import UserError, exit_with
-from rayclip.storage import write_bytes
+from rayclip.storage import StorageError, write_bytes
 
 Main = Callable[[Any], dict[str, Any]]
 
@@ -62,7 +62,10 @@ def _run(
     if check:  # the settings alone; what a submitted job will be is read here
         print(json.dumps({"kind": schema.__name__, "summary": path, "config": config.model_dump(mode="json")}))
         return 0
-    write_bytes(path, (json.dumps(main(config), indent=2) + "\n").encode())
+    try:
+        write_bytes(path, (json.dumps(main(config), indent=2) + "\n").encode())
+    except StorageError as error:
+        raise UserError(str(error)) from None
     return 0
 
 

@@ -1,7 +1,5 @@
 """Hold evaluated models against each other: python -m jobs.compare REPORT [REPORT ...] key=value ..."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 from jobs.cli import print_table, run_job
@@ -9,13 +7,15 @@ from rayclip.config import CompareConfig
 from rayclip.evaluation.page import difference, score, write_comparison
 from rayclip.evaluation.plots import write_bars, write_radar
 from rayclip.evaluation.reports import compare, find_reports
+from rayclip.places import Place, place_of
+from rayclip.storage import join, told
 from rayclip.tracking.experiment import log_result
 
 
 def main(config: CompareConfig) -> dict[str, Any]:
     """Compare, draw and log; returns the comparison. Raises UserError for a path without a report."""
     comparison = compare(find_reports(config.runs))
-    folder = Path(config.output)
+    folder = place_of(config.output)
     pictures = [folder / "scores.png"]
     write_bars(pictures[0], comparison)
     if write_radar(folder / "radar.png", comparison):
@@ -23,7 +23,7 @@ def main(config: CompareConfig) -> dict[str, Any]:
     page = folder / "comparison.html"
     write_comparison(page, comparison, pictures)
     _print(comparison)
-    print_table([("written", f"{os.path.relpath(page)}, summary.json")])
+    print_table([("written", f"{told(str(page))}, summary.json")])
     _log(config, comparison, [page, *pictures])
     return comparison
 
@@ -40,7 +40,7 @@ def _print(comparison: dict[str, Any]) -> None:
     print_table(rows)
 
 
-def _log(config: CompareConfig, comparison: dict[str, Any], files: list[Path]) -> None:
+def _log(config: CompareConfig, comparison: dict[str, Any], files: list[Place]) -> None:
     if config.experiment is None:
         return
     metrics = {
@@ -54,4 +54,4 @@ def _log(config: CompareConfig, comparison: dict[str, Any], files: list[Path]) -
 
 
 if __name__ == "__main__":
-    run_job(main, CompareConfig, lambda config: Path(config.output) / "summary.json", positional=("runs...",))
+    run_job(main, CompareConfig, lambda config: join(config.output, "summary.json"), positional=("runs...",))

@@ -1,13 +1,13 @@
 """Convert weights between formats: python -m jobs.convert INPUT OUTPUT format=rayclip|open_clip|huggingface"""
 
-import os
-from pathlib import Path
 from typing import Any
 
 from jobs.cli import print_table, run_job
 from rayclip.config import ConvertConfig
 from rayclip.models.presets import preset
 from rayclip.models.weights import read_weights, write_weights
+from rayclip.places import place_of
+from rayclip.storage import join, told
 from rayclip.tracking.registry import resolve_model
 
 
@@ -15,7 +15,7 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     """Write the model of the input in another format; returns what it is. Raises UserError."""
     source = resolve_model(config.input, config.tracking_uri)
     weights = read_weights(source.folder, like=preset(config.model) if config.model else None)
-    output = Path(config.output).absolute()
+    output = place_of(config.output)
     write_weights(output, weights, config.format, source.name)
     model = weights.config
     num_parameters = sum(p.numel() for p in weights.model().parameters())
@@ -26,7 +26,7 @@ def main(config: ConvertConfig) -> dict[str, Any]:
             ("parameters", f"{num_parameters:,}"),
             ("pictures", f"{model.vision.kind}, {model.vision.image_size} pixels"),
             ("activation", "QuickGELU" if model.quick_gelu else "GELU"),
-            ("written", f"{config.format}, to {os.path.relpath(output)}"),
+            ("written", f"{config.format}, to {told(str(output))}"),
         ]
     )
     return {
@@ -41,4 +41,4 @@ def main(config: ConvertConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_job(main, ConvertConfig, lambda config: Path(config.output) / "summary.json", positional=("input", "output"))
+    run_job(main, ConvertConfig, lambda config: join(config.output, "summary.json"), positional=("input", "output"))

@@ -1,12 +1,11 @@
 """Curate a data set by CLIP's recipe, queries, balance and duplicates, into a new one: python -m jobs.curate CONFIG"""
 
-import os
-from pathlib import Path
 from typing import Any
 
 from jobs.cli import print_table, run_job
 from rayclip.config import CurateConfig
 from rayclip.orchestration.curate import curate
+from rayclip.storage import join, told
 
 
 def main(config: CurateConfig) -> dict[str, Any]:
@@ -19,12 +18,12 @@ def main(config: CurateConfig) -> dict[str, Any]:
         [
             ("queries", f"{summary['queries']:,}, of which {summary['queries_found']:,} find a pair"),
             ("most pairs of a query", f"{most['before']:,} before, {most['after']:,} after"),
-            ("pairs a query", os.path.relpath(Path(summary["output"]) / "queries.png")),
-            ("data set", f"{os.path.relpath(summary['output'])}, {summary['kept']:,} of {summary['samples']:,} pairs"),
+            ("pairs a query", told(join(summary["output"], "queries.png"))),
+            ("data set", f"{told(summary['output'])}, {summary['kept']:,} of {summary['samples']:,} pairs"),
         ]
     )
     return summary
 
 
 if __name__ == "__main__":
-    run_job(main, CurateConfig, lambda config: Path(config.output) / "summary.json")
+    run_job(main, CurateConfig, lambda config: join(config.output, "summary.json"))

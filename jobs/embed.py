@@ -1,13 +1,12 @@
 """Embed a data set's pictures and captions to Parquet: python -m jobs.embed CONFIG key=value ..."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 from jobs.cli import print_table, run_job
 from rayclip.config import EmbedConfig
 from rayclip.orchestration.embed import embed
 from rayclip.orchestration.parts import told_causes
+from rayclip.storage import join, told
 
 
 def main(config: EmbedConfig) -> dict[str, Any]:
@@ -21,11 +20,11 @@ def main(config: EmbedConfig) -> dict[str, Any]:
             ("embedded", f"{summary['pictures']:,} pictures, {summary['texts']:,} texts"),
             ("with an error", told_causes(summary) or "none"),
             ("time", f"{summary['time_s']:.0f} s, {summary['samples_per_s']:,.0f} samples/s once started"),
-            ("embeddings", os.path.relpath(summary["output"])),
+            ("embeddings", told(summary["output"])),
         ]
     )
     return summary
 
 
 if __name__ == "__main__":
-    run_job(main, EmbedConfig, lambda config: Path(config.output) / "summary.json")
+    run_job(main, EmbedConfig, lambda config: join(config.output, "summary.json"))

@@ -1,12 +1,11 @@
 """Measure a model with a suite of data sets: python -m jobs.evaluate MODEL CONFIG key=value ..."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 from jobs.cli import print_table, run_job
 from rayclip.config import SuiteConfig
 from rayclip.orchestration.evaluate import evaluate, output_folder
+from rayclip.storage import told
 from rayclip.tracking.registry import resolve_model
 
 
@@ -20,7 +19,7 @@ def main(config: SuiteConfig) -> dict[str, Any]:
             *[(name, _told(result)) for name, result in summary["datasets"].items()],
             *[(name, f"not there: {why}") for name, why in summary["not_there"].items()],
             ("features", _told_extraction(summary["extraction"])),
-            ("report", os.path.relpath(summary["output"])),
+            ("report", told(summary["output"])),
         ]
     )
     return summary
@@ -39,9 +38,9 @@ def _told_extraction(done: dict[str, Any]) -> str:
     return f"{done['new_samples']:,} of {done['samples']:,} new, the others were there{rate}"
 
 
-def _summary_path(config: SuiteConfig) -> Path:
+def _summary_path(config: SuiteConfig) -> str:
     version = resolve_model(config.model, config.tracking_uri).version
-    return output_folder(config, version) / "summary.json"
+    return str(output_folder(config, version) / "summary.json")
 
 
 if __name__ == "__main__":

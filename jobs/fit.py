@@ -1,17 +1,18 @@
 """Fit a scaling law to runs: python -m jobs.fit SOURCE form=power key=value ..."""
 
-import os
 import re
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from jobs.cli import print_table, run_job
 from rayclip.config import FitConfig
 from rayclip.errors import UserError
+from rayclip.places import Place, place_of
 from rayclip.scaling.experiment import read_experiment
 from rayclip.scaling.plot import write_plot
 from rayclip.scaling.points import Run, read_csv, write_csv
 from rayclip.scaling.report import card, make_report, summarise
+from rayclip.storage import find_file, told
 from rayclip.tracking.experiment import log_result
 
 
@@ -24,31 +25,31 @@ def main(config: FitConfig) -> dict[str, Any]:
     write_csv(table, report.runs)
     write_plot(picture, report)
     _log(config, summary, [table, picture])
-    print_table([*card(summary), ("written", f"{os.path.relpath(folder)}: law.png, points.csv, summary.json")])
+    print_table([*card(summary), ("written", f"{told(str(folder))}: law.png, points.csv, summary.json")])
     return summary
 
 
-def output_folder(config: FitConfig) -> Path:
+def output_folder(config: FitConfig) -> Place:
     """Where the fit is written."""
-    name = Path(config.source).stem if _is_table(config) else config.source
-    return Path(config.output or Path("runs/fits") / re.sub(r"[^A-Za-z0-9._-]+", "-", name))
+    name = PurePath(config.source).stem if _is_table(config) else config.source
+    return place_of(config.output or f"runs/fits/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}")
 
 
 def _is_table(config: FitConfig) -> bool:
-    return config.source.lower().endswith(".csv") or Path(config.source).is_file()
+    return config.source.lower().endswith(".csv") or find_file(config.source) is not None
 
 
 def _read(config: FitConfig) -> list[Run]:
     if _is_table(config):
         if config.metric is not None:
             raise UserError("metric is for an MLflow experiment; a CSV has its column error")
-        return read_csv(Path(config.source), config.dataset)
+        return read_csv(place_of(config.source), config.dataset)
     if config.dataset is not None:
         raise UserError("dataset is for a CSV that has that column; an experiment has metric")
     return read_experiment(config.tracking_uri, config.source, config.metric)
 
 
-def _log(config: FitConfig, summary: dict[str, Any], files: list[Path]) -> None:
+def _log(config: FitConfig, summary: dict[str, Any], files: list[Place]) -> None:
     experiment = config.log_to or (None if _is_table(config) else config.source)
     if experiment is None:
         return
@@ -60,4 +61,4 @@ def _log(config: FitConfig, summary: dict[str, Any], files: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    run_job(main, FitConfig, lambda config: output_folder(config) / "summary.json", positional=("source",))
+    run_job(main, FitConfig, lambda config: str(output_folder(config) / "summary.json"), positional=("source",))

@@ -1,11 +1,11 @@
 """Turn pictures and captions into a data set: python -m jobs.ingest CONFIG key=value ..."""
 
-from pathlib import Path
 from typing import Any
 
 from jobs.cli import run_job
 from rayclip.config import IngestConfig
 from rayclip.orchestration.ingest import ingest
+from rayclip.storage import join
 
 
 def main(config: IngestConfig) -> dict[str, Any]:
@@ -23,4 +23,4 @@ def main(config: IngestConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_job(main, IngestConfig, lambda config: Path(config.output) / "summary.json")
+    run_job(main, IngestConfig, lambda config: join(config.output, "summary.json"))

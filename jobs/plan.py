@@ -9,13 +9,14 @@ from typing import Any
 from jobs.cli import print_table, run_job
 from rayclip.config import PlanConfig
 from rayclip.errors import UserError
+from rayclip.places import place_of
 from rayclip.scaling.fit import Estimate
 from rayclip.scaling.plan import Plan, batch_size, checkpoint_bytes, make_plan, measured_flops, read_law
 
 
 def main(config: PlanConfig) -> dict[str, Any]:
     """Answer the question; returns the summary. Raises UserError for one that cannot be answered."""
-    fitted = read_law(Path(config.law)) if config.law is not None else None
+    fitted = read_law(place_of(config.law)) if config.law is not None else None
     plan = make_plan(config, fitted, measured_flops(config, _samples_per_s(config)))
     summary = summarise(config, plan)
     print_table(card(summary))
@@ -69,7 +70,7 @@ def _samples_per_s(config: PlanConfig) -> float | None:
     if config.run is None:
         return config.samples_per_s
     try:
-        return float(json.loads(Path(config.run).read_text())["samples_per_s"])
+        return float(json.loads(place_of(config.run).read_text())["samples_per_s"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{config.run}' is no summary of jobs.train: {' '.join(str(error).split())}") from None
 

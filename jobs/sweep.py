@@ -1,6 +1,5 @@
 """Train a ladder of models for a scaling law, or search for the best settings; after a crash it goes on."""
 
-import os
 from typing import Any
 
 from jobs import fit
@@ -8,6 +7,7 @@ from jobs.cli import print_table, run_job
 from rayclip.config import FitConfig, LadderPlan, SweepConfig
 from rayclip.errors import UserError
 from rayclip.orchestration.sweep import run_sweep, sweep_folder
+from rayclip.storage import told
 
 
 def main(config: SweepConfig) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def main(config: SweepConfig) -> dict[str, Any]:
         summary["fit"] = fit.main(law)
     else:
         print("\nnext:")
-        print_table([(f"python -m jobs.train {os.path.relpath(folder.path / 'best.yaml')}", "train the best")])
+        print_table([(f"python -m jobs.train {told(str(folder.path / 'best.yaml'))}", "train the best")])
     folder.write_summary(summary)
     if summary["failed"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in summary["failed"].items())
@@ -44,4 +44,4 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    run_job(main, SweepConfig, lambda config: sweep_folder(config).summary)
+    run_job(main, SweepConfig, lambda config: str(sweep_folder(config).summary))

@@ -1,18 +1,18 @@
 """Train a CLIP, evaluate it, register the best checkpoint; the same command goes on with a run that was interrupted."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 from jobs.cli import print_table, run_job
 from rayclip.config import TrainConfig
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.train import run_training
+from rayclip.places import place_of
+from rayclip.storage import told
 
 
 def main(config: TrainConfig) -> dict[str, Any]:
     """Run the job. Returns the summary. Raises UserError."""
-    folder = RunFolder(Path(config.runs) / config.name)
+    folder = RunFolder(place_of(config.runs) / config.name)
     summary = run_training(config)
     print_summary(summary, folder)
     return summary
@@ -25,7 +25,7 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     print("\nnext:")
     then = [("make ui", "the run in MLflow"), ("python -m jobs.train --help", "every setting")]
     if folder.pictures.is_dir():
-        then.insert(1, (f"ls {folder.pictures}", "right and wrong answers, as pictures"))
+        then.insert(1, (told(str(folder.pictures)), "right and wrong answers, as pictures"))
     print_table(then)
 
 
@@ -44,7 +44,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("data wait", f"{summary['data_wait_share']:.1%} of the time"),
         ("skipped", ", ".join(f"{cause} {count:,}" for cause, count in summary["skipped"].items()) or "none"),
-        ("checkpoint", os.path.relpath(summary["checkpoint"])),
+        ("checkpoint", told(summary["checkpoint"])),
     ]
     if summary["model_version"] is not None:
         rows.append(("model version", f"{summary['registered_model']} version {summary['model_version']}"))
@@ -58,4 +58,4 @@ def _seen(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_job(main, TrainConfig, lambda config: RunFolder(Path(config.runs) / config.name).summary)
+    run_job(main, TrainConfig, lambda config: str(RunFolder(place_of(config.runs) / config.name).summary))

@@ -4,11 +4,11 @@ import asyncio
 import json
 import logging
 import time
-from pathlib import Path
 from urllib.parse import quote
 
 from rayclip.errors import UserError
 from rayclip.files import write_text
+from rayclip.places import Place, matching, place_of
 from rayclip.tracking.registry import fetch, find_version, is_registered, resolve_model
 from serve.config import ServeConfig
 from serve.metrics import render
@@ -122,7 +122,7 @@ def _read_label_sets(config: ServeConfig) -> dict[str, LabelSetInfo]:
         name: LabelSetInfo(name=name, labels=list(each.labels), templates=_plain(each.templates))
         for name, each in config.label_sets.items()
     }
-    for path in sorted(Path(config.state_folder).glob("label_sets/*.json")) if config.state_folder else ():
+    for path in matching(place_of(config.state_folder), "label_sets/*.json") if config.state_folder else ():
         kept = LabelSetInfo.model_validate(json.loads(path.read_text()))
         sets[kept.name] = kept
     return sets
@@ -132,5 +132,5 @@ def _plain(templates: str | tuple[str, ...] | None) -> str | list[str] | None:
     return list(templates) if isinstance(templates, tuple) else templates
 
 
-def _label_set_path(state_folder: str, name: str) -> Path:
-    return Path(state_folder) / "label_sets" / f"{quote(name, safe='')}.json"
+def _label_set_path(state_folder: str, name: str) -> Place:
+    return place_of(state_folder) / "label_sets" / f"{quote(name, safe='')}.json"

@@ -2,6 +2,7 @@
 
 import io
 import os
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.benchmarks.faulty_s3 import FaultyProxy
 from jobs.benchmarks.peers import load_open_clip, load_transformers
 from rayclip.config import ModelConfig, TextConfig, VisionConfig
 from rayclip.data.formats.tar import write_shard
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 
+SECRET = "a-secret-that-nobody-else-may-read"
 FOLDER = Path(__file__).parent
 # What starts a Ray stays together in one process of `make test`: the session's Ray and services are started once.
 GROUPS = {"ray": "ray", "e2e": "ray", "serve": "serve"}
@@ -52,6 +55,32 @@ def transformers():
         return load_transformers()
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """A proxy without faults before moto's server, with an empty bucket `data`."""
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    proxy = FaultyProxy(f"http://{host}:{port}")
+    urllib.request.urlopen(urllib.request.Request(f"{proxy.url}/data", method="PUT")).close()
+    yield proxy
+    proxy.close()
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """That proxy, named by AWS's environment; its settings are as they were after the test."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
+    before = s3_server.rate, s3_server.commands, s3_server.slow_s
+    yield s3_server
+    s3_server.rate, s3_server.commands, s3_server.slow_s = before
 
 
 @pytest.fixture

@@ -1,34 +1,58 @@
-"""Files that get their names only when all of them is there: a crash leaves the old one, or none."""
+"""Files, on disk or in S3, that get their names only when all of them is there: a crash leaves the old one, or none."""
 
 import json
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rayclip import storage
+from rayclip.places import Place, staged
+
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Place) -> Iterator[BinaryIO]:
     """A file to write to; it takes the place of `path` when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Two attempts at one task may overlap when a worker is lost: each writes to a file of its own.
-    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        with partial.open("wb") as target:
+    if isinstance(path, Path):
+        with storage.whole_local(path) as target:
             yield target
-        partial.replace(path)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        written = Path(scratch) / path.name
+        with written.open("wb") as target:
+            yield target
+        storage.upload(written, str(path))
+
+
+@contextmanager
+def whole_folder(folder: Place, last: str) -> Iterator[Path]:
+    """A new folder on this machine to write to; it is copied to `folder`, or gets its name, when the block ends well.
+
+    In S3 the file named `last` comes last: without it there is nothing of use in the folder.
+    """
+    if not isinstance(folder, Path):
+        with staged(folder, last) as partial:
+            yield partial
+        return
+    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     """Write text, whole and then named."""
     with whole_file(path) as target:
         target.write(text.encode())
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Place, content: dict[str, Any]) -> None:
     """Write JSON, whole and then named."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 

@@ -11,13 +11,13 @@ import io
 import os
 import random
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
-
-from rayclip.files import whole_file
 
 T = TypeVar("T")
 
@@ -27,7 +27,8 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 # A ranged read that has not come by then is asked for once more, and given up much later.
 _PATIENCE_S, _PATIENT_BYTES_PER_S, _DEADLINE_S = 1.0, 4_000_000, 60.0
 _CONNECTIONS = 64
-_BLOCK_BYTES = 4 * 2**20  # what a file that is read on and on fetches at once
+_BLOCK_BYTES = 4 * 2**20  # what a file that is read on and on fetches by one request
+_PART_BYTES, _DOWNLOAD_BYTES = 16 * 2**20, 64 * 2**20  # what an upload sends by one request, a download fetches at once
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -57,7 +58,12 @@ def join(folder: str | Path, name: str) -> str:
     """The path of `name` in a folder; a name that is an address or an absolute path stays what it is."""
     if is_remote(name):
         return name
-    return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
+    return f"{str(folder).rstrip('/')}/{name}".rstrip("/") if is_remote(folder) else str(Path(folder) / name)
+
+
+def told(path: str | Path) -> str:
+    """A path as people are told it: from the working folder."""
+    return str(path) if is_remote(path) else os.path.relpath(path)
 
 
 def split(path: str) -> tuple[str, str]:
@@ -122,12 +128,70 @@ def read_range(path: str, offset: int, length: int) -> bytes:
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Write a file, whole and then named."""
+    """Write a file, whole and then named. Raises StorageError for one in S3 that cannot be written."""
     if is_remote(path):
-        _retried(path, lambda: _client().pipe_file(path, data))
+        _written(path, lambda: _client().pipe_file(path, data))
         return
-    with whole_file(Path(path)) as target:
+    with whole_local(Path(path)) as target:
         target.write(data)
+
+
+@contextmanager
+def whole_local(path: Path) -> Iterator[BinaryIO]:
+    """A file on disk to write to; it takes the place of `path` when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Two attempts at one task may overlap when a worker is lost: each writes to a file of its own.
+    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        with partial.open("wb") as target:
+            yield target
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def upload(source: Path, path: str) -> None:
+    """Copy a file from disk to S3, a large one in parts of which each is tried again for itself.
+
+    It is there when all of it is, and not before. Raises StorageError.
+    """
+    size = source.stat().st_size
+    if size <= _PART_BYTES:
+        write_bytes(path, source.read_bytes())
+        return
+    bucket, _, key = path.removeprefix(_SCHEME).partition("/")
+    there: dict[str, Any] = {"Bucket": bucket, "Key": key}
+    begun = _written(path, lambda: _client().call_s3("create_multipart_upload", **there))
+    there["UploadId"] = begun["UploadId"]
+
+    def send(number: int) -> dict[str, Any]:
+        with source.open("rb") as file:
+            file.seek((number - 1) * _PART_BYTES)
+            data = file.read(_PART_BYTES)
+        sent = _retried(path, lambda: _client().call_s3("upload_part", **there, PartNumber=number, Body=data))
+        return {"PartNumber": number, "ETag": sent["ETag"]}
+
+    def complete() -> None:
+        try:
+            _client().call_s3("complete_multipart_upload", **there, MultipartUpload={"Parts": parts})
+        except FileNotFoundError:  # one whose answer was lost has done it
+            if (found := find_file(path)) is None or found.size != size:
+                raise
+
+    try:
+        parts = list(requests().map(send, range(1, -(-size // _PART_BYTES) + 1)))
+        _written(path, complete)
+    except BaseException:
+        with suppress(Exception):  # what is left is not seen, but paid for
+            _client().call_s3("abort_multipart_upload", **there)
+        raise
+
+
+def download(path: str, target: Path) -> None:
+    """Copy a file from S3 to disk, whole and then named. Raises FileNotFoundError, and StorageError."""
+    with open_file(path) as source, whole_local(target) as file:
+        while data := source.read(_DOWNLOAD_BYTES):
+            file.write(data)
 
 
 def remove(path: str) -> None:
@@ -136,6 +200,11 @@ def remove(path: str) -> None:
         Path(path).unlink(missing_ok=True)
     elif find_file(path) is not None:
         _retried(path, lambda: _client().rm_file(path))
+
+
+def remove_folder(path: str) -> None:
+    """Delete all files below an address in S3."""
+    list(requests().map(remove, [join(path, file.name) for file in list_files(path)]))
 
 
 def open_file(path: str) -> BinaryIO:
@@ -173,9 +242,12 @@ class RemoteFile(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        """Fetch up to `size` bytes."""
+        """Fetch up to `size` bytes; many of them by several requests at once."""
         left = max(0, self._size - self._at)
-        data = read_range(self._path, self._at, left if size < 0 else min(size, left))
+        end = self._at + (left if size < 0 else min(size, left))
+        starts = range(self._at, end, _BLOCK_BYTES)
+        fetch = partial(_read_to, self._path, end)
+        data = b"".join(map(fetch, starts) if len(starts) < 2 else requests().map(fetch, starts))
         self._at += len(data)
         return data
 
@@ -184,6 +256,10 @@ class RemoteFile(io.RawIOBase):
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+
+def _read_to(path: str, end: int, start: int) -> bytes:
+    return read_range(path, start, min(_BLOCK_BYTES, end - start))
 
 
 def requests() -> ThreadPoolExecutor:
@@ -231,6 +307,15 @@ def _retried(path: str, request: Callable[[], T]) -> T:
                 break
     reason = str(last) or type(last).__name__
     raise StorageError(f"'{path}' cannot be reached after {attempt + 1} attempts: {reason}") from last
+
+
+def _written(path: str, request: Callable[[], T]) -> T:
+    try:
+        return _retried(path, request)
+    except FileNotFoundError:
+        raise StorageError(f"'{path}' cannot be written: there is no such bucket") from None
+    except PermissionError as error:
+        raise StorageError(f"'{path}' cannot be written: {error}") from None
 
 
 def _whole(path: str, data: bytes, length: int) -> bytes:

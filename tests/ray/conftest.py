@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from rayclip.orchestration.cluster import connect
+from rayclip.places import place_of
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 180
@@ -64,13 +65,13 @@ def clock_of(monkeypatch):
 class TrainingProcess:
     """`python -m jobs.train CONFIG` in a folder, on the cluster at `address` or on a Ray of its own.
 
-    `checkpoints` is the folder that they go to.
+    `checkpoints` is the folder that they go to, in S3 where `runs` says so.
     """
 
     def __init__(self, folder: Path, config: dict, address: str | None = None) -> None:
         path = folder / f"{config['name']}.yaml"
         path.write_text(json.dumps(config))
-        self.checkpoints = folder / "runs" / config["name"] / "checkpoints"
+        self.checkpoints = place_of(config.get("runs", folder / "runs")) / config["name"] / "checkpoints"
         self.log = folder / f"{config['name']}.log"
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform"}
         environment.pop("RAY_ADDRESS", None)
@@ -113,7 +114,7 @@ class TrainingProcess:
                 return state
             assert self.process.poll() is None, f"it ended with {self.process.returncode}: {self.log.read_text()}"
             assert time.monotonic() < deadline, f"nothing in {timeout_s} s: {self.log.read_text()}"
-            time.sleep(0.02)
+            time.sleep(0.02 if isinstance(self.checkpoints, Path) else 0.2)
 
     def end(self, timeout_s=START_S):
         """Wait for it; the exit code."""

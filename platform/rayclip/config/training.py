@@ -93,6 +93,9 @@ class TrackingConfig(Config):
 
     uri: str | None = Field(None, description="MLflow server, or None for the embedded database ./mlflow/mlflow.db")
     experiment: str = Field("rayclip", description="experiment that the run belongs to")
+    artifacts: str | None = Field(
+        None, description="where a new experiment keeps its files, a folder or s3://...; None: where MLflow says"
+    )
     register_as: str | None = Field(None, description="model name under which the best checkpoint becomes a version")
     alias: str = Field("champion", description="alias that is moved to the new version")
     log_every_samples: int = Field(10_000, gt=0, description="samples seen between logged points")

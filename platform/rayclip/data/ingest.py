@@ -7,10 +7,8 @@ the same bytes. The last act is the manifests, after which `.ingest` goes.
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +22,7 @@ from rayclip.data.order import mix64
 from rayclip.data.sources import SOURCES, Split
 from rayclip.errors import UserError
 from rayclip.files import whole_file, write_json, write_text
+from rayclip.places import Place, matching, place_of, remove_tree
 
 SETTINGS = "ingest.json"
 SKIPPED = "skipped.jsonl"
@@ -91,7 +90,7 @@ def digest_of(splits: dict[str, Split]) -> str:
 
 def begin(config: IngestConfig, splits: dict[str, Split]) -> None:
     """Make the folders and note the settings. Raises UserError where a run of another source was begun."""
-    output, record = Path(config.output), {**settings_of(config), "items": digest_of(splits)}
+    output, record = place_of(config.output), {**settings_of(config), "items": digest_of(splits)}
     settings = output / SETTINGS
     if settings.is_file() and json.loads(settings.read_text())["items"] != record["items"]:
         raise UserError(
@@ -112,7 +111,7 @@ def begin(config: IngestConfig, splits: dict[str, Split]) -> None:
 
 def is_complete(config: IngestConfig) -> bool:
     """Whether the output already is this data set. Raises UserError where it holds anything else."""
-    output = Path(config.output)
+    output = place_of(config.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"output '{output}' is a file, not a folder")
     if not (output / SETTINGS).is_file():
@@ -126,7 +125,7 @@ def is_complete(config: IngestConfig) -> bool:
             f"'{output}' holds a data set of other settings ({_difference(there, wanted)}): "
             f"choose another output, or delete that folder"
         )
-    return not (output / STATE).exists()
+    return (output / SKIPPED).is_file() and not (output / STATE).exists()
 
 
 def _difference(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
@@ -145,13 +144,13 @@ def _difference(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "")
 def missing(config: IngestConfig, tasks: Sequence[ShardTask]) -> Iterator[ShardTask]:
     """The shards that are still to be written."""
     for task in tasks:
-        if not _record_path(Path(config.output), task.split, task.shard).is_file():
+        if not _record_path(place_of(config.output), task.split, task.shard).is_file():
             yield task
 
 
 def write_one_shard(config: IngestConfig, task: ShardTask) -> ShardResult:
     """Read the task's items and write them as one shard, whole and then named. Bad pairs are skipped."""
-    output, skipped = Path(config.output), []
+    output, skipped = place_of(config.output), []
 
     def samples() -> Iterator[Sample]:
         for position, item in enumerate(task.items, task.first):
@@ -170,7 +169,7 @@ def write_one_shard(config: IngestConfig, task: ShardTask) -> ShardResult:
 
 def finish(config: IngestConfig, tasks: Sequence[ShardTask]) -> dict[str, Any]:
     """Write every split's manifest and the list of what was skipped, and call the data set complete."""
-    output = Path(config.output)
+    output = place_of(config.output)
     results = [_read_record(output, task) for task in tasks]
     splits = list(dict.fromkeys(task.split for task in tasks))
     check_bad(config, results)
@@ -180,12 +179,12 @@ def finish(config: IngestConfig, tasks: Sequence[ShardTask]) -> dict[str, Any]:
         if not mine:
             raise UserError(f"split '{split}' of the source has no usable pair: {causes_of(results) or 'it is empty'}")
         names = {task.shard: task.name for task in tasks if task.split == split}
-        Manifest.from_spans(output / split, [(names[r.shard], r.num_bytes, r.spans) for r in mine]).save()
+        Manifest.from_spans(str(output / split), [(names[r.shard], r.num_bytes, r.spans) for r in mine]).save()
     for result in results:
         for position, cause, item in result.skipped:
             lines.append(json.dumps({"split": result.split, "position": position, "cause": cause, "item": item}))
     write_text(output / SKIPPED, "".join(f"{line}\n" for line in lines))
-    shutil.rmtree(output / STATE)
+    remove_tree(output / STATE)
     return summary_of(config)
 
 
@@ -209,11 +208,11 @@ def causes_of(results: Sequence[ShardResult]) -> str:
 
 def summary_of(config: IngestConfig) -> dict[str, Any]:
     """What a complete data set holds, read from its folder."""
-    output = Path(config.output)
+    output = place_of(config.output)
     skipped = [json.loads(line) for line in (output / SKIPPED).read_text().splitlines()]
     splits = {}
-    for path in sorted(output.glob(f"*/{FILE_NAME}")):
-        manifest = Manifest.load(path.parent)
+    for path in matching(output, f"*/{FILE_NAME}"):
+        manifest = Manifest.load(str(path.parent))
         mine = Counter(line["cause"] for line in skipped if line["split"] == path.parent.name)
         classes = path.parent / CLASS_NAMES
         splits[path.parent.name] = {
@@ -227,11 +226,11 @@ def summary_of(config: IngestConfig) -> dict[str, Any]:
     return {"output": str(output), "splits": splits}
 
 
-def _record_path(output: Path, split: str, shard: int) -> Path:
+def _record_path(output: Place, split: str, shard: int) -> Place:
     return output / STATE / split / f"{shard:06}.json"
 
 
-def _read_record(output: Path, task: ShardTask) -> ShardResult:
+def _read_record(output: Place, task: ShardTask) -> ShardResult:
     split, shard, num_bytes, spans, skipped = json.loads(_record_path(output, task.split, task.shard).read_text())
     return ShardResult(split, shard, num_bytes, [Span(*span) for span in spans], [tuple(line) for line in skipped])
 

@@ -13,7 +13,6 @@ Shapes: N pictures of one part, M captions of them, E embedding, W width, C clas
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+
+from rayclip.places import Place, matching, to_read
 
 
 class Pictures(NamedTuple):
@@ -50,7 +51,7 @@ class Captioned(NamedTuple):
 class FeatureFolder:
     """The files, once all are written."""
 
-    path: Path
+    path: Place
 
     def pictures(self, pooled: bool = False) -> Iterator[Pictures]:
         """Part by part; `pooled` gives the features before the projection."""
@@ -73,8 +74,8 @@ class FeatureFolder:
         return torch.cat([_rows(table["text_embedding"], len(table)) for table in self._tables("text_embedding")])
 
     def _tables(self, *columns: str) -> Iterator[pa.Table]:
-        for file in sorted(self.path.glob("part-*.parquet")):
-            yield pq.read_table(file, columns=list(columns))
+        for file in matching(self.path, "part-*.parquet"):
+            yield pq.read_table(to_read(file), columns=list(columns))
 
 
 def _flat(column: pa.ChunkedArray) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from string import Template
 from typing import Any, NamedTuple
 
 from rayclip.files import write_text
+from rayclip.places import Place
 
 _SHOWN_CHARACTERS = 120
 
@@ -22,7 +23,7 @@ class Cell(NamedTuple):
 Score = Mapping[str, Any]
 
 
-def write_report(path: Path, summary: Mapping[str, Any], bars: Path, pictures: Mapping[str, Sequence[Path]]) -> None:
+def write_report(path: Place, summary: Mapping[str, Any], bars: Place, pictures: Mapping[str, Sequence[Place]]) -> None:
     """One model on all data sets of a suite: `bars` are its scores, `pictures` are shown with their data set."""
     rows = [
         [Cell(result["title"]), Cell(result["metric"]), score(result["score"]), *_counts(result)]
@@ -37,7 +38,7 @@ def write_report(path: Path, summary: Mapping[str, Any], bars: Path, pictures: M
     _write(path, f"{summary['model_version']} on {summary['suite']}", f"weights {summary['weights_sha256'][:12]}", body)
 
 
-def write_comparison(path: Path, comparison: Mapping[str, Any], pictures: Iterable[Path]) -> None:
+def write_comparison(path: Place, comparison: Mapping[str, Any], pictures: Iterable[Place]) -> None:
     """Models side by side; each one's difference from the first with its interval."""
     models = comparison["models"]
     heads = ["data set", "metric", models[0]]
@@ -77,19 +78,19 @@ def difference(value: Score | None) -> Cell:
     return Cell(f"{100 * value['value']:+.1f}{_interval(value)}{unpaired}", value["value"])
 
 
-def figure(picture: Path) -> str:
+def figure(picture: Place) -> str:
     """A picture, in the page itself."""
     data = base64.b64encode(picture.read_bytes()).decode()
     name = escape(picture.stem.replace("_", " "))
     return f'<figure><img src="data:image/png;base64,{data}" alt="{name}"><figcaption>{name}</figcaption></figure>'
 
 
-def _write(path: Path, title: str, subtitle: str, body: Sequence[str]) -> None:
+def _write(path: Place, title: str, subtitle: str, body: Sequence[str]) -> None:
     page = Template(Path(__file__).with_name("page.html").read_text())
     write_text(path, page.substitute(title=escape(title), subtitle=escape(subtitle), body="\n".join(body)))
 
 
-def _section(name: str, result: Mapping[str, Any], pictures: Sequence[Path]) -> list[str]:
+def _section(name: str, result: Mapping[str, Any], pictures: Sequence[Place]) -> list[str]:
     body = [f'<h2 id="{escape(name)}">{escape(result["title"])}</h2>']
     figures = [
         [Cell(task.replace("_", " ")), Cell(figure_name), score(value)]

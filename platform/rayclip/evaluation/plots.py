@@ -1,7 +1,6 @@
 """Scores as pictures: bars with intervals for any number of models, and a radar where there are enough data sets."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -10,12 +9,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rayclip.files import whole_file
+from rayclip.places import Place
 
 _COLOURS = ("#0969da", "#bf8700", "#1a7f37", "#cf222e", "#8250df", "#57606a")
 _LEAST_AXES = 3  # of a radar
 
 
-def write_bars(path: Path, comparison: dict[str, Any]) -> None:
+def write_bars(path: Place, comparison: dict[str, Any]) -> None:
     """A group of bars a data set, a bar a model, with 95% intervals."""
     models, datasets = comparison["models"], comparison["datasets"]
     height = 0.8 / len(models)
@@ -41,7 +41,7 @@ def write_bars(path: Path, comparison: dict[str, Any]) -> None:
     _write(path, (9, 1.2 + len(datasets) * max(0.4, 0.25 * len(models))), draw)
 
 
-def write_radar(path: Path, comparison: dict[str, Any]) -> bool:
+def write_radar(path: Place, comparison: dict[str, Any]) -> bool:
     """An axis a data set, a line a model; False, and nothing written, for fewer than three that all models have."""
     models = comparison["models"]
     datasets = [d for d in comparison["datasets"].values() if all(d["scores"])]
@@ -68,7 +68,7 @@ def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
 
 
-def _write(path: Path, size: tuple[float, float], draw: Callable[[Figure], None]) -> None:
+def _write(path: Place, size: tuple[float, float], draw: Callable[[Figure], None]) -> None:
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
         figure = Figure(figsize=size, dpi=110, layout="constrained")
         draw(figure)

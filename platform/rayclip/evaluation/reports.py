@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from rayclip.errors import UserError
 from rayclip.evaluation.scoring import mean_difference
+from rayclip.places import Place, matching, place_of, to_read
 
 ANSWERS = "answers.parquet"
 SUMMARY = "summary.json"
@@ -36,7 +36,7 @@ class _Pairs(NamedTuple):
 class Report:
     """What jobs.evaluate wrote of one model."""
 
-    folder: Path
+    folder: Place
     summary: dict[str, Any]
 
     @property
@@ -55,8 +55,8 @@ def find_reports(paths: Sequence[str]) -> list[Report]:
     """The reports that lie at the paths or in folders below them. Raises UserError for a path without any."""
     found = []
     for path in paths:
-        folder = Path(path)
-        there = [folder / SUMMARY, *sorted(folder.glob(f"*/{SUMMARY}")), *sorted(folder.glob(f"*/*/{SUMMARY}"))]
+        folder = place_of(path)
+        there = [folder / SUMMARY, *matching(folder, f"*/{SUMMARY}"), *matching(folder, f"*/*/{SUMMARY}")]
         reports = [report for file in there if file.is_file() and (report := _read(file)) is not None]
         if not reports:
             raise UserError(f"no report of jobs.evaluate in '{path}': give folders with the summary.json that it wrote")
@@ -76,7 +76,7 @@ def compare(reports: Sequence[Report]) -> dict[str, Any]:
     }
 
 
-def _read(file: Path) -> Report | None:
+def _read(file: Place) -> Report | None:
     try:
         summary = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -114,7 +114,7 @@ def _pairs(name: str, base: Report, other: Report) -> _Pairs | None:
     files = [report.folder / name / ANSWERS for report in (base, other)]
     if not all(file.is_file() for file in files):
         return None
-    tables = [pq.read_table(file, columns=["id", "label", "rank"]).sort_by("id") for file in files]
+    tables = [pq.read_table(to_read(file), columns=["id", "label", "rank"]).sort_by("id") for file in files]
     if any(not tables[0][column].equals(tables[1][column]) for column in ("id", "label")):
         return None
     columns = [tables[0]["label"], *(table["rank"] for table in tables)]

@@ -4,7 +4,6 @@ Shapes: N pictures, M captions, C classes, T templates, P prompts, E embedding, 
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -28,6 +27,7 @@ from rayclip.evaluation.retrieval import recall_at_k
 from rayclip.evaluation.suite import DataSet
 from rayclip.files import whole_file
 from rayclip.inference.zero_shot import class_prompts, mean_of_prompts
+from rayclip.places import Place
 
 Result = dict[str, Any]
 
@@ -44,7 +44,7 @@ class Measured(NamedTuple):
     config: SuiteConfig
     logit_scale: float
     features: Mapping[str, FeatureFolder]
-    folder: Path
+    folder: Place
 
 
 def measure(measured: Measured) -> Result:
@@ -178,7 +178,7 @@ def _plain(figures: Mapping[str, scoring.Figure]) -> dict[str, dict[str, float |
     return {name: figure._asdict() for name, figure in figures.items()}
 
 
-def _write_answers(path: Path, answers: scoring.Answers) -> None:
+def _write_answers(path: Place, answers: scoring.Answers) -> None:
     """What two models are compared by, picture by picture."""
     columns = {"label": answers.label_N, "answer": answers.answer_N, "rank": answers.rank_N}
     table = pa.table(

@@ -11,8 +11,6 @@ What a path holds is told by its content. Nothing that is read is ever run: safe
 
 import json
 import pickle
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,11 +25,12 @@ from torch import Tensor
 
 from rayclip.config import ModelConfig
 from rayclip.errors import UserError
-from rayclip.files import SETTINGS_BESIDE, find_weights
+from rayclip.files import SETTINGS_BESIDE, find_weights, whole_folder
 from rayclip.models import huggingface, open_clip
 from rayclip.models.architecture import Tensors, check_fit, fit, infer
 from rayclip.models.clip import CLIP
 from rayclip.models.torchscript import is_archive, read_archive
+from rayclip.places import Place
 
 _OPENAI_ONLY = ("input_resolution", "context_length", "vocab_size")
 """Numbers in OpenAI's state dicts that are no weights."""
@@ -81,7 +80,7 @@ def read_weights(path: str | Path, like: ModelConfig | None = None) -> Weights:
     return Weights(config, tensors, kind)
 
 
-def write_weights(folder: Path, weights: Weights, kind: str, name: str) -> None:
+def write_weights(folder: Place, weights: Weights, kind: str, name: str) -> None:
     """Write a folder that others load, whole and then named.
 
     Args:
@@ -103,15 +102,10 @@ def write_weights(folder: Path, weights: Weights, kind: str, name: str) -> None:
     else:
         settings = {"name": name, "model": weights.config.model_dump(mode="json")}
     file_name = "open_clip_model.safetensors" if kind == "open_clip" else "model.safetensors"
-    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(folder, last=file_name) as partial:
         # Transformers takes no file that does not say which library it is of.
         save_file({key: t.contiguous() for key, t in tensors.items()}, partial / file_name, metadata={"format": "pt"})
         (partial / SETTINGS_BESIDE[file_name]).write_text(json.dumps(settings, indent=2) + "\n")
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def fit_weights(path: str | Path, wanted: ModelConfig) -> Tensors:

@@ -4,7 +4,6 @@ They have a folder, checkpoints and a length of their own. What a branch trains 
 rate, above all. Which samples it meets, in which batches, and what learns from them stays as it was.
 """
 
-from pathlib import Path
 from typing import Any
 
 from rayclip.config import TrainConfig
@@ -12,10 +11,11 @@ from rayclip.data.stream import StreamSpec
 from rayclip.errors import UserError
 from rayclip.orchestration.run_folder import RunFolder, difference, same, with_defaults
 from rayclip.orchestration.stream import latest_checkpoint
+from rayclip.places import Place, place_of
 from rayclip.training.checkpoint import read_config, read_state
 
 
-def branch_checkpoint(config: TrainConfig, spec: StreamSpec, total_samples: int) -> Path:
+def branch_checkpoint(config: TrainConfig, spec: StreamSpec, total_samples: int) -> Place:
     """The checkpoint that a new run of this config goes on from.
 
     Raises UserError where there is none, and where it is of a run with another stream, model or loss.
@@ -26,7 +26,7 @@ def branch_checkpoint(config: TrainConfig, spec: StreamSpec, total_samples: int)
     _check_settings(folder, _kept(with_defaults(read_config(folder))), _kept(config.model_dump(mode="json")))
     if state.manifest_digest != spec.digest:
         raise UserError(f"'{folder}' was trained on another data set than the one in '{spec.folder}'")
-    if config.ema and not (folder / "ema.safetensors").exists():
+    if config.ema and not (folder / "ema.safetensors").is_file():
         raise UserError(f"'{folder}' has no moving average to go on with: leave ema out")
     if total_samples <= state.num_given:
         raise UserError(
@@ -36,15 +36,15 @@ def branch_checkpoint(config: TrainConfig, spec: StreamSpec, total_samples: int)
     return folder
 
 
-def find_checkpoint(source: str) -> Path:
+def find_checkpoint(source: str) -> Place:
     """The checkpoint's folder, or, of FOLDER_OF_RUN@SAMPLES, the run's first one at or after so many samples.
 
     Raises UserError where the run has none.
     """
     run, _, samples = source.rpartition("@")
     if not run or not samples.isdigit():
-        return Path(source)
-    folder = RunFolder(Path(run))
+        return place_of(source)
+    folder = RunFolder(place_of(run))
     if latest_checkpoint(str(folder.checkpoints)) is None:
         raise UserError(f"'{run}' holds no run with a checkpoint")
     whole = [(checkpoint, read_state(checkpoint).num_given) for checkpoint, _ in folder.evaluated_checkpoints()]
@@ -54,7 +54,7 @@ def find_checkpoint(source: str) -> Path:
     raise UserError(f"'{run}' has no checkpoint at or after {int(samples):,} samples; its last is at {whole[-1][1]:,}")
 
 
-def branch_tags(checkpoint: Path) -> dict[str, str]:
+def branch_tags(checkpoint: Place) -> dict[str, str]:
     """What MLflow says of a run that goes on from this checkpoint."""
     return {"branched_from": str(checkpoint), "branched_at": str(read_state(checkpoint).samples_seen)}
 
@@ -66,7 +66,7 @@ def _kept(config: dict[str, Any]) -> dict[str, Any]:
     return kept | {"data": data, "loss": {"kind": config["loss"]["kind"]}}
 
 
-def _check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_settings(folder: Place, before: dict[str, Any], now: dict[str, Any]) -> None:
     for key in before:
         if not same(before[key], now[key]):
             told = difference(key, before[key], now[key])

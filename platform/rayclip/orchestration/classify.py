@@ -16,7 +16,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +33,8 @@ from rayclip.inference.zero_shot import check_class_names, class_matrix, zero_sh
 from rayclip.orchestration.embed import Embedder, Model, open_model, reading_of
 from rayclip.orchestration.parts import Part, PartFolder, open_complete, plan_parts
 from rayclip.orchestration.pool import Work, run_parts, start
-from rayclip.storage import absolute
+from rayclip.places import Place, place_of, to_read
+from rayclip.storage import absolute, read_bytes
 
 _CLASSES = "classes.npy"
 _ROWS_AT_ONCE = 1024  # of [B, C] probabilities
@@ -72,7 +72,7 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
         "labels_digest": hashlib.sha256(json.dumps([labels, templates]).encode()).hexdigest(),
         "top_k": min(config.top_k, len(labels)),
     }
-    folder = PartFolder(Path(config.output).absolute(), identity, source.num_parts)
+    folder = PartFolder(place_of(config.output), identity, source.num_parts)
     done = start(folder, config.cluster)
     if done is not None:
         return done
@@ -91,9 +91,9 @@ def read_labels(labels: str | Sequence[str]) -> list[str]:
     if not isinstance(labels, str):
         return list(labels)
     try:
-        return Path(labels).read_text(encoding="utf-8").splitlines()
+        return read_bytes(labels).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or error
         raise UserError(
             f"labels cannot be read from '{labels}': {why}; give a list, or a file with one a line"
         ) from None
@@ -108,7 +108,7 @@ def _data_set(config: ClassifyConfig, model: Model) -> _Source:
 
 
 def _embeddings(config: ClassifyConfig, model: Model) -> _Source:
-    folder, summary = open_complete(Path(str(config.embeddings)).absolute(), "embed")
+    folder, summary = open_complete(place_of(str(config.embeddings)), "embed")
     made = folder.identity
     if (made["model_version"], made["weights_sha256"]) != (model.source.version, model.weights_sha256):
         same = "other weights under the same name" if made["model_version"] == model.source.version else "another model"
@@ -132,11 +132,11 @@ class _EmbeddingReader:
 
     def __call__(self, part: int) -> Part:
         """Read what a Classifier needs."""
-        return Part(pq.read_table(self._folder.file(part), columns=["id", "image_embedding", "error"]), {})
+        return Part(pq.read_table(to_read(self._folder.file(part)), columns=["id", "image_embedding", "error"]), {})
 
 
 def _write_classes(
-    model: Model, labels: list[str], templates: Sequence[str], batch_size: int, path: Path, device: str
+    model: Model, labels: list[str], templates: Sequence[str], batch_size: int, path: Place, device: str
 ) -> None:
     matrix = class_matrix(model.encoder(device), labels, templates)
     with whole_file(path) as target:
@@ -153,14 +153,14 @@ class Classifier:
     def __init__(
         self,
         read: Callable[[], Work],
-        classes: Path,
+        classes: Place,
         labels: Sequence[str],
         logit_scale: float,
         top_k: int,
         device: str,
     ) -> None:
         self._read = read()
-        self._classes_CE = torch.from_numpy(np.load(classes)).to(device)
+        self._classes_CE = torch.from_numpy(np.load(to_read(classes))).to(device)
         self._labels = pa.array(labels, pa.string())
         self._logit_scale = logit_scale
         self._top_k = top_k

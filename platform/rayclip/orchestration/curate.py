@@ -31,6 +31,8 @@ from rayclip.errors import UserError
 from rayclip.files import whole_file
 from rayclip.orchestration.parts import Part, PartFolder, open_complete, plan_parts
 from rayclip.orchestration.pool import run_parts, start
+from rayclip.places import Place, place_of, size_of, to_read
+from rayclip.storage import absolute, join, read_bytes
 
 _OUTCOMES = "outcomes.npy"
 _FREE_KEYS = {"output", "cluster", "max_bad_fraction", "queries", "scores"}
@@ -42,12 +44,12 @@ def curate(config: CurateConfig) -> dict[str, Any]:
 
     Returns the summary. Raises UserError for an output that holds something else, and for all that cannot be read.
     """
-    data, output = Path(config.data).absolute(), Path(config.output).absolute()
+    data, output = absolute(config.data), place_of(config.output)
     manifest = Manifest.load(data)
     manifest.check_shards()
     parts = plan_parts(manifest, config.part_samples)
     identity: dict[str, Any] = {
-        "kind": "curate", "format": 1, "source": str(data), "source_digest": manifest.digest,
+        "kind": "curate", "format": 1, "source": data, "source_digest": manifest.digest,
         "part_samples": config.part_samples,
     }  # fmt: skip
     settings = config.model_dump(mode="json", exclude=_FREE_KEYS) | {
@@ -60,11 +62,11 @@ def curate(config: CurateConfig) -> dict[str, Any]:
         return done
 
     looked = PartFolder(output / "looked", identity, len(parts))
-    score_N = read_scores(Path(config.scores), manifest) if config.scores else None
+    score_N = read_scores(place_of(config.scores), manifest) if config.scores else None
     if start(looked, config.cluster) is None:
-        make_looker = partial(Looker, str(data), manifest.digest, config.part_samples)
+        make_looker = partial(Looker, data, manifest.digest, config.part_samples)
         run_parts(looked, make_looker, config.cluster, manifest.total_samples, config.max_bad_fraction)
-    seen = pa.concat_tables(pq.read_table(looked.file(part)) for part in range(len(parts)))
+    seen = pa.concat_tables(pq.read_table(to_read(looked.file(part))) for part in range(len(parts)))
     decision = decide(seen, config, score_N)
     if not (decision.outcome_N == 0).any():
         raise UserError(f"no pair of '{data}' stays: {decision.counts()}")
@@ -75,9 +77,9 @@ def curate(config: CurateConfig) -> dict[str, Any]:
 
     written = PartFolder(output / "outcomes", folder.identity, len(parts))
     if start(written, config.cluster) is None:
-        make_writer = partial(Writer, str(data), manifest.digest, config, str(output))
+        make_writer = partial(Writer, data, manifest.digest, config, str(output))
         run_parts(written, make_writer, config.cluster, manifest.total_samples, 1.0)
-    summary = {"output": str(output), "source": str(data), "samples": manifest.total_samples}
+    summary = {"output": str(output), "source": data, "samples": manifest.total_samples}
     summary |= _summed_up(decision, _index(output, len(parts), config.chunk_samples))
     folder.write_summary(summary)
     return summary
@@ -105,8 +107,8 @@ class Writer:
 
     def __init__(self, folder: str, digest: str, config: CurateConfig, output: str) -> None:
         self._reader = Reader(folder, digest, config.part_samples)
-        self._chunk_samples, self._output = config.chunk_samples, Path(output)
-        self._outcome_N = np.load(self._output / _OUTCOMES, mmap_mode="r")
+        self._chunk_samples, self._output = config.chunk_samples, place_of(output)
+        self._outcome_N = _load(self._output / _OUTCOMES)
 
     def __call__(self, part: int) -> Part:
         """The shard is written; the part is the outcome of every sample."""
@@ -163,7 +165,7 @@ class Reader:
                 yield (f"{shard}/{key}", chunk, row), sample
 
 
-def read_scores(path: Path, manifest: Manifest) -> np.ndarray:
+def read_scores(path: Place, manifest: Manifest) -> np.ndarray:
     """Cosine of picture and caption of every sample, float32 [N]; NaN where one is missing. Raises UserError."""
     folder, _ = open_complete(path, "embed")
     if folder.identity["source_digest"] != manifest.digest:
@@ -173,7 +175,7 @@ def read_scores(path: Path, manifest: Manifest) -> np.ndarray:
     score_N = np.full(manifest.total_samples, np.nan, dtype=np.float32)
     first = 0
     for part in range(folder.num_parts):
-        table = pq.read_table(folder.file(part), columns=["image_embedding", "text_embedding"])
+        table = pq.read_table(to_read(folder.file(part)), columns=["image_embedding", "text_embedding"])
         both = np.flatnonzero(
             table["image_embedding"].is_valid().to_numpy() & table["text_embedding"].is_valid().to_numpy()
         )
@@ -183,7 +185,7 @@ def read_scores(path: Path, manifest: Manifest) -> np.ndarray:
     return score_N
 
 
-def shard_path(output: Path, part: int) -> Path:
+def shard_path(output: Place, part: int) -> Place:
     """Where the samples of a part that stay go."""
     return output / f"{part:06}.tar"
 
@@ -192,15 +194,19 @@ def _vectors(column: pa.ChunkedArray) -> np.ndarray:
     return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
 
 
-def _index(output: Path, num_parts: int, chunk_samples: int) -> Manifest:
+def _load(file: Place) -> np.ndarray:
+    return np.load(file, mmap_mode="r") if isinstance(file, Path) else np.load(to_read(file))
+
+
+def _index(output: Place, num_parts: int, chunk_samples: int) -> Manifest:
     """The new manifest, of the shards that hold anything."""
     shards = []
     for path in (shard_path(output, part) for part in range(num_parts)):
-        size = path.stat().st_size
+        size = size_of(path)
         chunks, _ = index_shard(Shard(str(path), size), chunk_samples, Layout())
         if len(chunks):
             shards.append((path.name, size, chunks))
-    manifest = Manifest.from_spans(output, shards)
+    manifest = Manifest.from_spans(str(output), shards)
     manifest.save()
     return manifest
 
@@ -220,7 +226,7 @@ def _summed_up(decision: Decision, new: Manifest) -> dict[str, Any]:
 
 
 def _summary_of(scores: str | None) -> str | None:
-    return str(Path(scores) / "embed.json") if scores else None
+    return join(scores, "embed.json") if scores else None
 
 
 def _content(path: str | None) -> str | None:
@@ -228,6 +234,6 @@ def _content(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        return blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+        return blake2b(read_bytes(path), digest_size=16).hexdigest()
     except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error.strerror}") from None
+        raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +35,7 @@ from rayclip.files import find_weights
 from rayclip.inference.encoder import Encoder
 from rayclip.orchestration.parts import Part, PartFolder, plan_parts
 from rayclip.orchestration.pool import run_parts, start
+from rayclip.places import place_of
 from rayclip.storage import absolute
 from rayclip.tracking.mlflow import resolve_uri
 from rayclip.tracking.registry import ModelSource, is_registered, resolve_model
@@ -82,7 +82,7 @@ def open_model(uri: str, tracking_uri: str | None) -> Model:
     tokenizer = get_tokenizer(config.text.context_length)
     with (find_weights(source.folder) or source.folder).open("rb") as weights:
         digest = hashlib.file_digest(weights, "sha256").hexdigest()
-    pinned = f"models:/{source.version}" if is_registered(uri) else str(source.folder)
+    pinned = f"models:/{source.version}" if is_registered(uri) else absolute(uri)
     sizes = config.vision.image_size, config.text.context_length, config.embed_dim
     scale = Encoder(model, tokenizer, "cpu").logit_scale
     # A worker has a working folder of its own: the embedded database must be found from there too.
@@ -108,7 +108,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
 
     Returns the summary. Raises UserError for an output that holds something else, and for all that cannot be read.
     """
-    data, path = absolute(config.data), Path(config.output).absolute()
+    data, path = absolute(config.data), place_of(config.output)
     manifest = Manifest.load(data)
     manifest.check_shards()
     model = open_model(config.model, config.tracking_uri)

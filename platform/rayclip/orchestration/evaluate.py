@@ -1,7 +1,6 @@
 """Measuring a model with a suite: features of all its data sets by the whole cluster, then task by task from them."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 from rayclip.config import SuiteConfig
@@ -14,6 +13,7 @@ from rayclip.files import write_json
 from rayclip.inference.zero_shot import class_prompts
 from rayclip.orchestration.embed import Model, open_model
 from rayclip.orchestration.features import Extraction, extract, pictures_of, prompts_of
+from rayclip.places import Place, matching, place_of
 from rayclip.tracking.experiment import log_result
 
 
@@ -44,15 +44,15 @@ def evaluate(config: SuiteConfig) -> dict[str, Any]:
     write_json(output / SUMMARY, summary)
     bars, page = output / "scores.png", output / "report.html"
     write_bars(bars, compare([Report(output, summary)]))
-    write_report(page, summary, bars, {name: sorted((output / name).glob("*.png")) for name in results})
+    write_report(page, summary, bars, {name: matching(output / name, "*.png") for name in results})
     _log(config, summary, page)
     return summary
 
 
-def output_folder(config: SuiteConfig, version: str) -> Path:
+def output_folder(config: SuiteConfig, version: str) -> Place:
     """Where the report goes: each version of a model has one of its own."""
     name = re.sub(r"[^A-Za-z0-9._@-]+", "-", version)
-    return Path(config.output or Path("runs/evaluations") / config.name / name).absolute()
+    return place_of(config.output or f"runs/evaluations/{config.name}/{name}")
 
 
 def _extractions(dataset: DataSet, model: Model, config: SuiteConfig) -> dict[str, Extraction]:
@@ -68,7 +68,7 @@ def _extractions(dataset: DataSet, model: Model, config: SuiteConfig) -> dict[st
     return needed
 
 
-def _log(config: SuiteConfig, summary: dict[str, Any], page: Path) -> None:
+def _log(config: SuiteConfig, summary: dict[str, Any], page: Place) -> None:
     if config.experiment is None:
         return
     metrics = {

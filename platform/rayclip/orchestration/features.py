@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ from rayclip.orchestration.embed import Embedder, Model, Read, Reading, shared_e
 from rayclip.orchestration.parts import Part, PartFolder, plan_parts
 from rayclip.orchestration.pool import Job, connect_for, run_jobs
 from rayclip.orchestration.progress import ProgressLine
+from rayclip.places import place_of
 
 _PROMPTS_A_PART = 2048
 
@@ -137,7 +138,7 @@ def _missing(folder: PartFolder) -> list[int]:
 
 def _folder(config: SuiteConfig, identity: dict[str, Any], num_parts: int) -> PartFolder:
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    path = Path(config.cache).absolute() / str(identity["weights_sha256"])[:12] / f"{identity['kind']}-{digest[:16]}"
+    path = place_of(config.cache) / str(identity["weights_sha256"])[:12] / f"{identity['kind']}-{digest[:16]}"
     return PartFolder(path, identity, num_parts)
 
 
@@ -212,7 +213,7 @@ class FeatureReader(Embedder):
         width = self.encoder.model.config.embed_dim
         counts = self.manifest.num_samples[chunks.start : chunks.stop]
         chunk = np.repeat(np.arange(chunks.start, chunks.stop), counts)
-        shards = [Path(self.manifest.shards[shard]).name for shard in self.manifest.shard[chunk]]
+        shards = [PurePath(self.manifest.shards[shard]).name for shard in self.manifest.shard[chunk]]
         everything = np.ones(len(rows), dtype=bool)
         captions = [caption for row in rows for caption in row.captions]
         texts = self._encode_texts(captions) if captions else np.empty((0, width), np.float32)

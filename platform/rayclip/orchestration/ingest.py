@@ -4,9 +4,7 @@ What is done in a task is in `rayclip.data.ingest`, which knows nothing of Ray.
 """
 
 import pickle
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ray.data
@@ -17,6 +15,7 @@ from rayclip.data.sources import SOURCES, Split
 from rayclip.errors import UserError
 from rayclip.orchestration.cluster import connect
 from rayclip.orchestration.progress import ProgressLine
+from rayclip.places import place_of, remove_tree, staged
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -31,7 +30,7 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
     Returns {"output", "complete" (whether it was there already), "splits": {name: {"samples", "shards", ...}}}.
     Raises UserError for a source that cannot be read and an output that holds something else.
     """
-    config = config.model_copy(update={"output": str(Path(config.output).resolve())})
+    config = config.model_copy(update={"output": str(place_of(config.output))})
     if plan.is_complete(config):
         return {"complete": True, **plan.summary_of(config)}
     splits = _list_source(config)
@@ -56,13 +55,14 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
 
 def _list_source(config: IngestConfig) -> dict[str, Split]:
     """The source's items. What a failed listing leaves of downloads is removed."""
-    output = Path(config.output)
+    output = place_of(config.output)
     began = output.exists()
     try:
-        return SOURCES[config.source.kind].splits(config.source, output / plan.STATE / "cache")
+        with staged(output / plan.STATE / "cache") as cache:
+            return SOURCES[config.source.kind].splits(config.source, cache)
     except UserError:
         if not began:
-            shutil.rmtree(output, ignore_errors=True)
+            remove_tree(output)
         raise
 
 

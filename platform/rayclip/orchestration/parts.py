@@ -8,7 +8,6 @@ summary.json         what it all came to; the last file that is written
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 from rayclip.files import whole_file, write_json
+from rayclip.places import Place, append
 
 Tally = dict[str, dict[str, int]]
 """Counts by group: {"rows": {"samples": 64, "bad": 1}, "causes": {"no_image": 1}}."""
@@ -50,18 +50,18 @@ class Part(NamedTuple):
 class PartFolder:
     """The output of one job. `identity` is JSON; its `kind` is the job's name."""
 
-    path: Path
+    path: Place
     identity: dict[str, Any]
     num_parts: int
 
     @property
-    def _record(self) -> Path:
+    def _record(self) -> Place:
         return self.path / f"{self.identity['kind']}.json"
 
-    def _attempts(self, part: int) -> Path:
+    def _attempts(self, part: int) -> Place:
         return self.path / f"part-{part:06}.attempts"
 
-    def file(self, part: int) -> Path:
+    def file(self, part: int) -> Place:
         """Where a part lies."""
         return self.path / f"part-{part:06}.parquet"
 
@@ -95,7 +95,8 @@ class PartFolder:
     def tally(self, part: int) -> Tally | None:
         """The counts of a part that is there; None for one that is missing or damaged."""
         try:
-            metadata = pq.read_schema(self.file(part)).metadata or {}
+            with self.file(part).open("rb") as file:
+                metadata = pq.read_schema(file).metadata or {}
             tally: Tally = json.loads(metadata[_KEY])["tally"]
             return tally
         except (OSError, pa.ArrowInvalid, KeyError, ValueError):
@@ -103,10 +104,7 @@ class PartFolder:
 
     def note_attempt(self, number: int) -> None:
         """Count that a worker begins a part. Raises UserError where it has cost others their lives, and would go on."""
-        with self._attempts(number).open("ab") as file:
-            file.write(b".")
-            attempts = file.tell()
-        if attempts > _MOST_ATTEMPTS:
+        if append(self._attempts(number), b".") > _MOST_ATTEMPTS:
             raise UserError(
                 f"{_MOST_ATTEMPTS} workers in a row were lost with part {number}, most likely for lack of memory: "
                 f"lower batch_size, or cluster.num_workers"
@@ -135,7 +133,7 @@ class PartFolder:
         write_json(self.path / _SUMMARY, summary)
 
 
-def open_complete(path: Path, kind: str) -> tuple[PartFolder, dict[str, Any]]:
+def open_complete(path: Place, kind: str) -> tuple[PartFolder, dict[str, Any]]:
     """A complete output of a job and its summary. Raises UserError where there is none, or it is not complete."""
     if not (path / f"{kind}.json").is_file():
         raise UserError(f"'{path}' holds nothing of jobs.{kind}")

@@ -2,15 +2,16 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
-import ray.train
 from pydantic import ValidationError
 
 from rayclip.config import TrainConfig
 from rayclip.errors import UserError
 from rayclip.files import write_json
+from rayclip.orchestration.filesystem import CHECKPOINT_LIST, train_result
+from rayclip.places import Place
 from rayclip.training.checkpoint import read_metrics
 
 _MAY_CHANGE = (
@@ -29,25 +30,25 @@ _MAY_CHANGE = (
 class RunFolder:
     """Paths of one run, and the record it was started with."""
 
-    path: Path
+    path: Place
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Place:
         """Ray Train's storage: a folder a checkpoint, and its own list of those that are whole."""
         return self.path / "checkpoints"
 
     @property
-    def pictures(self) -> Path:
+    def pictures(self) -> Place:
         """Contact sheets of the last evaluation."""
         return self.path / "pictures"
 
     @property
-    def quarantine(self) -> Path:
+    def quarantine(self) -> Place:
         """A line of JSON for each sample that could not be read."""
         return self.path / "quarantine.jsonl"
 
     @property
-    def summary(self) -> Path:
+    def summary(self) -> Place:
         """What the run came to; a run that has one is complete."""
         return self.path / "summary.json"
 
@@ -89,25 +90,28 @@ class RunFolder:
             write_json(self._list, json.loads(self._list_copy.read_text()))
 
     @property
-    def _list(self) -> Path:
-        return self.checkpoints / "checkpoint_manager_snapshot.json"
+    def _list(self) -> Place:
+        return self.checkpoints / CHECKPOINT_LIST
 
     @property
-    def _list_copy(self) -> Path:
+    def _list_copy(self) -> Place:
         return self.path / "checkpoints.json"
 
-    def evaluated_checkpoints(self) -> list[tuple[Path, dict[str, Any]]]:
+    def evaluated_checkpoints(self) -> list[tuple[Place, dict[str, Any]]]:
         """Whole checkpoints with their metrics, oldest first. A crash may leave others, half written."""
-        listed = ray.train.Result.from_path(str(self.checkpoints)).best_checkpoints or []
-        folders = sorted(Path(checkpoint.path) for checkpoint, _ in listed)
+        listed = train_result(self.checkpoints).best_checkpoints or []
+        folders = [self.checkpoints / name for name in sorted(PurePath(found.path).name for found, _ in listed)]
         return [(folder, read_metrics(folder)) for folder in folders]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+def _read(path: Place) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
 
 
-def _read_or_none(path: Path) -> dict[str, Any] | None:
+def _read_or_none(path: Place) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,15 @@ import ray
 import ray.train
 
 from rayclip.data.stream import Batch, Stream, StreamSpec
+from rayclip.orchestration.filesystem import CHECKPOINT_LIST, train_result
+from rayclip.places import Place, place_of
 from rayclip.training.checkpoint import read_state
 
 
 class StreamConfig(ray.train.DataConfig):
     """Gives each group of workers its stream: however many they are, it is what their checkpoint's ledger lacks."""
 
-    def __init__(self, spec: StreamSpec, checkpoints: str, origin: Path | None = None) -> None:
+    def __init__(self, spec: StreamSpec, checkpoints: str, origin: Place | None = None) -> None:
         super().__init__(execution_options=ray.data.ExecutionOptions(preserve_order=True))
         self._spec, self._checkpoints, self._origin = spec, checkpoints, origin
 
@@ -30,7 +32,7 @@ class StreamConfig(ray.train.DataConfig):
 
 
 def remaining_dataset(
-    spec: StreamSpec, checkpoints: str, num_workers: int, origin: Path | None = None
+    spec: StreamSpec, checkpoints: str, num_workers: int, origin: Place | None = None
 ) -> ray.data.Dataset:
     """What the latest checkpoint's ledger lacks, as a Ray dataset of batches' columns.
 
@@ -46,12 +48,13 @@ def remaining_dataset(
     return ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(read, batch_size=1, num_cpus=1)
 
 
-def latest_checkpoint(checkpoints: str) -> Path | None:
+def latest_checkpoint(checkpoints: str) -> Place | None:
     """The checkpoint folder that a restart of the workers restores, None before the first."""
-    if not (Path(checkpoints) / "checkpoint_manager_snapshot.json").exists():
+    folder = place_of(checkpoints)
+    if not (folder / CHECKPOINT_LIST).is_file():
         return None
-    checkpoint = ray.train.Result.from_path(checkpoints).checkpoint
-    return Path(checkpoint.path) if checkpoint else None
+    checkpoint = train_result(folder).checkpoint
+    return folder / PurePath(checkpoint.path).name if checkpoint else None
 
 
 def batches(shard: ray.data.DataIterator, batch_size: int) -> Iterator[Batch]:

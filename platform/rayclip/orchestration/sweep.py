@@ -6,7 +6,6 @@ started again trains what is missing. Only the decisions of a search are kept be
 
 import os
 import threading
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,6 +25,7 @@ from rayclip.orchestration.sweep_table import FAILED, FINISHED, STARTING, STOPPE
 from rayclip.orchestration.sweep_trial import Task
 from rayclip.orchestration.sweep_tune import run_trials
 from rayclip.orchestration.train import code_version, resolve
+from rayclip.places import Place, place_of
 from rayclip.scaling.rungs import Row, write_rows
 from rayclip.scaling.search import trial_config, trial_name
 from rayclip.tracking import mlflow as tracking
@@ -52,7 +52,7 @@ def run_sweep(config: SweepConfig) -> dict[str, Any]:
 
 def sweep_folder(config: SweepConfig) -> RunFolder:
     """Where the sweep keeps its runs, its table and its summary."""
-    return RunFolder(Path(config.sweeps).absolute() / config.name)
+    return RunFolder(place_of(config.sweeps) / config.name)
 
 
 class Sweep:
@@ -109,7 +109,7 @@ class Sweep:
         return summary
 
     @property
-    def rows_path(self) -> Path:
+    def rows_path(self) -> Place:
         """The table of runs."""
         return self.folder.path / ("trials.csv" if isinstance(self.plan, SearchPlan) else "rungs.csv")
 
@@ -258,7 +258,7 @@ class Sweep:
         best = max(ended, key=lambda line: sign * (line.metric or 0.0))
         return {"trial": best.name, self.config.metric: best.metric, "values": self.trials[best.name].values}
 
-    def _write_best(self, planned: Planned) -> Path:
+    def _write_best(self, planned: Planned) -> Place:
         """The recipe with the best trial's values, as a config that jobs.train takes."""
         config = trial_config(self.config.base, f"{self.config.name}-best", planned.values)
         path = self.folder.path / "best.yaml"

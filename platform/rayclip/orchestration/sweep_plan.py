@@ -1,7 +1,6 @@
 """What a sweep consists of: its trials, what each of their runs costs, and what has been done of them already."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -14,6 +13,7 @@ from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.sweep_search import Journal
 from rayclip.orchestration.sweep_table import FINISHED, STOPPED, TrialLine
 from rayclip.orchestration.train import plan_stream, resolve
+from rayclip.places import Place, place_of
 from rayclip.scaling.ladder import Trial, plan_ladder
 from rayclip.scaling.rungs import Counted, Row, count, make_row
 from rayclip.scaling.search import Values, check_space, draw, trial_config, trial_name
@@ -111,7 +111,7 @@ class Planned:
 class Planner:
     """Plans the trials of a sweep. Nothing is written."""
 
-    def __init__(self, config: SweepConfig, base: TrainConfig, folder: Path, journal: Journal) -> None:
+    def __init__(self, config: SweepConfig, base: TrainConfig, folder: Place, journal: Journal) -> None:
         self.config, self.plan, self.base, self.folder, self.journal = config, config.plan, base, folder, journal
         self._lengths: list[int] | None = None
 
@@ -172,7 +172,7 @@ def caption_lengths(stream: Stream) -> list[int]:
 
 def run_folder(run: TrainConfig) -> RunFolder:
     """A run's folder."""
-    return RunFolder(Path(run.runs) / run.name)
+    return RunFolder(place_of(run.runs) / run.name)
 
 
 def measured(summary: dict[str, Any]) -> dict[str, float]:

@@ -7,7 +7,6 @@ state could not be used for that: it is written now and then, and names trials b
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
@@ -17,6 +16,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from rayclip.config import Choices, Range, SearchPlan
 from rayclip.files import write_text
+from rayclip.places import Place, append
 from rayclip.scaling.search import Values
 
 Entry = dict[str, Any]
@@ -25,17 +25,16 @@ Entry = dict[str, Any]
 class Journal:
     """Decisions of a sweep in their order."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self._path = path
         self.entries: list[Entry] = list(_read(path))
-        if path.exists():  # a crash may have cut the last line off
+        if path.is_file():  # a crash may have cut the last line off
             write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
     def add(self, **entry: Any) -> None:
         """One more."""
         self.entries.append(entry)
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        append(self._path, (json.dumps(entry) + "\n").encode())
 
     def values(self, trial: str) -> Values | None:
         """The settings that a trial was given; None where it was given none yet."""
@@ -153,8 +152,8 @@ def _name(trial: Any) -> str:
     return trial.config["task"].name
 
 
-def _read(path: Path) -> Iterator[Entry]:
-    for line in path.read_text().splitlines() if path.exists() else ():
+def _read(path: Place) -> Iterator[Entry]:
+    for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             yield json.loads(line)
         except ValueError:

@@ -9,7 +9,6 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
-from pathlib import Path
 from queue import Queue
 from typing import Any
 
@@ -21,6 +20,7 @@ from rayclip.errors import UserError
 from rayclip.orchestration.sweep_table import TRAINING
 from rayclip.orchestration.train import CrashedError, run_training
 from rayclip.orchestration.worker import StoppedError
+from rayclip.places import append, place_of
 from rayclip.tracking.mlflow import flatten
 
 
@@ -36,10 +36,9 @@ class Task:
 
     def log(self, text: str) -> None:
         """A line in the trial's own log, in the sweep's folder."""
-        path = Path(self.runs[0].runs) / "logs" / f"{self.name}.log"
+        path = place_of(self.runs[0].runs) / "logs" / f"{self.name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        append(path, f"{time.strftime('%H:%M:%S')} {text}\n".encode())
 
 
 class BoardLine:

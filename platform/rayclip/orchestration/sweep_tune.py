@@ -2,15 +2,16 @@
 
 import logging
 import os
-from pathlib import Path
 from typing import Any, Protocol
 
 import ray.tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from rayclip.orchestration.filesystem import ray_storage
 from rayclip.orchestration.sweep_search import InFolder
 from rayclip.orchestration.sweep_trial import Task, TrialActor
+from rayclip.places import Place
 
 _TUNE_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -38,7 +39,7 @@ class Trials(Protocol):
 
 
 def run_trials(
-    trials: Trials, scheduler: TrialScheduler | None, num_trials: int, at_once: int, max_failures: int, folder: Path
+    trials: Trials, scheduler: TrialScheduler | None, num_trials: int, at_once: int, max_failures: int, folder: Place
 ) -> None:
     """Run so many trials, some of them at a time, to their ends; `folder` is Ray Tune's own."""
     os.environ.update(_TUNE_SETTINGS)
@@ -56,8 +57,7 @@ def run_trials(
             trial_dirname_creator=_name,
         ),
         run_config=ray.tune.RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
+            **ray_storage(folder),
             failure_config=ray.tune.FailureConfig(max_failures=max_failures),
             checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
             callbacks=[_Listener(trials)],

@@ -28,12 +28,14 @@ from rayclip.models.presets import preset, with_logit_bias
 from rayclip.models.weights import fit_weights
 from rayclip.orchestration.branch import branch_checkpoint, branch_tags
 from rayclip.orchestration.cluster import check_resources, connect
+from rayclip.orchestration.filesystem import ray_storage
 from rayclip.orchestration.monitor import Monitor
 from rayclip.orchestration.placement import demand
 from rayclip.orchestration.progress import Line, ProgressLine
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import StreamConfig, latest_checkpoint
 from rayclip.orchestration.worker import Job, StoppedError, train_worker
+from rayclip.places import Place, place_of
 from rayclip.storage import absolute
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.registry import is_registered, link_checkpoint, register, resolve_model
@@ -59,7 +61,7 @@ def run_training(
     mend, CrashedError among it, and StoppedError where the `judge` ends the run.
     """
     config = resolve(config)
-    folder = RunFolder(Path(config.runs).absolute() / config.name)
+    folder = RunFolder(place_of(config.runs) / config.name)
     record = folder.read_record()
     if record is not None:
         folder.check_same(record, config.model_dump(mode="json"))
@@ -117,8 +119,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     evaluation = config.evaluation.model_copy(update={"tasks": tasks})
     weights = config.weights
     if weights is not None and not is_registered(weights):
-        weights = str(Path(weights).absolute())
-    branch_from = config.branch_from and str(Path(config.branch_from).absolute())
+        weights = absolute(weights)
+    branch_from = config.branch_from and absolute(config.branch_from)
     update = {"model": model, "weights": weights, "branch_from": branch_from, "data": data, "evaluation": evaluation}
     return config.model_copy(update=update)
 
@@ -178,14 +180,16 @@ def _open_mlflow_run(
     record: dict[str, Any] | None,
     spec: StreamSpec,
     version: str,
-    origin: Path | None,
+    origin: Place | None,
 ) -> str:
     resolved = config.model_dump(mode="json")
     tags = {"code_version": version, "manifest_digest": spec.digest, "data": spec.folder}
     tags |= branch_tags(origin) if origin else {}
     known: str | None = record["mlflow_run_id"] if record else None
-    parent = config.tracking.parent_run_id
-    run_id = tracking.open_run(uri, config.tracking.experiment, config.name, resolved, tags, known, parent)
+    section = config.tracking
+    run_id = tracking.open_run(
+        uri, section.experiment, config.name, resolved, tags, known, section.parent_run_id, section.artifacts
+    )
     folder.write_record(resolved, run_id)
     return run_id
 
@@ -214,8 +218,7 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judg
             resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
-            name=folder.checkpoints.name,
-            storage_path=str(folder.path),
+            **ray_storage(folder.checkpoints),
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
                 # Those of `at_samples` have the highest scores, so that they are the last to go.
@@ -244,7 +247,7 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judg
         raise StoppedError
 
 
-def _goes_on_from(found: Path, total_samples: int, judge: Judge) -> bool:
+def _goes_on_from(found: Place, total_samples: int, judge: Judge) -> bool:
     """Ask again what may have been asked, and not heard, when the crash came."""
     state, tasks = read_state(found), read_metrics(found)["tasks"]
     ended = state.num_given >= total_samples

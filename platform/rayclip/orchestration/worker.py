@@ -27,8 +27,10 @@ from rayclip.inference.encoder import Encoder
 from rayclip.models.clip import CLIP
 from rayclip.models.transformer import checkpoint_activations, compile_blocks
 from rayclip.models.weights import fit_weights
+from rayclip.orchestration.filesystem import upload_checkpoint
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import batches
+from rayclip.places import Place, S3Path, append, local_copy, place_of, staged
 from rayclip.tracking.mlflow import MlflowTracker, connect, flatten
 from rayclip.tracking.registry import link_checkpoint, resolve_model
 from rayclip.training.checkpoint import RunState, read_metrics, restore, write_checkpoint
@@ -53,7 +55,7 @@ class Job:
     mlflow_run_id: str
     code_version: str
     monitor: ActorHandle
-    origin: Path | None = None
+    origin: Place | None = None
     """The checkpoint of another run that a branch begins with."""
     judged: bool = False
     """Whether the run waits after each evaluation to hear if it goes on."""
@@ -84,7 +86,7 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, job.config
-        self.folder = RunFolder(Path(job.folder))
+        self.folder = RunFolder(place_of(job.folder))
         context = ray.train.get_context()
         self.is_first = context.get_world_rank() == 0
         self.world_size = context.get_world_size()
@@ -158,14 +160,15 @@ class Worker:
     def _restore(self) -> RunState:
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None and self.job.origin:
-            state = restore(self.job.origin, self.model, self.optimizer, self.ema).branch()
+            with local_copy(self.job.origin) as path:
+                state = restore(path, self.model, self.optimizer, self.ema).branch()
         elif checkpoint is None:
             state = RunState(manifest_digest=self.job.spec.digest)
         else:
             with checkpoint.as_directory() as path:
                 state = restore(Path(path), self.model, self.optimizer, self.ema)
             if self.is_first:
-                self._link(Path(checkpoint.path), state.samples_seen)
+                self._link(self.folder.checkpoints / Path(checkpoint.path).name, state.samples_seen)
         if state.manifest_digest != self.job.spec.digest:
             raise UserError(f"the data set in '{self.job.spec.folder}' is not the one this run began with")
         state.code_version, state.device = self.job.code_version, _device_name()
@@ -198,7 +201,8 @@ class Worker:
         assert isinstance(config.model, ModelConfig)
         encoder = Encoder(self.model, get_tokenizer(config.model.text.context_length), self.model.logit_scale.device)
         evaluator = Evaluator(config.evaluation.tasks, config.model.vision.image_size, config.evaluation.batch_size)
-        metrics = evaluator.run(encoder, self.folder.pictures if self.is_first else None)
+        with staged(self.folder.pictures) as pictures:
+            metrics = evaluator.run(encoder, pictures if self.is_first else None)
         if self.ema:
             with self.ema.in_place():
                 for name, averaged in evaluator.run(encoder).items():
@@ -222,13 +226,15 @@ class Worker:
             if self.config.checkpoint.record_samples:
                 np.save(Path(scratch) / name / "samples.npy", seen)
             checkpoint = ray.train.Checkpoint.from_directory(str(Path(scratch) / name))
-            ray.train.report(reported, checkpoint=checkpoint, checkpoint_dir_name=name)
-        if not (self.folder.checkpoints / name / "state.json").exists():
+            there = self.folder.checkpoints / name
+            upload = (lambda written, _: upload_checkpoint(written, there)) if isinstance(there, S3Path) else None
+            ray.train.report(reported, checkpoint=checkpoint, checkpoint_dir_name=name, checkpoint_upload_fn=upload)
+        if not (there / "state.json").is_file():
             return  # Ray keeps nothing where another worker has died meanwhile; it is about to start all anew
         self.folder.back_up_list()
         assert self.tracker
         self.tracker.log({f"skipped/{cause}": count for cause, count in state.skipped.items()}, state.samples_seen)
-        self._link(self.folder.checkpoints / name, state.samples_seen)
+        self._link(there, state.samples_seen)
         if metrics:
             self._show(metrics, state)
         self._wait_for_verdict(state, metrics)
@@ -252,7 +258,7 @@ class Worker:
             return float(state.samples_seen)
         return float(flatten(metrics).get(best, -1.0))  # -1 where nothing was measured: below all that is
 
-    def _link(self, folder: Path, step: int) -> None:
+    def _link(self, folder: Place, step: int) -> None:
         link_checkpoint(
             connect(self.job.tracking_uri), self.job.mlflow_run_id, folder, step, read_metrics(folder)["tasks"]
         )
@@ -263,8 +269,9 @@ class Worker:
             {f"evaluation/{key}": value for key, value in flatten(metrics).items()},
             state.samples_seen,
         )
-        for picture in self.folder.pictures.glob("*.png") if self.folder.pictures.is_dir() else ():
-            self.tracker.log_picture(picture)
+        with local_copy(self.folder.pictures) as pictures:
+            for picture in pictures.glob("*.png"):
+                self.tracker.log_picture(picture)
         shown = [
             f"{name} {key} {value:.1%}"
             for name, measured in metrics.items()
@@ -282,8 +289,7 @@ class Worker:
             lines.append({"cause": CAUSES[cause], "shard": shard, "offset": int(stream.manifest.offset[chunk]),
                           "row": row, "position": position, "samples_seen": samples_seen})  # fmt: skip
         if lines:
-            with self.folder.quarantine.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            append(self.folder.quarantine, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _device_name() -> str:
@@ -291,8 +297,8 @@ def _device_name() -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
 
 
-def _forget_quarantined_after(path: Path, samples_seen: int) -> None:
+def _forget_quarantined_after(path: Place, samples_seen: int) -> None:
     """Drop what was written for a checkpoint that was never finished; the stream meets those samples again."""
-    if path.exists():
+    if path.is_file():
         lines = [line for line in path.read_text().splitlines() if json.loads(line)["samples_seen"] <= samples_seen]
         write_text(path, "".join(line + "\n" for line in lines))

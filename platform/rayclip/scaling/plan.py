@@ -7,13 +7,13 @@ import json
 import math
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
 from rayclip.config import FitConfig, PlanConfig
 from rayclip.errors import UserError, nearest
 from rayclip.models.presets import PRESETS, preset
+from rayclip.places import Place
 from rayclip.scaling.fit import Estimate, Law, NotEnoughError, fit_law
 from rayclip.scaling.flops import forward_gmacs, num_parameters, training_flops
 from rayclip.scaling.points import Point, read_csv
@@ -67,7 +67,7 @@ class Plan:
     notes: list[str]
 
 
-def read_law(path: Path) -> FittedLaw:
+def read_law(path: Place) -> FittedLaw:
     """The law of a folder of jobs.fit, fitted again to its points: the same resamples, so joint intervals.
 
     Raises UserError for a folder that is none, and for runs that carry no law.

@@ -1,7 +1,5 @@
 """A law in a picture: runs, frontier, the law with its band, what was foretold, and published laws beside it."""
 
-from pathlib import Path
-
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from rayclip.files import whole_file
+from rayclip.places import Place
 from rayclip.scaling.fit import Estimate, Law
 from rayclip.scaling.report import Report
 
@@ -22,7 +21,7 @@ _NUM_PLACES = 100
 _AHEAD = 10  # times the largest run that the law is drawn to
 
 
-def write_plot(path: Path, report: Report) -> None:
+def write_plot(path: Place, report: Report) -> None:
     """Write a PNG; the same report gives the same bytes."""
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
         figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")

@@ -5,10 +5,10 @@ import io
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from rayclip.errors import UserError
 from rayclip.files import write_text
+from rayclip.places import Place
 
 COLUMNS = ("name", "gmacs", "samples", "error")
 """What a row must have. `dataset` and `unique_samples` it may have; whatever else there is, is left alone."""
@@ -56,7 +56,7 @@ def make_run(name: str, figures: Mapping[str, object]) -> Run:
     return Run(name, Point(gmacs, samples, error), unique_samples=unique)
 
 
-def read_csv(path: Path, dataset: str | None = None) -> list[Run]:
+def read_csv(path: Place, dataset: str | None = None) -> list[Run]:
     """The runs of a CSV; `dataset` takes only the rows whose column of that name says so.
 
     Raises UserError for a file that is missing, is no text, or lacks a column.
@@ -73,7 +73,7 @@ def read_csv(path: Path, dataset: str | None = None) -> list[Run]:
     return _without_copies([_read_line(number, line, header, dataset) for number, line in numbered])
 
 
-def write_csv(path: Path, runs: Iterable[Run]) -> None:
+def write_csv(path: Place, runs: Iterable[Run]) -> None:
     """All runs by their compute: which are fitted, and why the others are not."""
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")

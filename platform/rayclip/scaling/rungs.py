@@ -5,11 +5,11 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from rayclip.config import ModelConfig, TrainConfig
 from rayclip.files import write_text
+from rayclip.places import Place
 from rayclip.scaling.flops import forward_gmacs, num_parameters, training_flops
 
 Row = dict[str, Any]
@@ -56,7 +56,7 @@ def make_row(
     }
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Place, rows: Sequence[Row]) -> None:
     """Write a CSV, whole and then named; what a row does not know is left empty."""
     columns = list(dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row))
     file = io.StringIO(newline="")

@@ -4,13 +4,13 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from rayclip.errors import UserError, nearest
+from rayclip.places import Place, local_copy
 from rayclip.tracking.mlflow import close_run, connect, open_run, resolve_uri
 
 _KIND = "kind"
@@ -65,7 +65,7 @@ def log_result(
     name: str,
     settings: Mapping[str, Any],
     metrics: Mapping[str, float],
-    files: list[Path],
+    files: list[Place],
 ) -> str:
     """A run of its own for what was made of others, which `read_runs` leaves out; returns its id."""
     uri = resolve_uri(uri)
@@ -82,13 +82,14 @@ def open_group(
     return open_run(uri, experiment, name, settings, {_KIND: kind, "code_version": version}, run_id)
 
 
-def log_files(uri: str, run_id: str, metrics: Mapping[str, float], files: list[Path]) -> None:
+def log_files(uri: str, run_id: str, metrics: Mapping[str, float], files: list[Place]) -> None:
     """Keep numbers and files with a run; what is there already is replaced."""
     client = connect(uri)
     now = int(time.time() * 1000)
     client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
     for file in files:
-        client.log_artifact(run_id, str(file))
+        with local_copy(file) as local:
+            client.log_artifact(run_id, str(local))
 
 
 def mean_of_last(client: MlflowClient, run_id: str, metric: str, share: float) -> float | None:

@@ -22,6 +22,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from rayclip.errors import UserError
+from rayclip.storage import is_remote, join
 
 STEP_METRIC = "train/loss"
 _SERVER_TIMEOUT_S = 5
@@ -72,9 +73,10 @@ def open_run(
     tags: Mapping[str, str],
     run_id: str | None,
     parent_run_id: str | None = None,
+    artifacts: str | None = None,
 ) -> str:
     """The id of the training run's MLflow run: `run_id` where that exists, else a new one with its config as params,
-    nested in the parent where one is given.
+    nested in the parent where one is given. A new experiment keeps its files below `artifacts`.
     """
     client = connect(uri)
     if run_id is not None:
@@ -84,7 +86,7 @@ def open_run(
         except MlflowException:
             raise UserError(f"the run's MLflow run {run_id} is not in {uri}: was its database moved?") from None
     nesting = {MLFLOW_PARENT_RUN_ID: parent_run_id} if parent_run_id else {}
-    run = client.create_run(_experiment_id(client, uri, experiment), run_name=name, tags=nesting)
+    run = client.create_run(_experiment_id(client, uri, experiment, artifacts), run_name=name, tags=nesting)
     params = [Param(key, json.dumps(value)[:6000]) for key, value in flatten(config).items()]
     for start in range(0, len(params), 100):
         client.log_batch(run.info.run_id, params=params[start : start + 100])
@@ -151,11 +153,18 @@ class MlflowTracker:
         return self._last_step[key]
 
 
-def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+def _experiment_id(client: MlflowClient, uri: str, name: str, artifacts: str | None) -> str:
+    location = artifacts and _location(artifacts, name)
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
+        there = experiment.artifact_location
+        if location is not None and there != location:
+            raise UserError(f"experiment '{name}' keeps its files at '{there}', not at '{location}': name another one")
         return experiment.experiment_id
-    location = None
-    if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / name).as_uri()
+    if location is None and uri.startswith("sqlite:///"):
+        location = _location(str(Path(uri.removeprefix("sqlite:///")).parent / "artifacts"), name)
     return client.create_experiment(name, artifact_location=location)
+
+
+def _location(artifacts: str, name: str) -> str:
+    return join(artifacts, name) if is_remote(artifacts) else (Path(artifacts).absolute() / name).as_uri()

@@ -24,17 +24,22 @@ from safetensors import SafetensorError, safe_open
 
 from rayclip.errors import UserError, nearest
 from rayclip.files import SETTINGS_BESIDE, find_weights
+from rayclip.places import Place
+from rayclip.storage import download, is_remote, join, list_files, split
 from rayclip.tracking.mlflow import connect_existing, flatten, resolve_uri
 
 MODEL_FILES = ("model.safetensors", "config.json", "metrics.json")
 """What a served model needs of a checkpoint."""
 
+_BESIDE = ("metrics.json", "ema.safetensors")
+"""What more is fetched of a checkpoint where it is there."""
+
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[^/@]+)|/(?P<number>\d+))")
-_FORMS = "a model is models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint or exported weights"
+_FORMS = "a model is models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint or exported weights, also in S3"
 
 
 def link_checkpoint(
-    client: MlflowClient, run_id: str, checkpoint: Path, step: int, metrics: Mapping[str, Any]
+    client: MlflowClient, run_id: str, checkpoint: Place, step: int, metrics: Mapping[str, Any]
 ) -> LoggedModel:
     """The logged model of a checkpoint: made where the run has none for that step. Only a pointer, no copy."""
     run = client.get_run(run_id)
@@ -63,7 +68,7 @@ def link_checkpoint(
 
 
 def register(
-    client: MlflowClient, model: LoggedModel, checkpoint: Path, name: str, alias: str, ema: bool = False
+    client: MlflowClient, model: LoggedModel, checkpoint: Place, name: str, alias: str, ema: bool = False
 ) -> int:
     """Make a checkpoint a version of the registered model `name`, move the alias to it, and return its number.
 
@@ -80,8 +85,9 @@ def register(
         for file in MODEL_FILES:
             averaged = ema and file == "model.safetensors"
             # An artifact is called what its file is called.
-            (Path(scratch) / file).symlink_to((checkpoint / ("ema.safetensors" if averaged else file)).absolute())
-            client.log_model_artifact(model.model_id, str(Path(scratch) / file))
+            found, named = checkpoint / ("ema.safetensors" if averaged else file), Path(scratch) / file
+            named.symlink_to(found.absolute()) if isinstance(found, Path) else download(str(found), named)
+            client.log_model_artifact(model.model_id, str(named))
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     source = f"models:/{model.model_id}"
@@ -149,20 +155,20 @@ class Version(NamedTuple):
 
 def resolve_model(uri: str, tracking_uri: str | None) -> ModelSource:
     """The model that `uri` names: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint's folder, or
-    exported weights (a folder, or one file).
+    exported weights (a folder, or one file); those in S3 are copied to this machine once.
 
     Raises UserError for one that is not there or not whole, and where MLflow is needed and does not answer.
     """
     if is_registered(uri):
         return fetch(find_version(uri, tracking_uri), tracking_uri)
-    return _checkpoint(uri)
+    return _checkpoint(uri, _copied(uri) if is_remote(uri) else Path(uri).absolute())
 
 
 def is_registered(uri: str) -> bool:
     """Whether it names a registered model, whose alias may move, and not a folder. Raises UserError for neither."""
     if _REGISTERED.fullmatch(uri):
         return True
-    if uri.startswith("models:") or "://" in uri or not uri:
+    if uri.startswith("models:") or ("://" in uri and not is_remote(uri)) or not uri:
         raise UserError(f"'{uri}' names no model: {_FORMS}")
     return False
 
@@ -226,11 +232,14 @@ def _why_not(
     return f"MLflow cannot be read at {tracking_uri}: {_first_line(error)}"
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("RAYCLIP_CACHE") or Path.home() / ".cache" / "rayclip").absolute()
+
+
 def _cache_folder(version: Version, tracking_uri: str) -> Path:
-    root = Path(os.environ.get("RAYCLIP_CACHE") or Path.home() / ".cache" / "rayclip").absolute()
     # A database that is deleted and made anew has a version 1 of the same name, and another source.
     key = hashlib.sha256(f"{tracking_uri}\n{version.source}".encode()).hexdigest()[:12]
-    return root / "models" / f"{quote(version.name, safe='')}-{version.number}-{key}"
+    return _cache() / "models" / f"{quote(version.name, safe='')}-{version.number}-{key}"
 
 
 def _download(version: Version, tracking_uri: str, folder: Path) -> None:
@@ -251,8 +260,30 @@ def _download(version: Version, tracking_uri: str, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _checkpoint(path: str) -> ModelSource:
-    folder = Path(path).absolute()
+def _copied(address: str) -> Path:
+    """What a model needs of the files at an address in S3, on this machine; copied anew once they have changed.
+
+    Raises UserError where there is no model, or it cannot be reached.
+    """
+    try:
+        files = {file.name: file for file in list_files(address.rstrip("/"))}
+        weights = next((name for name in ("", *SETTINGS_BESIDE) if name in files), None)
+        if weights is None:
+            wanted = " or ".join(SETTINGS_BESIDE)
+            raise UserError(f"no model at '{address}': it has no {wanted}; {_FORMS}")
+        names = [name for name in (weights, SETTINGS_BESIDE.get(weights), *_BESIDE) if name in files]
+        key = hashlib.sha256(json.dumps([address, *(files[name] for name in names)]).encode()).hexdigest()[:12]
+        target = _cache() / "copies" / key / split(address.rstrip("/"))[1]
+        for name in reversed(names):  # the weights last, by which the others count
+            path = target / name
+            if not path.is_file():
+                download(join(address.rstrip("/"), name), path)
+        return target
+    except OSError as error:
+        raise UserError(f"'{address}' cannot be fetched: {_first_line(error)}") from None
+
+
+def _checkpoint(path: str, folder: Path) -> ModelSource:
     if not folder.exists():
         raise UserError(f"no model at '{path}': the folder does not exist; {_FORMS}")
     weights = find_weights(folder) or folder / "model.safetensors"

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.models.weights import read_tensors, read_weights
+from rayclip.places import Place
 from rayclip.training.ema import Ema
 
 _RANDOM_STATE = "torch_random_state"
@@ -80,17 +81,17 @@ def write_checkpoint(
     partial.rename(folder)
 
 
-def read_state(folder: Path) -> RunState:
+def read_state(folder: Place) -> RunState:
     """How far the run was. Raises UserError where the folder is no checkpoint."""
     return RunState(**_read_json(folder, "state"))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Place) -> dict[str, Any]:
     """The resolved config that the run had. Raises UserError where the folder is no checkpoint."""
     return _read_json(folder, "config")
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
+def read_metrics(folder: Place) -> dict[str, Any]:
     """What was measured at this checkpoint. Raises UserError where the folder is no checkpoint."""
     return _read_json(folder, "metrics")
 
@@ -144,7 +145,7 @@ def _optimizer_tensors(model: CLIP, optimizer: Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def _read_json(folder: Place, name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
     try:
         return json.loads(path.read_text())

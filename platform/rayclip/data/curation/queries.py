@@ -14,6 +14,7 @@ from pathlib import Path
 import ahocorasick
 
 from rayclip.errors import UserError
+from rayclip.storage import read_bytes
 
 _WORD = re.compile(r"\w+")
 
@@ -46,7 +47,7 @@ class Matcher:
 def read_queries(path: str | Path) -> list[str]:
     """The queries of a file, one a line; of those with the same words the first. Raises UserError."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(str(path)).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"queries '{path}' cannot be read: {error}") from None
     queries: dict[str, str] = {}
