@@ -41,7 +41,7 @@ def _within(rank_N: Tensor, ks: Sequence[int]) -> Tensor:
 
 
 class ZeroShotCounts:
-    """Right answers at each k, ranks and pictures; `update` a shard at a time, `reduce` over workers, then `metrics`."""
+    """Right answers at each k, and ranks; `update` a shard at a time, `reduce` over workers, then `metrics`."""
 
     def __init__(self, class_matrix_CD: Tensor, ks: Sequence[int] = (1, 5)) -> None:
         if not len(class_matrix_CD):
