@@ -12,10 +12,11 @@ class BenchmarkConfig(Config):
     """python -m jobs.benchmark"""
 
     name: Literal[
-        "tokenizer", "text_tower", "step", "loss", "serve", "batching", "linear_probe", "features", "loader"
-    ] = Field(description="what is measured")
+        "tokenizer", "text_tower", "step", "loss", "serve", "batching", "linear_probe", "features", "loader",
+        "fast_path",
+    ] = Field(description="what is measured")  # fmt: skip
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
-    samples: int = Field(20_000, gt=0, description="captions to tokenise, pictures to extract")
+    samples: int = Field(20_000, gt=0, description="captions to tokenise, pictures to extract, pairs to train on")
     probe_samples: int = Field(10_000, ge=1000, description="samples that a linear probe is fitted on")
     threads: int | None = Field(None, gt=0, description="torch threads; None leaves torch's own choice")
     preset: str = Field("ViT-B/32", description="the model of a step")
@@ -26,7 +27,9 @@ class BenchmarkConfig(Config):
     pictures: int = Field(512, gt=0, description="of each size that are loaded")
     samples_per_s: float = Field(2_000.0, gt=0, description="of one GPU: how many cores would feed it is told")
     window_s: float = Field(8.0, gt=0, description="length of a window under load")
-    cases: tuple[Literal["ViT-B/32", "small"], ...] = Field(("ViT-B/32", "small"), description="models to serve")
+    cases: tuple[Literal["ViT-B/32", "small", "core", "s3", "ray"], ...] = Field(
+        (), description="parts of a benchmark: models to serve; core, s3 and ray of the loader; empty: all"
+    )
     model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
     workers: int = Field(2, gt=0, description="processes with a core each that extract features")
     settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")
