@@ -6,6 +6,7 @@ machine the page faults of that cost as much as a fifth of decoding.
 
 import math
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -30,5 +31,5 @@ class _Loan:
         self._memory = memory
         self.__array_interface__ = memory.__array_interface__
 
-    def __del__(self) -> None:
-        _spare.append(self._memory)
+    def __del__(self, keep: Callable[[np.ndarray], None] = _spare.append) -> None:
+        keep(self._memory)  # an argument, since names of a module may be gone when Python ends
