@@ -89,7 +89,8 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
             light_rate=5.0,
             outstanding={SERVICE: 64, CACHED: 16, PLAIN: 16},
         )
-        figures = {case.name: _Measurement(case, config).run() for case in (big, small) if case.name in config.cases}
+        wanted = config.cases or (big.name, small.name)
+        figures = {case.name: _Measurement(case, config).run() for case in (big, small) if case.name in wanted}
     summary: dict[str, Any] = {}
     if big.name in figures:
         ratios = figures[big.name]["ratios"]

@@ -69,6 +69,13 @@ def test_resize_is_pils_bicubic(width, height, size):
     assert np.abs(resize(np.asarray(image), size) - expected).mean() < 0.05
 
 
+def test_a_crop_has_its_colours_side_by_side():
+    """As the batch has them; planes would take twenty times longer to copy."""
+    data = photos(500, 1)[0]
+    for box in ((3, 5, 490, 470), whole(500, 500)):
+        assert crop_jpeg(data, jpeg_size(data), box, 64).flags.c_contiguous
+
+
 def test_a_grey_jpeg_is_decoded_as_rgb():
     data = encoded(picture().convert("L"))
     assert jpeg_size(data) == (300, 200)

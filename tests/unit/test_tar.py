@@ -1,6 +1,7 @@
 """Tar shards and their manifest: what others write is read the same, and what is damaged is told."""
 
 import io
+import itertools
 import tarfile
 import tempfile
 
@@ -8,7 +9,15 @@ import pytest
 
 from rayclip.config import IndexConfig
 from rayclip.data.formats import Layout, Shard
-from rayclip.data.formats.tar import Span, list_chunks, read_samples, split_name, write_shard
+from rayclip.data.formats.tar import (
+    Span,
+    _files,
+    _plain_files,
+    list_chunks,
+    read_samples,
+    split_name,
+    write_shard,
+)
 from rayclip.data.index import index_shard, make_plan
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
@@ -21,11 +30,12 @@ def make_samples(count, size=700):
     ]
 
 
-def make_tar(files, fmt=tarfile.USTAR_FORMAT):
+def make_tar(files, fmt=tarfile.USTAR_FORMAT, mtime=0):
     target = io.BytesIO()
     with tarfile.open(fileobj=target, mode="w", format=fmt) as tar:
         for name, data in files:
             info = tarfile.TarInfo(name)
+            info.mtime = mtime
             if data is None:
                 info.type = tarfile.DIRTYPE
             else:
@@ -76,6 +86,71 @@ def test_long_and_foreign_names(fmt):
     assert samples[3]["txt"] == b"3txt"
 
 
+def by_webdataset(files):
+    webdataset, target = pytest.importorskip("webdataset"), io.BytesIO()
+    with webdataset.TarWriter(target, encoder=False) as writer:
+        for name, data in files:
+            key, _, extension = name.rpartition(".")
+            writer.write({"__key__": key, extension: data})
+    return target.getvalue()
+
+
+def one_chunk(data):
+    """The bytes up to the last file's end, and (name, start, size) of each file, by tarfile."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        files = [(member.name, member.offset_data, member.size) for member in tar if member.isfile()]
+    return data[: -(-(files[-1][1] + files[-1][2]) // 512) * 512], files
+
+
+NAMES = {
+    "plain": "a/000001.jpg",
+    "prefix": "x" * 90 + "/" + "y" * 60 + ".jpg",
+    "long": "z/" + "x" * 300 + ".jpg",
+    "foreign": "schön/日本語.jpg",
+}
+WRITERS = {
+    "ustar": make_tar,
+    "pax": lambda files: make_tar(files, tarfile.PAX_FORMAT),
+    "pax with times": lambda files: make_tar(files, tarfile.PAX_FORMAT, mtime=1.5),
+    "gnu": lambda files: make_tar(files, tarfile.GNU_FORMAT),
+    "webdataset": by_webdataset,
+}
+
+
+PAIRS = [pair for pair in itertools.product(WRITERS, NAMES) if pair != ("ustar", "long")]  # it has no room for it
+
+
+@pytest.mark.parametrize(("writer", "kind"), PAIRS)
+def test_the_quick_way_reads_what_tarfile_reads(writer, kind):
+    files = [(f"{row}/{NAMES[kind]}", bytes([row]) * size) for row, size in enumerate((0, 1, 511, 512, 513, 5000))]
+    chunk, expected = one_chunk(WRITERS[writer](files))
+    assert list(_files(chunk)) == expected
+    if writer == "gnu" and kind in ("prefix", "long"):
+        assert _plain_files(chunk) is None
+    else:
+        assert _plain_files(chunk) == expected
+    assert [sample["jpg"] for sample in read_samples(chunk)] == [data for _, data in files]
+
+
+def outcome(read):
+    try:
+        return list(read())
+    except tarfile.TarError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("writer", ["ustar", "pax with times"])
+def test_a_header_with_a_wrong_byte_is_read_as_tarfile_reads_it(writer):
+    chunk, files = one_chunk(WRITERS[writer]([("000001.jpg", b"one" * 300), ("000001.txt", b"a dog")]))
+    for at in range(files[0][1] + 512 * 2, files[1][1]):
+        for change in (1, 0x80):
+            wrong = bytearray(chunk)
+            wrong[at] ^= change
+            wrong = bytes(wrong)
+            plain = _plain_files(wrong)
+            assert plain is None or plain == outcome(lambda data=wrong: _files(data))
+
+
 def test_folders_and_links_in_a_tar_are_no_samples():
     files = [("a/", None), ("a/0.png", b"0"), ("a/0.txt", b"zero"), ("b/", None), ("b/1.png", b"1"), ("c/", None)]
     chunks, spans = read_by_chunks(make_tar(files), 1)
@@ -90,6 +165,9 @@ def test_folders_and_links_in_a_tar_are_no_samples():
         ("a.b/000001.seg.PNG", ("a.b/000001", "seg.png")),
         ("x/plain", ("x/plain", "")),
         (".hidden", (".hidden", "hidden")),
+        ("./000001.jpg", ("000001", "jpg")),
+        ("a/./b//c.d.jpg", ("a/b/c", "d.jpg")),
+        ("a/.hidden.txt", ("a/.hidden.txt", "hidden.txt")),
     ],
 )
 def test_split_name(name, parts):

@@ -21,12 +21,13 @@ class BenchmarkConfig(Config):
         "linear_probe",
         "features",
         "loader",
+        "fast_path",
         "ledger",
         "curation",
         "coverage",
     ] = Field(description="what is measured")
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
-    samples: int = Field(20_000, gt=0, description="captions to tokenise, pictures to extract")
+    samples: int = Field(20_000, gt=0, description="captions to tokenise, pictures to extract, pairs to train on")
     probe_samples: int = Field(10_000, ge=1000, description="samples that a linear probe is fitted on")
     draws: int = Field(300, gt=0, description="sets of made-up runs for each share of intervals that cover")
     threads: int | None = Field(None, gt=0, description="torch threads; None leaves torch's own choice")
@@ -40,7 +41,9 @@ class BenchmarkConfig(Config):
     corpus_pairs: int = Field(200_000, gt=100, description="that are curated")
     samples_per_s: float = Field(2_000.0, gt=0, description="of one GPU: how many cores would feed it is told")
     window_s: float = Field(8.0, gt=0, description="length of a window under load")
-    cases: tuple[Literal["ViT-B/32", "small"], ...] = Field(("ViT-B/32", "small"), description="models to serve")
+    cases: tuple[Literal["ViT-B/32", "small", "core", "s3", "ray"], ...] = Field(
+        (), description="parts of a benchmark: models to serve; core, s3 and ray of the loader; empty: all"
+    )
     model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
     workers: int = Field(2, gt=0, description="processes with a core each that extract features")
     settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")

@@ -79,7 +79,8 @@ def resize(pixels_HWC: np.ndarray, size: int) -> np.ndarray:
     """Bicubic with antialiasing, uint8 [H, W, 3] to uint8 [size, size, 3]."""
     if pixels_HWC.shape[:2] == (size, size):
         return pixels_HWC
-    image_1CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None]
+    # In this order, or torch takes the one picture for a planar one and answers in planes, which are slow to read.
+    image_1CHW = torch.from_numpy(pixels_HWC)[None].permute(0, 3, 1, 2)
     resized_1CSS = interpolate(image_1CHW, (size, size), mode="bicubic", antialias=True)
     return resized_1CSS[0].permute(1, 2, 0).numpy()
 

@@ -25,8 +25,10 @@ from rayclip.data.augment import NUM_DRAWS, Augmentation
 from rayclip.data.captions import DRAW
 from rayclip.data.decode import CAUSES, BadSampleError, crop_picture, image_bytes, random_box, read_caption
 from rayclip.data.formats import Sample
+from rayclip.data.jpeg import Box
 from rayclip.data.ledger import Ledger
 from rayclip.data.manifest import Manifest
+from rayclip.data.memory import reused
 from rayclip.data.order import Order, uniform
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
@@ -140,7 +142,7 @@ class Stream:
         positions = self.order.positions(window, self.spec.end)
         remaining = [ledger.remaining_rows(position) for position in positions.tolist()]
         counts = [len(rows) for rows in remaining]
-        block = self.padding(sum(counts))
+        block = self._rows(reused((sum(counts), self.spec.image_size, self.spec.image_size, 3)))
         position, row = np.repeat(positions, counts), np.concatenate([*remaining, np.empty(0, dtype=np.int32)])
         mixed = self.order.mix_rows(position, row)
         block["position"][:], block["row"][:] = position[mixed], row[mixed]
@@ -150,6 +152,7 @@ class Stream:
         for rows, fetch in zip([rows for rows in remaining if len(rows)], fetches, strict=True):
             self._read_chunk(fetch, rows, places[: len(rows)], block)
             places = places[len(rows) :]
+        block["image"][block["cause"] > 0] = 0
         return block
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -158,7 +161,12 @@ class Stream:
         for window in self.windows():
             block = self.read(window)
             if len(held["row"]):
-                block = {name: np.concatenate([held[name], block[name]]) for name in held}
+                missing = batch_size - len(held["row"])
+                held = {name: np.concatenate([held[name], block[name][:missing]]) for name in held}
+                block = {name: array[missing:] for name, array in block.items()}
+                if len(held["row"]) < batch_size:
+                    continue
+                yield held
             held = block
             while len(held["row"]) >= batch_size:
                 yield {name: array[:batch_size] for name, array in held.items()}
@@ -184,15 +192,22 @@ class Stream:
 
     def padding(self, num_samples: int) -> Batch:
         """Rows that stand for no sample; the loop passes over them."""
-        size = self.spec.image_size
+        return self._rows(np.zeros((num_samples, self.spec.image_size, self.spec.image_size, 3), dtype=np.uint8))
+
+    def _rows(self, image: np.ndarray) -> Batch:
+        num_samples = len(image)
         return {
-            "image": np.zeros((num_samples, size, size, 3), dtype=np.uint8),
+            "image": image,
             "tokens": np.zeros((num_samples, self.spec.context_length), dtype=np.int32),
             "num_tokens": np.zeros(num_samples, dtype=np.int32),
             "position": np.full(num_samples, -1, dtype=np.int64),
             "row": np.zeros(num_samples, dtype=np.int32),
             "cause": np.zeros(num_samples, dtype=np.int8),
         }
+
+    def crop(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
+        """From a picture's file to a crop, uint8 [S, S, 3]. Raises BadSampleError."""
+        return crop_picture(data, choose_box, self.spec.image_size)
 
     def _read_chunk(
         self, fetch: Callable[[], list[Sample]], rows: np.ndarray, places: np.ndarray, block: Batch
@@ -232,5 +247,4 @@ class Stream:
             raise BadSampleError("sample_missing")
         caption, data = read_caption(samples[row]), image_bytes(samples[row])
         choose_box = partial(random_box, scale=self.spec.crop_scale, ratio=self.spec.crop_ratio, draws=draws[:4])
-        pixels = crop_picture(data, choose_box, self.spec.image_size)
-        return self.spec.augmentation.of(pixels, draws[4:]), caption
+        return self.spec.augmentation.of(self.crop(data, choose_box), draws[4:]), caption

@@ -8,12 +8,22 @@ import io
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
 
 from rayclip.data.formats.base import ChunkError, Layout, Sample, Shard, Span
 from rayclip.storage import open_file, read_range
 
 BLOCK = tarfile.BLOCKSIZE
+
+_PAX_KEYWORDS = (b"path", b"mtime", b"atime", b"ctime")
+
+
+class _File(NamedTuple):
+    name: str
+    start: int
+    size: int
 
 
 def list_chunks(shard: Shard, chunk_samples: int, layout: Layout) -> list[Span]:
@@ -51,9 +61,11 @@ def read_chunk(shard: Shard, span: Span, layout: Layout) -> list[Sample]:
 
 def split_name(name: str) -> tuple[str, str]:
     """("folder/000012", "seg.png") from "folder/000012.seg.png", as the webdataset library splits it."""
-    path = PurePosixPath(name)
-    stem, _, extension = path.name.partition(".")
-    return str(path.with_name(stem)) if stem else name, extension.lower()
+    if "//" in name or "./" in name:
+        name = str(PurePosixPath(name))
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return folder + slash + stem if stem else name, extension.lower()
 
 
 def _sample_ends(shard: BinaryIO) -> Iterator[int]:
@@ -88,6 +100,17 @@ def read_samples(chunk: bytes) -> list[Sample]:
     """
     samples: list[Sample] = []
     last_key = None
+    for name, start, size in _plain_files(chunk) or _files(chunk):
+        key, extension = split_name(name)
+        if key != last_key:
+            samples.append({"__key__": key.encode()})
+            last_key = key
+        samples[-1][extension] = chunk[start : start + size]
+    return samples
+
+
+def _files(chunk: bytes) -> Iterator[_File]:
+    """Every file, by tarfile: of any tar, and with a word on what is damaged."""
     # Bytes cut from the middle of a tar have no end-of-archive blocks; tarfile reads to their end without them.
     with tarfile.open(fileobj=io.BytesIO(chunk), mode="r:") as tar:
         for member in tar:
@@ -95,12 +118,73 @@ def read_samples(chunk: bytes) -> list[Sample]:
                 continue
             if member.offset_data + member.size > len(chunk):
                 raise tarfile.ReadError(f"'{member.name}' is cut off")
-            key, extension = split_name(member.name)
-            if key != last_key:
-                samples.append({"__key__": key.encode()})
-                last_key = key
-            samples[-1][extension] = chunk[member.offset_data : member.offset_data + member.size]
-    return samples
+            yield _File(member.name, member.offset_data, member.size)
+
+
+def _plain_files(chunk: bytes) -> list[_File] | None:
+    """Every file of a chunk that holds nothing but files, as data sets do; None for one that `_files` has to look at.
+
+    tarfile takes a fifth of the time in which a small picture is decoded.
+    """
+    files, headers, sums = [], [], []
+    at, long_name = 0, None
+    try:
+        while at < len(chunk):
+            header = chunk[at : at + BLOCK]
+            start, size = at + BLOCK, _number(header[124:136])
+            end = start + size
+            headers.append(at)
+            sums.append(_number(header[148:156]))
+            if end > len(chunk):
+                return None
+            kind = header[156:157]
+            if kind == b"x":
+                long_name = _pax_path(chunk[start:end]) or long_name
+            elif kind == b"0":
+                files.append(_File(long_name or _name(header), start, size))
+                long_name = None
+            else:
+                return None
+            at = start + _padded(size)
+    except ValueError:
+        return None
+    return files if at == len(chunk) and long_name is None and _check_sums(chunk, headers) == sums else None
+
+
+def _name(header: bytes) -> str:
+    name, prefix = _text(header[:100]), _text(header[345:500])
+    return f"{prefix}/{name}" if prefix else name
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _number(field: bytes) -> int:
+    digits = field.partition(b"\0")[0].strip()
+    if not digits.isdigit():
+        raise ValueError(f"no octal number: {digits!r}")
+    return int(digits, 8)
+
+
+def _pax_path(records: bytes) -> str | None:
+    """The name in an extended header, which has lines as "22 mtime=1764000000.5". Raises ValueError for other lines."""
+    path = None
+    while records:
+        length = int(records[: records.index(b" ")])
+        record, records = records[:length], records[length:]
+        keyword, _, value = record.partition(b" ")[2].partition(b"=")
+        if keyword not in _PAX_KEYWORDS or record[-1:] != b"\n":
+            raise ValueError(f"no plain file: {keyword!r}")
+        path = value[:-1].decode() if keyword == b"path" else path
+    return path
+
+
+def _check_sums(chunk: bytes, headers: Sequence[int]) -> list[int]:
+    """What should stand in each header as its sum, in which that field itself counts as blanks."""
+    blocks = np.frombuffer(chunk, dtype=np.uint8)[np.array(headers)[:, None] + np.arange(BLOCK)]
+    blocks[:, 148:156] = ord(" ")
+    return blocks.sum(axis=1, dtype=np.int64).tolist()
 
 
 def write_shard(target: BinaryIO, samples: Iterable[Sample], chunk_size: int) -> list[Span]:
