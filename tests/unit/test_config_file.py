@@ -186,7 +186,14 @@ SOME_MODEL = {"embed_dim": 8, "vision": {"widht": 3}}
             "'evaluation.tasks.a.templates' is 5: input should be a valid tuple",
         ),
         # Missing keys.
-        ({"data": {}}, "the key 'data.path' is missing"),
+        ({"data": {}}, "data: give exactly one of path, a data set, and mixture, a list of several"),
+        ({"data": {"path": "x", "mixture": [{"path": "y"}]}}, "data: give exactly one of path"),
+        ({"data": {"mixture": [{"weight": 2}]}}, "the key 'data.mixture.0.path' is missing"),
+        ({"data": {"mixture": [{"path": "x", "weight": 0}]}}, "'data.mixture.0.weight' is 0: input should be greater"),
+        (
+            {"data": {"mixture": [{"path": "x", "weight": float("nan")}]}},
+            "'data.mixture.0.weight' is nan: input should",
+        ),
         ({"evaluation": {"tasks": {"a": {"path": "p"}}}}, "the key 'evaluation.tasks.a.kind' is missing"),
         ({"evaluation": {"tasks": {"a": {"kind": "retrieval"}}}}, "the key 'evaluation.tasks.a.path' is missing"),
         # What models check themselves.
