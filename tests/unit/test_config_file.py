@@ -245,6 +245,8 @@ def leaves(schema, prefix=""):
             inner = node["additionalProperties"]
             has_keys = {"$ref", "oneOf", "anyOf"} & inner.keys()  # a mapping to plain values is a value itself
             walk(inner, [*prefix, "NAME"] if has_keys else prefix)
+        elif "$ref" in node.get("items", {}):
+            walk(node["items"], prefix)
         elif "oneOf" in node or "anyOf" in node or "allOf" in node:
             options = [option for key in ("oneOf", "anyOf", "allOf") for option in node.get(key, [])]
             for option in options:

@@ -74,10 +74,10 @@ class Order:
     own, so that samples which are neighbours in a shard meet different company in every epoch.
     """
 
-    def __init__(self, seed: int, shares: int | Shares, window: int = 1) -> None:
-        """`shares` are those of a mixture, or the number of chunks of one data set."""
+    def __init__(self, seed: int, num_chunks: int | Shares, window: int = 1) -> None:
+        """`num_chunks` are those of one data set, or the shares of a mixture."""
         self.seed, self.window = seed, window
-        self.shares: Shares = ((shares, 1.0),) if isinstance(shares, int) else shares
+        self.shares: Shares = ((num_chunks, 1.0),) if isinstance(num_chunks, int) else num_chunks
         # As many in every epoch.
         self.num_slots = sum(int(weight) * n + round(weight % 1 * n) for n, weight in self.shares)
         assert self.num_slots > 0 and window > 0

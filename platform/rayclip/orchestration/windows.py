@@ -15,6 +15,7 @@ from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
     BackpressurePolicy,
 )
+from ray.data._internal.execution.bundle_queue import ReorderingBundleQueue
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators.map_operator import MapOperator
 from ray.data.block import BlockMetadata
@@ -64,9 +65,18 @@ class _AsTheyAreTaken(BackpressurePolicy):
 
 
 class _Forget(ExecutionCallback):
-    """Drops what is kept of every block for a summary that nobody asks for."""
+    """Drops what is kept of each task that is over: a summary that nobody asks for, an empty queue in its place."""
 
     def on_execution_step(self, executor: Any) -> None:
         for op in executor._topology:
             if isinstance(op, MapOperator):
                 op._output_blocks_stats.clear()
+                if isinstance(op._output_queue, ReorderingBundleQueue):
+                    _forget_emptied(op._output_queue)
+
+
+def _forget_emptied(queue: ReorderingBundleQueue) -> None:
+    passed = [key for key in queue._inner if key < queue._current_key]
+    for key in passed:
+        del queue._inner[key]
+    queue._finalized_keys.difference_update(passed)
