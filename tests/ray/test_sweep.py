@@ -115,7 +115,7 @@ def test_a_killed_trial_and_a_killed_sweep_go_on_and_repeat_nothing(tmp_path, ma
     old = workers()
     wait_until(lambda: (folder / "trial-001/run.json").exists() and workers() - old)
     killed = workers()
-    (trial,) = actors_of(first, "TrialActor")
+    (trial,) = actors_of(first, "ResourceTrainable", "TrialActor")  # Tune makes a class of ours
     trial.kill()
     wait_until(lambda: "trial-001 is begun again" in log.read_text() and workers() - killed - old)
     kill(first)
@@ -209,13 +209,13 @@ def start(folder):
         )
 
 
-def actors_of(process, name):
-    """Processes of Ray's actors of that class, under a sweep."""
+def actors_of(process, *names):
+    """Processes of Ray's actors of these classes, under a sweep."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.Error):
             title = " ".join(child.cmdline())
-            if title.startswith("ray::") and name in title:
+            if title.startswith("ray::") and any(name in title for name in names):
                 found.append(child)
     return found
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.benchmarks.coverage import coverage as coverage_of
 from jobs.fit import main
 from rayclip.config import FitConfig
 from rayclip.config_file import load
 from rayclip.errors import UserError
-from rayclip.scaling.fit import NotEnoughError, fit_law, flags, misfit_p, why_no_limit
+from rayclip.scaling.fit import NotEnoughError, fit_law, flags, misfit_p, selection_bias, why_no_limit
 from rayclip.scaling.flops import forward_gmacs
 from rayclip.scaling.forms import Form
 from rayclip.scaling.frontier import select
@@ -190,6 +191,29 @@ def test_intervals_of_a_power_law_cover_95_percent_of_300_draws(count):
     shares = coverage("power", count, 0.02, 300, resamples=1000)
     assert 0.93 <= shares["exponent"] <= 0.97
     assert 0.93 <= shares["coefficient"] <= 0.97
+
+
+@pytest.mark.parametrize(("frontier", "count", "noise"), [("pareto", 20, 0.02), ("pareto", 40, 0.1), ("bins", 40, 0.1)])
+def test_intervals_of_a_picked_frontier_cover_95_percent_of_300_draws(frontier, count, noise):
+    shares = coverage_of("power", frontier, count, noise, 300)
+    assert 0.93 <= shares["exponent"] <= 0.97, shares
+    assert 0.93 <= shares["coefficient"] <= 0.97, shares
+
+
+def test_a_frontier_of_noise_is_set_right_and_one_of_better_runs_is_left_alone():
+    """By noise the least of eight runs a bin lies about 1.4 deviations low; where most runs are worse by far more than
+    noise, the frontier is the law."""
+    generator = np.random.default_rng(0)
+    noisy = draw(power, 40, 0.1, generator)
+    assert 0.08 < selection_bias(fit_law(noisy, config(frontier="bins", resamples=400))) < 0.35
+    worse = [
+        Point(p.gmacs, p.samples, p.error * (1 + 0.8 * (i % 3 > 0)))
+        for i, p in enumerate(draw(power, 60, 0.005, generator))
+    ]
+    law = fit_law(worse, config(frontier="pareto", resamples=400))
+    assert selection_bias(law) is None
+    exponent = law.estimates()["exponent"]
+    assert exponent.low <= 0.111 <= exponent.high and exponent.high - exponent.low < 0.02
 
 
 @pytest.mark.slow
@@ -409,7 +433,7 @@ def test_the_job_from_a_csv(tmp_path, capsys):
     rows = {row["name"]: row for row in csv.DictReader((tmp_path / "a" / "points.csv").open())}
     assert {name for name, row in rows.items() if row["fitted"] == "no"} == set(reasons)
     printed = capsys.readouterr().out
-    for word in ("exponent", "narrow: ", "fitted below largest/8", "broken: error is missing", "at C = 1e+13"):
+    for word in ("exponent", "selected: ", "fitted below largest/8", "broken: error is missing", "at C = 1e+13"):
         assert word in printed
 
 
