@@ -145,7 +145,9 @@ def test_a_killed_trial_and_a_killed_sweep_go_on_and_repeat_nothing(tmp_path, ma
     asked = []
     monkeypatch.setattr(sweep_module, "suggest", lambda plan, index, known: asked.append((index, known)) or {LR: 1e-3})
     sweep_module.Sweep(SweepConfig.model_validate(config | {"plan": plan | {"num_trials": 4}}))._suggested()
-    known = [({LR: float(row[LR])}, float(row["classes.top1"])) for row in rows.values()]
+    values = [json.loads(line)["values"] for line in (folder / "journal.jsonl").read_text().splitlines()][:3]
+    assert [value[LR] for value in values] == pytest.approx([float(row[LR]) for row in rows.values()])
+    known = [(value, float(row["classes.top1"])) for value, row in zip(values, rows.values(), strict=True)]
     assert asked == [(3, known)]
 
 
