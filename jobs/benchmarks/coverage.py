@@ -45,6 +45,8 @@ KNOWN: dict[LawForm, Known] = {
     ),
 }
 _FRONTIERS: tuple[Frontier, ...] = ("all", "pareto", "bins")
+_BINS: dict[LawForm, int] = {"shifted_limit": 8}
+"""Where five points are too few for the form."""
 _RUNS_AND_NOISE: dict[LawForm, list[tuple[int, float]]] = {
     "power": [(12, 0.02), (20, 0.02), (40, 0.1)],
     "power_limit": [(20, 0.01), (40, 0.01)],
@@ -67,7 +69,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
 def coverage(form: LawForm, frontier: Frontier, count: int, noise: float, draws: int) -> dict[str, float]:
     """Share of the intervals that hold each figure, of the draws that carry a law."""
     known, generator = KNOWN[form], np.random.default_rng(0)
-    config = FitConfig(source="-", form=form, frontier=frontier, resamples=_RESAMPLES)
+    config = FitConfig(source="-", form=form, frontier=frontier, bins=_BINS.get(form, 5), resamples=_RESAMPLES)
     held, fitted = dict.fromkeys(known.figures, 0), 0
     for _ in range(draws):
         try:
@@ -78,7 +80,7 @@ def coverage(form: LawForm, frontier: Frontier, count: int, noise: float, draws:
         for name, value in known.figures.items():
             low, high = estimates[name].low, estimates[name].high
             held[name] += low is not None and high is not None and low <= value <= high
-    return {name: round(number / fitted, 4) for name, number in held.items()} | {"carried": fitted / draws}
+    return {name: round(number / max(fitted, 1), 4) for name, number in held.items()} | {"carried": fitted / draws}
 
 
 def draw(law: LawOfRuns, count: int, noise: float, generator: np.random.Generator) -> list[Point]:

@@ -115,7 +115,7 @@ def test_a_killed_trial_and_a_killed_sweep_go_on_and_repeat_nothing(tmp_path, ma
     old = workers()
     wait_until(lambda: (folder / "trial-001/run.json").exists() and workers() - old)
     killed = workers()
-    (trial,) = actors_of(first, "TrialActor")
+    (trial,) = actors_of(first, "ResourceTrainable", "TrialActor")  # Tune makes a class of ours
     trial.kill()
     wait_until(lambda: "trial-001 is begun again" in log.read_text() and workers() - killed - old)
     kill(first)
@@ -145,7 +145,9 @@ def test_a_killed_trial_and_a_killed_sweep_go_on_and_repeat_nothing(tmp_path, ma
     asked = []
     monkeypatch.setattr(sweep_module, "suggest", lambda plan, index, known: asked.append((index, known)) or {LR: 1e-3})
     sweep_module.Sweep(SweepConfig.model_validate(config | {"plan": plan | {"num_trials": 4}}))._suggested()
-    known = [({LR: float(row[LR])}, float(row["classes.top1"])) for row in rows.values()]
+    values = [json.loads(line)["values"] for line in (folder / "journal.jsonl").read_text().splitlines()][:3]
+    assert [value[LR] for value in values] == pytest.approx([float(row[LR]) for row in rows.values()])
+    known = [(value, float(row["classes.top1"])) for value, row in zip(values, rows.values(), strict=True)]
     assert asked == [(3, known)]
 
 
@@ -209,13 +211,13 @@ def start(folder):
         )
 
 
-def actors_of(process, name):
-    """Processes of Ray's actors of that class, under a sweep."""
+def actors_of(process, *names):
+    """Processes of Ray's actors of these classes, under a sweep."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.Error):
             title = " ".join(child.cmdline())
-            if title.startswith("ray::") and name in title:
+            if title.startswith("ray::") and any(name in title for name in names):
                 found.append(child)
     return found
 

@@ -2,16 +2,18 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jobs.benchmarks.coverage import coverage as coverage_of
 from jobs.fit import main
 from rayclip.config import FitConfig
 from rayclip.config_file import load
 from rayclip.errors import UserError
-from rayclip.scaling.fit import NotEnoughError, fit_law, flags, misfit_p, why_no_limit
+from rayclip.scaling.fit import NotEnoughError, fit_law, flags, misfit_p, selection_bias, why_no_limit
 from rayclip.scaling.flops import forward_gmacs
 from rayclip.scaling.forms import Form
 from rayclip.scaling.frontier import select
@@ -190,6 +192,27 @@ def test_intervals_of_a_power_law_cover_95_percent_of_300_draws(count):
     shares = coverage("power", count, 0.02, 300, resamples=1000)
     assert 0.93 <= shares["exponent"] <= 0.97
     assert 0.93 <= shares["coefficient"] <= 0.97
+
+
+@pytest.mark.parametrize(("frontier", "count", "noise"), [("pareto", 20, 0.02), ("pareto", 40, 0.1), ("bins", 40, 0.1)])
+def test_intervals_of_a_picked_frontier_cover_95_percent_of_300_draws(frontier, count, noise):
+    shares = coverage_of("power", frontier, count, noise, 300)
+    assert 0.93 <= shares["exponent"] <= 0.97, shares
+    assert 0.93 <= shares["coefficient"] <= 0.97, shares
+
+
+def test_a_frontier_of_noise_is_set_right_and_one_of_better_runs_is_left_alone():
+    """By noise the least of eight runs a bin lies about 1.4 deviations low; where most runs are worse by far more than
+    noise, the frontier is the law."""
+    generator = np.random.default_rng(0)
+    noisy = draw(power, 40, 0.1, generator)
+    assert 0.08 < selection_bias(fit_law(noisy, config(frontier="bins", resamples=400))) < 0.35
+    runs = draw(power, 60, 0.005, generator)
+    worse = [replace(p, error=1.8 * p.error) if i % 3 and p.compute > 1e7 else p for i, p in enumerate(runs)]
+    law = fit_law(worse, config(frontier="pareto", resamples=400))
+    assert selection_bias(law) is None
+    exponent = law.estimates()["exponent"]
+    assert exponent.low <= 0.111 <= exponent.high and exponent.high - exponent.low < 0.02, exponent
 
 
 @pytest.mark.slow
