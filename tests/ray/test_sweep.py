@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -91,34 +90,20 @@ def rows_of(path):
 
 
 @pytest.mark.chaos
-def test_a_killed_trial_and_a_killed_sweep_go_on_and_repeat_nothing(tmp_path, make_sweep, monkeypatch):
-    """There is room for one trial: begun again it finds none, unless that of the killed one's workers is given back."""
-    plan = {"kind": "search", "space": {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}, "num_trials": 3}
+def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path, make_sweep, monkeypatch):
+    plan = {"kind": "search", "space": {LR: {"low": 1e-4, "high": 1e-2, "log": True}}, "num_trials": 3}
     plan["algorithm"] = "tpe"
     config = make_sweep("killed", plan, 512) | {"max_concurrent": 1}
     (tmp_path / "killed.yaml").write_text(json.dumps(config))
     folder, log = tmp_path / "runs/sweeps/killed", tmp_path / "log"
 
     first = start(tmp_path)
-
-    def wait_until(condition):
-        deadline = time.monotonic() + START_S
-        while not condition():
-            assert first.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-
-    def workers():
-        return {process.pid for process in actors_of(first, "TrainWorker")}
-
-    wait_until(lambda: (folder / "trial-000/summary.json").exists())
-    finished = files_of(folder / "trial-000")
-    old = workers()
-    wait_until(lambda: (folder / "trial-001/run.json").exists() and workers() - old)
-    killed = workers()
-    (trial,) = actors_of(first, "ResourceTrainable", "TrialActor")  # Tune makes a class of ours
-    trial.kill()
-    wait_until(lambda: "trial-001 is begun again" in log.read_text() and workers() - killed - old)
+    deadline = time.monotonic() + START_S
+    while not ((folder / "trial-000/summary.json").exists() and (folder / "trial-001/run.json").exists()):
+        assert first.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
     kill(first)
+    finished = files_of(folder / "trial-000")
     parent, children = runs_of(tmp_path)
     assert children["trial-000"].info.status == "FINISHED"
 
@@ -209,17 +194,6 @@ def start(folder):
         return subprocess.Popen(
             [sys.executable, "-m", "jobs.sweep", "killed.yaml"], cwd=folder, env=environment, stdout=log, stderr=log
         )
-
-
-def actors_of(process, *names):
-    """Processes of Ray's actors of these classes, under a sweep."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with suppress(psutil.Error):
-            title = " ".join(child.cmdline())
-            if title.startswith("ray::") and any(name in title for name in names):
-                found.append(child)
-    return found
 
 
 def kill(process):

@@ -5,10 +5,7 @@ import os
 from pathlib import Path
 
 import ray
-from ray._private.state import state as global_state
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.data import DataContext  # sets log levels as it is imported: before _quieten does
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from rayclip.errors import UserError
 from rayclip.orchestration.placement import Bundle, most_of, num_times_placed, told, total
@@ -54,32 +51,6 @@ def check_resources(bundles: list[Bundle], what: str) -> None:
 def num_that_fit(bundles: list[Bundle]) -> int:
     """How many times the cluster, with nothing else on it, could place all of these together; each on one node."""
     return num_times_placed(bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-
-
-def free_abandoned() -> int:
-    """Give back the room of this job's placement groups whose makers have died; returns how many there were.
-
-    Ray keeps them until the job ends, so that a training begun again would wait for the room of the one that died.
-    Train has a cleaner of its own, but that asks the dashboard, which not every cluster runs. Who made a group is in
-    no public call.
-    """
-    job = ray.get_runtime_context().get_job_id()
-    abandoned = [group for group in _placement_groups() if _is_abandoned(group) and group.creator_job_id.hex() == job]
-    for group in abandoned:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-    return len(abandoned)
-
-
-def _placement_groups() -> list[PlacementGroupTableData]:
-    table = global_state._connect_and_get_accessor().get_placement_group_table()
-    return [PlacementGroupTableData.FromString(row) for row in table]
-
-
-def _is_abandoned(group: PlacementGroupTableData) -> bool:
-    """Those that a driver makes, Tune's among them, count as of a dead actor too."""
-    made_by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
-    gone = group.state == PlacementGroupTableData.REMOVED
-    return made_by_actor and group.creator_actor_dead and not group.is_detached and not gone
 
 
 def _worker_environment() -> dict[str, str]:

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayclip.config import SearchPlan, SweepConfig, TrainConfig
 from rayclip.errors import UserError
 from rayclip.files import write_text
-from rayclip.orchestration.cluster import check_resources, connect, free_abandoned, num_that_fit
+from rayclip.orchestration.cluster import check_resources, connect, num_that_fit
 from rayclip.orchestration.monitor import Board
 from rayclip.orchestration.placement import demand, total
 from rayclip.orchestration.run_folder import RunFolder
@@ -228,7 +228,6 @@ class Sweep:
 
     def _watch(self, done: threading.Event) -> None:
         while not done.wait(_LOOK_EVERY_S):
-            free_abandoned()  # a trial whose process was killed left its workers' room taken
             for name, news in ray.get(self._board.take.remote()).items():
                 if self.lines[name].state in (FINISHED, STOPPED, FAILED):  # it was told before that
                     continue
