@@ -43,7 +43,6 @@ def test_a_run_in_s3_goes_on_after_kill_9_with_faults_and_nothing_is_left_on_dis
     first = start_training(tmp_path, config)
     first.wait_until(lambda state: state["samples_seen"] >= 3 * EVERY)
     first.kill()
-    checkpoints = first.checkpoints
     start = first.latest()["samples_seen"]
     again = start_training(tmp_path, config)
     assert again.end() == 0, again.log.read_text()
