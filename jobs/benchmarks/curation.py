@@ -69,7 +69,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
         "pairs_of_queries": _found(expected),
         "seconds": round(seconds, 1),
         "pairs_per_s": round(config.corpus_pairs / seconds),
-        "driver_peak_mb": round(psutil.Process().memory_info().rss / 1e6),
+        "driver_resident_mb": round(psutil.Process().memory_info().rss / 1e6),
     }
 
 

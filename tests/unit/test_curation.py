@@ -152,6 +152,16 @@ def corpus():
 
 
 def test_every_outcome_of_a_known_corpus(corpus, tmp_path):
+    check_outcomes(corpus, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_outcome_of_a_large_known_corpus(tmp_path):
+    check_outcomes(build_corpus(200_000), tmp_path)
+
+
+def check_outcomes(corpus, tmp_path):
+    """Causes and counts exactly; what is drawn, within five standard deviations of its chances."""
     (tmp_path / "queries.txt").write_text("\n".join(corpus.queries))
     decision = decide(corpus.seen, config(queries=str(tmp_path / "queries.txt")), corpus.scores)
     got = [OUTCOMES[code] for code in decision.outcome_N]

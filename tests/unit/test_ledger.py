@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayclip.data.decode import CAUSES
+from rayclip.data.formats.tar import write_shard
 from rayclip.data.ledger import Ledger
+from rayclip.data.manifest import Manifest
 from rayclip.data.order import Order
+from rayclip.data.stream import Stream, StreamSpec
 
 
 def remaining_samples(order, ledger, end):
@@ -69,6 +73,51 @@ def test_every_sample_is_trained_on_exactly_once_across_crashes_and_resizes(data
         lineage += list(remaining_samples(order, ledger, end))
     expected = {(position, row): 1 for position in range(end) for row in range(rows_at(position))}
     assert Counter(lineage) == expected
+
+
+@pytest.fixture(scope="module")
+def mixed_chunks(tmp_path_factory, make_samples):
+    """A data set whose chunks have one to seven samples, and one of them more samples than there are."""
+    folder, shards, samples = tmp_path_factory.mktemp("mixed"), [], make_samples(40)
+    for number, (count, size) in enumerate([(7, 3), (5, 1), (14, 7), (8, 4), (6, 5)]):
+        with (folder / f"{number}.tar").open("wb") as file:
+            spans = write_shard(file, samples[:count], size)
+        if number == 3:
+            spans[0] = spans[0]._replace(num_samples=6)
+        shards.append((f"{number}.tar", (folder / f"{number}.tar").stat().st_size, spans))
+    Manifest.from_spans(folder, shards).save()
+    return Manifest.load(folder)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_the_stream_itself_gives_every_sample_once_across_crashes_and_resizes(mixed_chunks, data):
+    """As above, with files that are read, samples that cannot be, and the padding that shares the rest out evenly."""
+    end = data.draw(st.integers(1, 3 * len(mixed_chunks)))
+    spec = StreamSpec(
+        folder=mixed_chunks.folder, digest=mixed_chunks.digest, seed=data.draw(st.integers(0, 99)), end=end,
+        window=data.draw(st.integers(1, 5)), image_size=8, context_length=8, crop_scale=(0.9, 1.0), crop_ratio=(1, 1),
+    )  # fmt: skip
+    saved, lineage = None, []
+    counts = mixed_chunks.num_samples[Stream(spec).order.chunks(np.arange(end))].tolist()
+    left = total = sum(counts)
+    for crash_after in [*data.draw(st.lists(st.integers(0, 8), max_size=4)), None]:
+        num_workers, batch_size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+        stream = Stream(spec, saved and json.loads(saved))
+        assert stream.num_remaining() == left
+        blocks = [*map(stream.read, stream.windows()), stream.padding(-left % num_workers)]
+        rows = np.concatenate([np.stack([b["position"], b["row"], b["cause"]], axis=1) for b in blocks])
+        assert len(rows) % num_workers == 0
+        ledger = stream.ledger()
+        for batches in share_out(rows.tolist(), num_workers, batch_size)[:crash_after]:
+            real = [row for batch in batches for row in batch if row[0] >= 0]
+            ledger.add(*np.array(real, dtype=np.int64).reshape(-1, 3)[:, :2].T)
+            lineage += real
+        saved, left = json.dumps(ledger.to_dict()), total - len(lineage)
+    assert Counter((p, r) for p, r, _ in lineage) == {(p, r): 1 for p, count in enumerate(counts) for r in range(count)}
+    missing = [row for _, row, cause in lineage if CAUSES[cause] == "sample_missing"]
+    assert sorted(missing) == sorted(row for count in counts if count == 6 for row in (4, 5))
+    assert Stream(spec, json.loads(saved)).ledger().to_dict() == {"cursor": end, "partial": {}}
 
 
 def four_rows(position):

@@ -81,7 +81,7 @@ class Run:
         elif origin:
             state = restore(origin, self.model, self.optimizer).branch()
         stream = Stream(self.spec, state.ledger)
-        hooks = Hooks(self._step, self._log, self._evaluate, self._save)
+        hooks = Hooks(self._step, self._log, self._evaluate, self._save, shard_of=Stream(self.spec).shard_at)
         self.trainer = Trainer(self.plan, self.model, self.optimizer, state, stream.ledger(), hooks)
         return self.trainer.run(self._batches(stream, crash_after))
 
@@ -347,7 +347,8 @@ def test_bad_samples_are_borne_up_to_the_fraction(tmp_path, bad_data, tiny_confi
         Run(tmp_path / "b", bad_data, tiny_config, make_plan(max_bad_fraction=5 / TOTAL + 1e-9)).start()
     message = str(caught.value)
     assert message.startswith("6 of ")
-    assert "(caption_empty 4, image_undecodable 2)" in message
+    # The worst shards of the whole run, in which there were checkpoints.
+    assert "(caption_empty 4, image_undecodable 2; most in 000000.tar 4, 000001.tar 2)" in message
     assert message.endswith("data.max_bad_fraction allows 0.0757576")
 
 
@@ -359,7 +360,7 @@ def test_bad_samples_before_a_restart_count_too(tmp_path, bad_data, tiny_config)
         except CrashError:
             continue
         except UserError as error:
-            assert "6 of " in str(error) and "(caption_empty 4, image_undecodable 2)" in str(error)
+            assert "6 of " in str(error) and "(caption_empty 4, image_undecodable 2; most in" in str(error)
             return
     pytest.fail("the run was not stopped")
 

@@ -105,6 +105,7 @@ class Trainer:
         self._replay: Iterable[Batch] | None = None
         self._owed: set[Sample] = set()
         self._unsaved: list[np.ndarray] = []
+        self._unreadable_in: Counter[str] = Counter()
 
     def run(self, batches: Iterable[Batch]) -> RunState:
         """Train to the end of `batches`, evaluate, save, and return the final state.
@@ -217,6 +218,7 @@ class Trainer:
         started = time.perf_counter()
         seen = self._gather_unsaved()
         self.ledger.add(seen[:, 0], seen[:, 1])
+        self._unreadable_in += self._shards_of_unreadable(seen)
         self.state.skipped, self.state.ledger = self._count_skipped(seen), self.ledger.to_dict()
         self._unsaved = []
         self._owed -= _samples(seen) if self._owed else set()
@@ -242,13 +244,16 @@ class Trainer:
         )
 
     def _worst_shards(self, seen: np.ndarray) -> str:
-        """As in "; most of them in 00017.tar 40, 00003.tar 12", since the last checkpoint."""
-        if self.hooks.shard_of is None:
-            return ""
-        unreadable = seen[(seen[:, 2] > 0) & (seen[:, 2] < _FIRST_GUARD_CAUSE), 0]
-        counts = Counter(self.hooks.shard_of(position) for position in unreadable.tolist())
+        """As in "; most in 00017.tar 40, 00003.tar 12", since these workers have started."""
+        counts = self._unreadable_in + self._shards_of_unreadable(seen)
         worst = ", ".join(f"{shard} {count:,}" for shard, count in counts.most_common(_SHOWN_SHARDS))
         return f"; most in {worst}" if worst else ""
+
+    def _shards_of_unreadable(self, seen: np.ndarray) -> Counter[str]:
+        if self.hooks.shard_of is None:
+            return Counter()
+        unreadable = seen[(seen[:, 2] > 0) & (seen[:, 2] < _FIRST_GUARD_CAUSE), 0]
+        return Counter(self.hooks.shard_of(position) for position in unreadable.tolist())
 
     def _count_skipped(self, seen: np.ndarray) -> dict[str, int]:
         """What was skipped up to the last checkpoint and in `seen`, by cause, the commonest first."""
