@@ -21,7 +21,7 @@ from jobs.benchmarks.workload import jpegs
 from rayclip.config import BenchmarkConfig, GlyphsConfig, IngestConfig, ModelConfig, OptimizerConfig, ZeroShotTask
 from rayclip.data.decode import Box, crop_picture, open_image, random_box, to_rgb
 from rayclip.data.encode import to_sample
-from rayclip.data.formats.tar import write_shard
+from rayclip.data.formats.tar import Sample, write_shard
 from rayclip.data.manifest import Manifest
 from rayclip.data.samples import fonts, glyphs
 from rayclip.data.sources import Record
@@ -49,7 +49,9 @@ _MODEL = ModelConfig.model_validate(
 )
 _OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_samples=2_000)
 _BATCH = 64
-_GLYPHS = GlyphsConfig(size=_SIDE, letter_renders=5, eval_renders=4, plain_share=1.0)
+_GLYPHS = GlyphsConfig(size=_SIDE)
+_FACES = {"train": (fonts.TRAIN_FACES, 3), "held_out_font": (fonts.HELD_OUT_FACES, 4)}
+"""Typefaces of a split, and how often each draws each letter."""
 
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
@@ -90,26 +92,24 @@ def _pixels(side: int, size: int) -> dict[str, float]:
 
 
 def _letters(folder: Path, split: str) -> Manifest:
-    """The 52 letters of English as large JPEGs: the faces of training, or those of the typeface held out."""
-    names = [fonts.name_of(char) for char in string.ascii_letters]
-    items = [item for item in glyphs.build(split, _GLYPHS) if item.char in string.ascii_letters]
-    place = folder / split
+    """The 52 letters of English as large JPEGs, in the faces of training or in those that are held out."""
+    place, names = folder / split, [fonts.name_of(char) for char in string.ascii_letters]
     place.mkdir()
     (place / "classnames.txt").write_text("\n".join(names) + "\n")
-    settings = IngestConfig(source=_GLYPHS, output=str(folder), image_format="jpg")
-    # Shards hold their samples in the order of the items, which is by face: each chunk takes from all of them.
-    order = np.random.default_rng(0).permutation(len(items)).tolist()
-    samples = (_sample(items[at], number, names, settings) for number, at in enumerate(order))
+    faces, renders = _FACES[split]
+    pairs = [(face, cls) for face in faces for cls in range(len(names)) for _ in range(renders)]
+    order = np.random.default_rng(0).permutation(len(pairs)).tolist()  # a chunk has of every face
     with (place / "000000.tar").open("wb") as target:
-        spans = write_shard(target, samples, _BATCH)
+        spans = write_shard(target, (_sample(split, number, *pairs[at]) for number, at in enumerate(order)), _BATCH)
     manifest = Manifest.from_spans(place, [("000000.tar", (place / "000000.tar").stat().st_size, spans)])
     manifest.save()
     return manifest
 
 
-def _sample(item: glyphs.Item, number: int, names: list[str], settings: IngestConfig) -> dict[str, bytes]:
-    picture, caption, _ = glyphs.render(item, _SIDE)
-    return to_sample(Record(picture, caption, names.index(fonts.name_of(item.char))), f"{number:06}", settings)
+def _sample(split: str, number: int, face: str, cls: int) -> Sample:
+    item = glyphs.Item(split, number, face, string.ascii_letters[cls], cls, 1.0, _GLYPHS.print_share, _GLYPHS.seed)
+    settings = IngestConfig(source=_GLYPHS, output="", image_format="jpg")
+    return to_sample(Record(*glyphs.render(item, _SIDE)), f"{number:06}", settings)
 
 
 def _compare(train: Manifest, test: Manifest, config: BenchmarkConfig) -> dict[str, Any]:

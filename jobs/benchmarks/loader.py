@@ -60,7 +60,7 @@ def _figures(folder: Path, side: int, cases: Sequence[str], config: BenchmarkCon
     figures: dict[str, Any] = {"jpeg_kb": round(statistics.mean(map(len, data.files)) / 1000, 1)}
     if "core" in cases:
         figures |= _one_core(data, config.repeats) | _pause(longer)
-        figures[f"cores_for_{config.samples_per_s:g}_per_s"] = _cores(config, figures["images_per_s_per_core"])
+        figures[f"cores_for_{config.samples_per_s:g}_per_s"] = _cores(config, figures["images_per_cpu_s"])
     if "s3" in cases:
         figures |= _from_s3(data, config)
     if "ray" in cases:
