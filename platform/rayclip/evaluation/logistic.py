@@ -1,8 +1,8 @@
 """Logistic regression with an L2 penalty, solved many times on the same features: what a linear probe is.
 
 The features' principal axes are found once. On them a diagonal stands in for the Hessian at every strength of the
-penalty: L-BFGS starts from it. Scores are linear in the weights, so a line search costs no
-product with the features; one step costs two.
+penalty: L-BFGS starts from it. Scores are linear in the weights, so a line search costs no product with the
+features; a step costs two.
 
 Shapes: N samples, D features, C classes; K principal axes and the constant, M the features and the constant.
 """
