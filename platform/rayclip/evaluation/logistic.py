@@ -42,7 +42,7 @@ class LinearModel:
         return features_ND @ self.weight_DC.to(features_ND.dtype) + self.bias_C.to(features_ND.dtype)
 
     def toward(self, other: "LinearModel", share: float) -> "LinearModel":
-        """The model at a share of the way to another; beyond it where that is above 1."""
+        """The model at a share of the way to another; outside of 0..1, beyond either."""
         weight_DC = torch.lerp(self.weight_DC, other.weight_DC, share)
         return LinearModel(weight_DC, torch.lerp(self.bias_C, other.bias_C, share))
 
