@@ -117,8 +117,15 @@ class LogisticRegression:
         return torch.cat([start.weight_DC, (start.bias_C + self._mean_D @ start.weight_DC)[None]])
 
     def _problem(self, strength: float, dtype: torch.dtype) -> "_Problem":
-        tensors = self._features_ND, self._target_NC, self._mean_D, self._axes_DK, self._variance_K1
-        return _Problem(*(x.to(dtype) for x in tensors), strength * self._penalty_scale, self._link)
+        return _Problem(
+            self._features_ND.to(dtype),
+            self._target_NC.to(dtype),
+            self._mean_D.to(dtype),
+            self._axes_DK.to(dtype),
+            self._variance_K1.to(dtype),
+            strength * self._penalty_scale,
+            self._link,
+        )
 
     @property
     def _rounding(self) -> float:

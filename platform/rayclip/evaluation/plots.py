@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,17 +19,6 @@ _LEAST_AXES = 3  # of a radar
 
 Point = tuple[float, float]
 """Accuracy without shift, and under it."""
-
-
-class Figured(Protocol):
-    """A value with its interval."""
-
-    @property
-    def value(self) -> float: ...
-    @property
-    def low(self) -> float | None: ...
-    @property
-    def high(self) -> float | None: ...
 
 
 def write_bars(path: Path, comparison: dict[str, Any]) -> None:
@@ -81,16 +70,16 @@ def write_radar(path: Path, comparison: dict[str, Any]) -> bool:
     return True
 
 
-def write_corruptions(path: Path, clean: float, by_strength: Mapping[str, Sequence[Figured]]) -> None:
+def write_corruptions(path: Path, clean: float, by_strength: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     """Accuracy over the strength of each corruption, with 95% intervals; strength 0 is without any."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for number, (name, found) in enumerate(by_strength.items()):
-            values = [clean, *(one.value for one in found)]
+            values = [clean, *(one["value"] for one in found)]
             axes.plot(range(len(values)), values, "o-", color=_colour(number), label=name.replace("_", " "))
             for strength, one in enumerate(found, 1):
-                axes.plot([strength, strength], [one.low, one.high], color=_colour(number), linewidth=1, alpha=0.5)
+                axes.plot([strength, strength], [one["low"], one["high"]], color=_colour(number), linewidth=1)
         axes.set(xlabel="strength", ylabel="accuracy", ylim=(0, 1))
         axes.grid(True, linewidth=0.3)
         axes.legend(fontsize=8)

@@ -159,19 +159,18 @@ def _corruptions(measured: Measured) -> Result:
     def right(features: str) -> Tensor:
         return scoring.right_answers(measured.features[features].pictures(), classes_CE)
 
-    clean = scoring.share(right("pictures"))
-    right_by_name = {
-        name: torch.stack([right(corrupted(name, strength)) for strength in STRENGTHS]).double()
-        for name in dataset.config.corruptions
+    clean, names = scoring.share(right("pictures")), tuple(map(str, dataset.config.corruptions))
+    right_by_name = {name: torch.stack([right(corrupted(name, s)) for s in STRENGTHS]).double() for name in names}
+    by_strength = {
+        name: [scoring.share(right_N)._asdict() for right_N in right_SN] for name, right_SN in right_by_name.items()
     }
-    by_strength = {name: [scoring.share(row) for row in right_SN] for name, right_SN in right_by_name.items()}
     write_corruptions(measured.folder / "corruptions.png", clean.value, by_strength)
     figures = {name: scoring.mean_difference(right_SN.mean(dim=0)) for name, right_SN in right_by_name.items()}
     all_N = torch.stack([right_SN.mean(dim=0) for right_SN in right_by_name.values()]).mean(dim=0)
     figures = {"without": clean, "mean_of_corrupted": scoring.mean_difference(all_N), **figures}
-    errors = {name: [1 - one.value for one in of_name] for name, of_name in by_strength.items()}
+    errors = {name: (1 - right_SN.mean(dim=1)).tolist() for name, right_SN in right_by_name.items()}
     return {
-        "by_strength": {name: [one._asdict() for one in of_name] for name, of_name in by_strength.items()},
+        "by_strength": by_strength,
         "mean_corruption_error": mean_corruption_error(errors),
         "figures": _plain(figures),
     }
