@@ -26,7 +26,9 @@ def evaluate(config: SuiteConfig) -> dict[str, Any]:
     model = open_model(config.model, config.tracking_uri)
     output = output_folder(config, model.source.version)
     wanted = {dataset.name: _extractions(dataset, model, config) for dataset in suite.datasets}
-    extracted = extract([needed for of_one in wanted.values() for needed in of_one.values()], config.cluster)
+    # Data sets of the same classes and templates have the same prompts.
+    distinct = {needed.job.folder.path: needed for of_one in wanted.values() for needed in of_one.values()}
+    extracted = extract(list(distinct.values()), config.cluster)
     results = {}
     for dataset in suite.datasets:
         features = {name: needed.features for name, needed in wanted[dataset.name].items()}
