@@ -115,7 +115,8 @@ def test_a_report_lies_in_the_folder_and_is_compared(summary, place):
     assert json.loads((report / "summary.json").read_text())["model_version"] == summary["model_version"]
     assert json.loads((report / "classes" / "summary.json").read_text()) == summary["datasets"]["classes"]
     page = (report / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 1 + len(list((report / "classes").glob("*.png"))) >= 2
+    assert page.count("data:image/png;base64,") == 1 + len(list(report.glob("*/*.png"))) >= 4
+    assert "strength 5" in page and "points beside classes" in page
     config = CompareConfig(runs=(str(report), str(report)), output=str(place / "comparison"))
     same = compare_job.main(config)["datasets"]["classes"]["difference"][1]
     assert same == {"value": 0.0, "low": 0.0, "high": 0.0, "paired": True}
