@@ -13,6 +13,7 @@ from rayclip.config import CompareConfig, SuiteConfig, WorkersConfig
 from rayclip.data.decode import eval_array, read_image
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
+from rayclip.evaluation.corruptions import corrupt_batch
 from rayclip.inference.encoder import Encoder
 from rayclip.inference.zero_shot import class_matrix
 from rayclip.models.clip import CLIP
@@ -35,9 +36,10 @@ def place(tmp_path_factory, tiny_config, model, make_samples, write_dataset):
     save_file(model.state_dict(), place / "model" / "model.safetensors")
     settings = {"name": "tiny", "model": tiny_config.model_dump(mode="json")}
     (place / "model" / "config.json").write_text(json.dumps(settings))
-    for name in ("classes", "pairs"):
+    for name in ("classes", "pairs", "moved"):
         write_dataset(place / "root" / name / "test", make_samples(NUM_SAMPLES))
-    (place / "root" / "classes" / "classnames.txt").write_text("\n".join(NAMES))
+    for name in ("classes", "moved"):
+        (place / "root" / name / "classnames.txt").write_text("\n".join(NAMES))
     return place
 
 
@@ -46,7 +48,12 @@ def suite(place, **changes):
         "name": "tiny",
         "model": str(place / "model"),
         "root": str(place / "root"),
-        "datasets": {"classes": {}, "pairs": {"tasks": ["retrieval"], "metric": "image_recall_at_1"}, "mnist": {}},
+        "datasets": {
+            "classes": {"tasks": ["zero_shot", "corruptions"], "corruptions": ["gaussian_noise"]},
+            "moved": {"shift_of": "classes"},
+            "pairs": {"tasks": ["retrieval"], "metric": "image_recall_at_1"},
+            "mnist": {},
+        },
         "require": "any",
         "cache": str(place / "cache"),
         "output": str(place / "report"),
@@ -74,8 +81,24 @@ def test_scores_are_those_of_the_encoder_alone(summary, model, make_samples):
     assert "no folder" in summary["not_there"]["mnist"]
 
 
+def test_corrupted_pictures_are_those_of_their_positions(summary, model, make_samples):
+    encoder = Encoder(model, get_tokenizer(model.context_length), "cpu")
+    samples = make_samples(NUM_SAMPLES)
+    classes = class_matrix(encoder, NAMES, "photo")
+    images = np.stack([eval_array(read_image(sample), 16) for sample in samples])
+    worse = encoder.encode_images(corrupt_batch(images, "gaussian_noise", 5, range(NUM_SAMPLES)))
+    right = np.mean([int(sample["cls"]) for sample in samples] == (worse @ classes.T).argmax(dim=1).numpy())
+    found = summary["datasets"]["classes"]["corruptions"]
+    assert found["by_strength"]["gaussian_noise"][4]["value"] == pytest.approx(right)
+    mean = np.mean([one["value"] for one in found["by_strength"]["gaussian_noise"]])
+    assert found["figures"]["mean_of_corrupted"]["value"] == pytest.approx(mean)
+    assert found["mean_corruption_error"] == pytest.approx(1 - mean)
+    # The same pictures: no shift costs nothing.
+    assert summary["datasets"]["moved"]["shift"]["change"]["value"] == 0
+
+
 def test_features_are_kept_and_what_is_lost_is_made_anew(summary, place):
-    assert summary["extraction"]["new_samples"] == summary["extraction"]["samples"] == 2 * NUM_SAMPLES + len(NAMES)
+    assert summary["extraction"]["new_samples"] == summary["extraction"]["samples"] == 8 * NUM_SAMPLES + len(NAMES)
     again = evaluate_job.main(suite(place))
     assert again["extraction"]["new_samples"] == 0
     assert again["datasets"] == summary["datasets"]
@@ -92,7 +115,8 @@ def test_a_report_lies_in_the_folder_and_is_compared(summary, place):
     assert json.loads((report / "summary.json").read_text())["model_version"] == summary["model_version"]
     assert json.loads((report / "classes" / "summary.json").read_text()) == summary["datasets"]["classes"]
     page = (report / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 1 + len(list((report / "classes").glob("*.png"))) >= 2
+    assert page.count("data:image/png;base64,") == 1 + len(list(report.glob("*/*.png"))) >= 4
+    assert "strength 5" in page and "points beside classes" in page
     config = CompareConfig(runs=(str(report), str(report)), output=str(place / "comparison"))
     same = compare_job.main(config)["datasets"]["classes"]["difference"][1]
     assert same == {"value": 0.0, "low": 0.0, "high": 0.0, "paired": True}

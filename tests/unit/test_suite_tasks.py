@@ -14,7 +14,7 @@ from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 from rayclip.evaluation.features import FeatureFolder
 from rayclip.evaluation.suite import DataSet
-from rayclip.evaluation.suite_tasks import Measured, measure
+from rayclip.evaluation.suite_tasks import TASKS, Measured, measure
 
 NAMES = ("a", "b", "c", "d")
 WIDTH, EMBED = 12, 6
@@ -103,3 +103,26 @@ def test_a_metric_that_no_task_gives_is_refused(make):
     measured, _ = make(["linear_probe"], metric="image_recall_at_1")
     with pytest.raises(UserError, match=r"^data set 'mine': metric image_recall_at_1 is not one of a linear probe"):
         measure(measured)
+
+
+def test_corruptions_are_told_by_strength_and_drawn(make, tmp_path):
+    measured, _ = make(["corruptions"], corruptions=["jpeg"])
+    classes = np.random.default_rng(5).normal(size=(len(NAMES), EMBED)).astype(np.float32)
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    (tmp_path / "prompts").mkdir()
+    pq.write_table(pa.table({"text_embedding": lists(classes)}), tmp_path / "prompts" / "part-000000.parquet")
+    names = ["pictures", *(f"jpeg {strength}" for strength in range(1, 6))]
+    data = {name: write_features(tmp_path / name, 90, 10 + seed) for seed, name in enumerate(names[1:])}
+    features = {name: FeatureFolder(tmp_path / name) for name in ("prompts", *names)}
+    found = TASKS["corruptions"](measured._replace(features=features))
+    right = []
+    for pooled, labels in data.values():
+        right.append(((pooled[:, :EMBED] @ classes.T).argmax(axis=1) == labels).astype(float))
+    told = found["by_strength"]["jpeg"]
+    assert [one["value"] for one in told] == pytest.approx([row.mean() for row in right])
+    of_picture = np.mean(right, axis=0)
+    assert found["figures"]["jpeg"]["value"] == pytest.approx(of_picture.mean())
+    half = found["figures"]["jpeg"]["high"] - of_picture.mean()
+    assert half == pytest.approx(1.96 * of_picture.std() / 90**0.5, rel=1e-3)
+    assert found["mean_corruption_error"] == pytest.approx(1 - of_picture.mean())
+    assert (tmp_path / "report" / "corruptions.png").read_bytes().startswith(b"\x89PNG")

@@ -1,13 +1,14 @@
 """Settings of what is measured."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayclip.config.base import Config
 from rayclip.config.offline import WorkersConfig
 
-SuiteTask = Literal["zero_shot", "retrieval", "linear_probe", "few_shot"]
+SuiteTask = Literal["zero_shot", "retrieval", "linear_probe", "few_shot", "corruptions"]
+Corruption = Literal["gaussian_noise", "shot_noise", "gaussian_blur", "contrast", "brightness", "jpeg", "pixelate"]
 SuiteMetric = Literal[
     "accuracy", "mean_per_class", "mean_top1_top5", "eleven_point_map", "roc_auc", "image_recall_at_1"
 ]
@@ -71,6 +72,13 @@ class DataSetConfig(Config):
     )
     default_templates: str | tuple[str, ...] = Field("photo", description="where there are none with the data")
     allow_empty_classes: bool = Field(False, description="whether a class may have no picture")
+    corruptions: tuple[Corruption, ...] = Field(
+        get_args(Corruption), min_length=1, description="what task corruptions makes pictures worse by, at 5 strengths"
+    )
+    shift_of: str | None = Field(
+        None,
+        description="data set with the same classes without shift; where the suite has it, the shift's cost is told",
+    )
 
 
 class SuiteConfig(Config):
@@ -87,6 +95,11 @@ class SuiteConfig(Config):
     part_samples: int = Field(4096, gt=0, description="samples a part, rounded to whole chunks")
     shots: tuple[int, ...] = Field((1, 2, 4, 8, 16), min_length=1, description="samples a class of task few_shot")
     seeds: int = Field(5, gt=0, description="draws of these samples")
+    baselines: tuple[str, ...] = Field(
+        (),
+        description="other models, whose line effective robustness is told from: reports of jobs.evaluate, folders of "
+        "them, or CSVs with a row a model, a column a data set",
+    )
     cluster: WorkersConfig = Field(WorkersConfig(), description="what it runs on")
     experiment: str | None = Field(None, description="MLflow experiment that the result is logged to; None: none")
     tracking_uri: str | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")
@@ -95,6 +108,15 @@ class SuiteConfig(Config):
     @classmethod
     def _empty_is_its_entry(cls, value: object) -> object:
         return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _shifts_are_of_others(self) -> Self:
+        for name, dataset in self.datasets.items():
+            others = [other for other in self.datasets if other != name]
+            if dataset.shift_of is not None and dataset.shift_of not in others:
+                there = f"not in the suite: {', '.join(others) or 'it has no other'}"
+                raise ValueError(f"data set '{name}' is a shift of '{dataset.shift_of}', which is {there}")
+        return self
 
 
 class CompareConfig(Config):

@@ -1,8 +1,8 @@
 """Logistic regression with an L2 penalty, solved many times on the same features: what a linear probe is.
 
 The features' principal axes are found once. On them a diagonal stands in for the Hessian at every strength of the
-penalty: L-BFGS starts from it. Scores are linear in the weights, so a line search costs no
-product with the features; one step costs two.
+penalty: L-BFGS starts from it. Scores are linear in the weights, so a line search costs no product with the
+features; a step costs two.
 
 Shapes: N samples, D features, C classes; K principal axes and the constant, M the features and the constant.
 """
@@ -42,7 +42,7 @@ class LinearModel:
         return features_ND @ self.weight_DC.to(features_ND.dtype) + self.bias_C.to(features_ND.dtype)
 
     def toward(self, other: "LinearModel", share: float) -> "LinearModel":
-        """The model at a share of the way to another; beyond it where that is above 1."""
+        """The model at a share of the way to another; outside of 0..1, beyond either."""
         weight_DC = torch.lerp(self.weight_DC, other.weight_DC, share)
         return LinearModel(weight_DC, torch.lerp(self.bias_C, other.bias_C, share))
 
@@ -117,8 +117,15 @@ class LogisticRegression:
         return torch.cat([start.weight_DC, (start.bias_C + self._mean_D @ start.weight_DC)[None]])
 
     def _problem(self, strength: float, dtype: torch.dtype) -> "_Problem":
-        tensors = self._features_ND, self._target_NC, self._mean_D, self._axes_DK, self._variance_K1
-        return _Problem(*(x.to(dtype) for x in tensors), strength * self._penalty_scale, self._link)
+        return _Problem(
+            self._features_ND.to(dtype),
+            self._target_NC.to(dtype),
+            self._mean_D.to(dtype),
+            self._axes_DK.to(dtype),
+            self._variance_K1.to(dtype),
+            strength * self._penalty_scale,
+            self._link,
+        )
 
     @property
     def _rounding(self) -> float:

@@ -107,7 +107,28 @@ def _section(name: str, result: Mapping[str, Any], pictures: Sequence[Place]) ->
         gains = {"first": "the first template", "best": "the best of them", "mean": "one of them on average"}
         told = [f"{difference(templates[f'gain_over_{key}']).text} points over {what}" for key, what in gains.items()]
         body.append(f"<p>The ensemble gains {'; '.join(told)}.</p>")
-    return body + [figure(picture) for picture in pictures]
+    return [*body, *_corruptions(result), *_shift(result), *(figure(picture) for picture in pictures)]
+
+
+def _corruptions(result: Mapping[str, Any]) -> list[str]:
+    by_strength = result.get("corruptions", {}).get("by_strength", {})
+    rows = [[Cell(name.replace("_", " ")), *map(score, of_name)] for name, of_name in by_strength.items()]
+    heads = ["corruption", *(f"strength {level}" for level in range(1, len(rows[0])))] if rows else []
+    return [table(heads, rows)] if rows else []
+
+
+def _shift(result: Mapping[str, Any]) -> list[str]:
+    """What the shift costs, and what of that the model is spared beside others."""
+    if "shift" not in result:
+        return []
+    shift = result["shift"]
+    told = f"{difference(shift['change']).text} points beside {shift['of']}"
+    if "effective_robustness" in shift:
+        robust = difference(shift["effective_robustness"]).text
+        told += f"; {robust} beside what {shift['num_models']} other models foretell ({shift['expected']:.1%})"
+    else:
+        told += f"; with 3 other models that were measured on both there would be a line, {shift['num_models']} were"
+    return [f"<p>Top-1 under the shift: {escape(told)}.</p>"]
 
 
 def _counts(result: Mapping[str, Any]) -> list[Cell]:

@@ -1,18 +1,24 @@
 """Scores as pictures: bars with intervals for any number of models, and a radar where there are enough data sets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.special import expit, logit
 
+from rayclip.evaluation.robustness import BaselineLine
 from rayclip.files import whole_file
 from rayclip.places import Place
 
-_COLOURS = ("#0969da", "#bf8700", "#1a7f37", "#cf222e", "#8250df", "#57606a")
+_COLOURS = ("#0969da", "#bf8700", "#1a7f37", "#cf222e", "#8250df", "#57606a", "#bf3989")
 _LEAST_AXES = 3  # of a radar
+
+
+Point = tuple[float, float]
+"""Accuracy without shift, and under it."""
 
 
 def write_bars(path: Place, comparison: dict[str, Any]) -> None:
@@ -62,6 +68,43 @@ def write_radar(path: Place, comparison: dict[str, Any]) -> bool:
 
     _write(path, (7, 7), draw)
     return True
+
+
+def write_corruptions(path: Place, clean: float, by_strength: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Accuracy over the strength of each corruption, with 95% intervals; strength 0 is without any."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for number, (name, found) in enumerate(by_strength.items()):
+            values = [clean, *(one["value"] for one in found)]
+            axes.plot(range(len(values)), values, "o-", color=_colour(number), label=name.replace("_", " "))
+            for strength, one in enumerate(found, 1):
+                axes.plot([strength, strength], [one["low"], one["high"]], color=_colour(number), linewidth=1)
+        axes.set(xlabel="strength", ylabel="accuracy", ylim=(0, 1))
+        axes.grid(True, linewidth=0.3)
+        axes.legend(fontsize=8)
+
+    _write(path, (6.5, 4.5), draw)
+
+
+def write_robustness(path: Place, others: Sequence[Point], line: BaselineLine | None, own: Point, name: str) -> None:
+    """Accuracy under shift over accuracy without, both as logits: other models, their line, and the model."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for point, colour, label in [(p, _COLOURS[5], None) for p in others] + [(own, _COLOURS[0], name)]:
+            axes.plot(*point, "o", color=colour, label=label)
+        ends = np.array([np.clip(value, 0.001, 0.999) for point in (*others, own) for value in point])
+        reach = expit(np.linspace(logit(ends.min()) - 0.3, logit(ends.max()) + 0.3, 50))
+        axes.plot(reach, reach, ":", color=_COLOURS[5], linewidth=1, label="no loss")
+        if line is not None:
+            shifted = [line.shifted(float(x)) for x in reach]
+            axes.plot(reach, shifted, "-", color=_COLOURS[1], label=f"line of {len(others)} other models")
+        axes.set(xscale="logit", yscale="logit", xlabel="accuracy without shift", ylabel="accuracy under shift")
+        axes.grid(True, linewidth=0.3)
+        axes.legend(fontsize=8)
+
+    _write(path, (6, 5), draw)
 
 
 def _colour(number: int) -> str:

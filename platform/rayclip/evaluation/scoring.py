@@ -85,6 +85,18 @@ def answer(
     return Answers(ids, label, best, rank, confidence, correct_NT.T, scores if keep_scores else None)
 
 
+def right_answers(parts: Iterable[Pictures], classes_CE: Tensor) -> Tensor:
+    """Whether each picture's class is the nearest, bool [N]. Raises UserError where there are no pictures."""
+    found = [
+        rank_of_label(features @ classes_CE.T, labels) == 0
+        for part in parts
+        for features, labels in zip(part.features_NE.split(_CHUNK), part.labels.split(_CHUNK), strict=True)
+    ]
+    if not found:
+        raise UserError("no pictures to classify: the split is empty")
+    return torch.cat(found)
+
+
 def score(parts: Iterable[Pictures], classes_CE: Tensor) -> Scores:
     """Every picture's score for every class, for metrics of several classes a picture."""
     found = [(part.features_NE @ classes_CE.T, part.targets(len(classes_CE))) for part in parts]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from rayclip.config import SuiteConfig
 from rayclip.errors import UserError
@@ -20,10 +21,13 @@ from rayclip.evaluation.calibration import (
     write_confusions,
     write_reliability,
 )
+from rayclip.evaluation.corruptions import STRENGTHS
 from rayclip.evaluation.features import FeatureFolder
 from rayclip.evaluation.linear_probe import METRICS, Metric, Split, few_shot, linear_probe
+from rayclip.evaluation.plots import write_corruptions
 from rayclip.evaluation.reports import ANSWERS
 from rayclip.evaluation.retrieval import recall_at_k
+from rayclip.evaluation.robustness import mean_corruption_error
 from rayclip.evaluation.suite import DataSet
 from rayclip.files import whole_file
 from rayclip.inference.zero_shot import class_prompts, mean_of_prompts
@@ -139,6 +143,39 @@ def _few_shot(measured: Measured) -> Result:
     }
 
 
+def corrupted(name: str, strength: int) -> str:
+    """What features of pictures made worse are called."""
+    return f"{name} {strength}"
+
+
+def _corruptions(measured: Measured) -> Result:
+    """Zero-shot of pictures made worse; a mean's interval takes all versions of a picture as one draw."""
+    dataset = measured.dataset
+    if dataset.config.labels == "multi":
+        raise UserError("task corruptions needs one label a picture")
+    _, rows_TC = class_prompts(dataset.class_names, dataset.templates)
+    classes_CE = mean_of_prompts(measured.features["prompts"].texts(), rows_TC)
+
+    def right(features: str) -> Tensor:
+        return scoring.right_answers(measured.features[features].pictures(), classes_CE)
+
+    clean, names = scoring.share(right("pictures")), tuple(map(str, dataset.config.corruptions))
+    right_by_name = {name: torch.stack([right(corrupted(name, s)) for s in STRENGTHS]).double() for name in names}
+    by_strength = {
+        name: [scoring.share(right_N)._asdict() for right_N in right_SN] for name, right_SN in right_by_name.items()
+    }
+    write_corruptions(measured.folder / "corruptions.png", clean.value, by_strength)
+    figures = {name: scoring.mean_difference(right_SN.mean(dim=0)) for name, right_SN in right_by_name.items()}
+    all_N = torch.stack([right_SN.mean(dim=0) for right_SN in right_by_name.values()]).mean(dim=0)
+    figures = {"without": clean, "mean_of_corrupted": scoring.mean_difference(all_N), **figures}
+    errors = {name: (1 - right_SN.mean(dim=1)).tolist() for name, right_SN in right_by_name.items()}
+    return {
+        "by_strength": by_strength,
+        "mean_corruption_error": mean_corruption_error(errors),
+        "figures": _plain(figures),
+    }
+
+
 def _metric_of(measured: Measured) -> Metric:
     name = measured.dataset.config.metric
     if name not in METRICS:
@@ -170,6 +207,7 @@ TASKS: dict[str, Callable[[Measured], Result]] = {
     "retrieval": _retrieval,
     "linear_probe": _linear_probe,
     "few_shot": _few_shot,
+    "corruptions": _corruptions,
 }
 """Tasks by name; each gives `figures`, by name, and what else there is to tell."""
 

@@ -21,6 +21,7 @@ from rayclip.config import SuiteConfig, WorkersConfig
 from rayclip.data.decode import BadSampleError, eval_array, read_captions, read_image
 from rayclip.data.formats.tar import Sample
 from rayclip.errors import UserError
+from rayclip.evaluation.corruptions import corrupt
 from rayclip.evaluation.features import FeatureFolder
 from rayclip.evaluation.layout import stamp
 from rayclip.evaluation.suite import DataSet
@@ -54,16 +55,26 @@ class Labels:
     """0 where nothing is classified."""
     multi: bool
     captions: bool
+    corruption: tuple[str, int] | None = None
+    """What makes the pictures worse, and how strongly."""
 
 
-def pictures_of(dataset: DataSet, model: Model, config: SuiteConfig, split: str | None = None) -> Extraction:
-    """The features of a data set's pictures, and of their captions where it has a task that needs them."""
+def pictures_of(
+    dataset: DataSet,
+    model: Model,
+    config: SuiteConfig,
+    split: str | None = None,
+    corruption: tuple[str, int] | None = None,
+) -> Extraction:
+    """The features of a data set's pictures, made worse by a corruption of a strength where one is given, and of their
+    captions where it has a task that needs them."""
     manifest = dataset.manifest if split is None else dataset.split(split)
     labels = Labels(
         dataset.name,
         len(dataset.class_names),
         dataset.config.labels == "multi",
-        "retrieval" in dataset.config.tasks,
+        "retrieval" in dataset.config.tasks and corruption is None,
+        corruption,
     )
     identity = {
         "kind": "features",
@@ -76,6 +87,8 @@ def pictures_of(dataset: DataSet, model: Model, config: SuiteConfig, split: str 
         "num_classes": labels.num_classes,
         "part_samples": config.part_samples,
     }
+    if corruption is not None:
+        identity["corruption"] = list(corruption)
     workers = config.cluster
     device, threads = _device(workers), max(1, int(workers.cpus_per_worker))
     what = str(identity["what"])
@@ -169,6 +182,16 @@ class FeatureReader(Embedder):
             raise self._error(f"sample '{key}' cannot be evaluated: {error.cause}") from None
         labels = self._read_labels(key, sample) if self.labels.num_classes else []
         return _Row(key, labels, self._read_captions(key, sample) if self.labels.captions else []), image
+
+    def _read_chunk(self, chunk: int) -> list[Read]:
+        rows = super()._read_chunk(chunk)
+        if self.labels.corruption is None:
+            return rows
+        first = int(self.manifest.num_samples[:chunk].sum())
+        return [
+            (row, None if image is None else corrupt(image, *self.labels.corruption, position))
+            for position, (row, image) in enumerate(rows, first)
+        ]
 
     def _unreadable(self, cause: str) -> Read:
         raise self._error(f"'{self.manifest.folder}' cannot be evaluated: {cause}")

@@ -47,6 +47,8 @@ TRAIN_FACES: dict[str, Face] = {
 HELD_OUT_FACES: dict[str, Face] = _faces(
     "serif", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"
 )
+KNOWN_FACES = tuple(face for face in TRAIN_FACES if re.fullmatch("DejaVuSans(-.*)?", face))
+"""The held-out family's sister, of the same characters and styles."""
 _ALL_FACES = TRAIN_FACES | HELD_OUT_FACES
 
 _COMBINATION = re.compile(r"((?:latin|greek|cyrillic) (?:small|capital) letter [a-z-]+(?: [a-z-]+)*?) with (.+)")

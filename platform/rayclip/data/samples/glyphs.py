@@ -6,11 +6,12 @@
     config = GlyphsConfig()
     items = glyphs.build("train", config)              # a list of small picklable items, in a fixed order
     picture, caption, cls = glyphs.render(items[0], config.size)   # PIL RGB [size, size], str, None
-    items = glyphs.build("held_out_font", config)      # or "unseen_combinations": cls is an index into
+    items = glyphs.build("held_out_font", config)      # or another of SPLITS: cls is an index into
     names = glyphs.class_names("held_out_font")        # these names
 
 `train` shows every usable character in every training face. `held_out_font` asks for letters in a typeface that
-training never shows; `unseen_combinations` for letters with marks that training never shows together. A picture is a
+training never shows; `known_font` for the same letters in a typeface that it does show, drawn anew;
+`unseen_combinations` for letters with marks that training never shows together. A picture is a
 function of (seed, split, index) and of nothing else.
 """
 
@@ -26,7 +27,7 @@ from rayclip.data.order import uniform
 from rayclip.data.samples import fonts
 from rayclip.errors import UserError, nearest
 
-SPLITS = ("train", "held_out_font", "unseen_combinations")
+SPLITS = ("train", "held_out_font", "unseen_combinations", "known_font")
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "black": (16, 16, 16),
@@ -71,8 +72,8 @@ def build(split: str, config: GlyphsConfig) -> list[Item]:
     """Every item of a split, in a fixed order. Raises UserError for a split that there is not."""
     if split == "train":
         return _train_items(config)
-    faces = fonts.HELD_OUT_FACES if split == "held_out_font" else fonts.TRAIN_FACES
     cls = {char: index for index, char in enumerate(_class_chars(split))}
+    faces = {"held_out_font": fonts.HELD_OUT_FACES, "known_font": fonts.KNOWN_FACES}.get(split, fonts.TRAIN_FACES)
     pairs = [(face, char) for face in faces for char in fonts.characters(face) if char in cls]
     pairs = [pair for pair in pairs for _ in range(config.eval_renders)]
     return [
@@ -90,7 +91,7 @@ def class_names(split: str) -> list[str]:
 def _class_chars(split: str) -> tuple[str, ...]:
     if split == "unseen_combinations":
         return fonts.unseen_combinations()
-    if split != "held_out_font":
+    if split not in ("held_out_font", "known_font"):
         raise UserError(f"no classes for split '{split}' of the glyphs: {nearest(split, list(SPLITS))}")
     seen = fonts.train_characters() - set(fonts.unseen_combinations())
     held_out = {char for face in fonts.HELD_OUT_FACES for char in fonts.characters(face)}
