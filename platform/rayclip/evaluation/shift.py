@@ -44,7 +44,7 @@ def _read_reports(path: str) -> list[tuple[str, dict[str, float]]]:
 
 def _read_csv(path: Place) -> list[tuple[str, dict[str, float]]]:
     try:
-        rows = list(csv.DictReader(path.read_text().splitlines()))
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     except OSError:
         raise UserError(f"no file '{path}' of other models' accuracies") from None
     if not rows or "model" not in rows[0]:
