@@ -4,12 +4,15 @@ import json
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 
 from jobs import train as train_job
 from jobs.cli import run_job
 from rayclip.config import TrainConfig
+from rayclip.data.manifest import Manifest
+from rayclip.data.order import Order
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.training.checkpoint import load_model
 
@@ -142,23 +145,53 @@ def test_too_many_bad_samples_end_the_run_with_one_line(tmp_path, data, make_con
     assert run.info.status == "FAILED"
 
 
-def test_two_workers_with_the_sigmoid_loss_around_a_ring_in_micro_batches(tmp_path, pictures, make_config, monkeypatch):
+def test_two_workers_with_the_sigmoid_loss_around_a_ring_in_micro_batches_on_a_mixture(
+    tmp_path, pictures, make_samples, write_dataset, make_config, monkeypatch
+):
     """And with activations computed anew; the bias that this loss needs comes by itself and is in the checkpoint."""
     monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "others", make_samples(20, seed=2), shard_samples=20)
+    mixture = [{"path": str(pictures)}, {"path": "others", "weight": 1.5}]
     config = make_config(
         "sigmoid",
         pictures,
+        data={"path": None, "mixture": mixture},
         epochs=2,
         batch_size=20,
         micro_batch_size=4,
         activation_checkpointing=True,
         loss={"kind": "sigmoid", "distribution": "ring"},
         evaluation={"tasks": {"classes": {"kind": "zero_shot", "path": str(pictures)}}},
+        checkpoint={"record_samples": True},
         cluster={"num_workers": 2},
     )
     summary = train_job.main(TrainConfig.model_validate(config))
-    assert summary["samples_seen"] == 80
     assert summary["zero_shot"]["classes"]["num_samples"] == 40
     model = load_model(summary["checkpoint"])
     assert -10.5 < model.logit_bias.item() < -9.5 and model.logit_bias.item() != -10
     assert model.logit_scale.exp().item() == pytest.approx(10, rel=0.05)
+    check_mixture(tmp_path, config, summary)
+
+
+def check_mixture(folder, config, summary):
+    """An epoch has the 40 pictures once, the 20 others once, and the half of their chunks once more."""
+    assert summary["samples_seen"] == 2 * (40 + 20 + 10)
+    assert summary["unique_samples"] == 60
+    first, second = (Manifest.load(part["path"]) for part in config["data"]["mixture"])
+    slots = len(first) + len(second) + len(second) // 2
+    positions, rows, causes = np.load(f"{summary['checkpoint']}/samples.npy").T
+    assert not causes.any()
+    counts = np.concatenate([first.num_samples, second.num_samples])
+    chunks = Order(config["seed"], ((len(first), 1.0), (len(second), 1.5))).chunks(np.arange(2 * slots))
+    planned = {(position, row) for position, chunk in enumerate(chunks) for row in range(counts[chunk])}
+    assert sorted(zip(positions.tolist(), rows.tolist(), strict=True)) == sorted(planned)
+    for epoch in range(2):
+        here = chunks[positions[positions // slots == epoch]]
+        assert (here < len(first)).sum() == 40
+        assert (here >= len(first)).sum() == 30
+
+    parts = [(config["data"]["mixture"][0]["path"], 1.0, 40), (str(folder / "others"), 1.5, 20)]
+    expected = [dict(zip(("path", "weight", "samples"), part, strict=True)) for part in parts]
+    assert json.loads((folder / "runs/sigmoid/run.json").read_text())["data"] == expected
+    client = MlflowClient(f"sqlite:///{folder}/mlflow/mlflow.db")
+    assert json.loads(client.get_run(summary["mlflow_run_id"]).data.tags["data_parts"]) == expected

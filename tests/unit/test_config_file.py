@@ -186,7 +186,14 @@ SOME_MODEL = {"embed_dim": 8, "vision": {"widht": 3}}
             "'evaluation.tasks.a.templates' is 5: input should be a valid tuple",
         ),
         # Missing keys.
-        ({"data": {}}, "the key 'data.path' is missing"),
+        ({"data": {}}, "data: give exactly one of path, a data set, and mixture, a list of several"),
+        ({"data": {"path": "x", "mixture": [{"path": "y"}]}}, "data: give exactly one of path"),
+        ({"data": {"mixture": [{"weight": 2}]}}, "the key 'data.mixture.0.path' is missing"),
+        ({"data": {"mixture": [{"path": "x", "weight": 0}]}}, "'data.mixture.0.weight' is 0: input should be greater"),
+        (
+            {"data": {"mixture": [{"path": "x", "weight": float("nan")}]}},
+            "'data.mixture.0.weight' is nan: input should",
+        ),
         ({"evaluation": {"tasks": {"a": {"path": "p"}}}}, "the key 'evaluation.tasks.a.kind' is missing"),
         ({"evaluation": {"tasks": {"a": {"kind": "retrieval"}}}}, "the key 'evaluation.tasks.a.path' is missing"),
         # What models check themselves.
@@ -238,6 +245,8 @@ def leaves(schema, prefix=""):
             inner = node["additionalProperties"]
             has_keys = {"$ref", "oneOf", "anyOf"} & inner.keys()  # a mapping to plain values is a value itself
             walk(inner, [*prefix, "NAME"] if has_keys else prefix)
+        elif "$ref" in node.get("items", {}):
+            walk(node["items"], prefix)
         elif "oneOf" in node or "anyOf" in node or "allOf" in node:
             options = [option for key in ("oneOf", "anyOf", "allOf") for option in node.get(key, [])]
             for option in options:

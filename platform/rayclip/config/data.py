@@ -8,10 +8,20 @@ from rayclip.config.base import Config
 from rayclip.config.offline import WorkersConfig
 
 
+class PartConfig(Config):
+    """One data set of a mixture."""
+
+    path: str = Field(description="folder or address of a data set: what jobs.ingest or jobs.index wrote")
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="times that an epoch has each of its samples, on average"
+    )
+
+
 class DataConfig(Config):
     """What a training run reads, and how it looks at it."""
 
-    path: str = Field(description="folder or address of a data set: what jobs.ingest or jobs.index wrote")
+    path: str | None = Field(None, description="folder or address of a data set; this or mixture")
+    mixture: tuple[PartConfig, ...] = Field((), description="several data sets read as one, each by its weight")
     fraction: float = Field(
         1.0, gt=0, le=1, description="share of the chunks that are read; smaller shares lie within larger ones"
     )
@@ -28,6 +38,12 @@ class DataConfig(Config):
     grey: float = Field(0.0, ge=0, le=1, description="share of pictures that lose their colours")
     shuffle_window: int = Field(8, gt=0, description="chunks fetched together, their samples mixed among each other")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unreadable samples that stops the run")
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if (self.path is None) == (not self.mixture):
+            raise ValueError("give exactly one of path, a data set, and mixture, a list of several")
+        return self
 
 
 class GlyphsConfig(Config):

@@ -81,6 +81,15 @@ class Manifest:
         """Samples in the data set."""
         return int(self.num_samples.sum(dtype=np.int64))
 
+    @property
+    def shares(self) -> tuple[tuple[int, float], ...]:
+        """As a mixture of one; see `Mixture.shares`."""
+        return ((len(self), 1.0),)
+
+    def parts(self) -> list[dict[str, Any]]:
+        """What it is made of, for records: path, weight and number of samples."""
+        return [{"path": self.folder, "weight": 1.0, "samples": self.total_samples}]
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over names, sizes and chunks: two manifests with one digest give one stream."""

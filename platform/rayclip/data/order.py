@@ -3,8 +3,10 @@
 Position p of the stream is slot `p mod n` of epoch `p div n`, n being the number of chunks, and every epoch has its
 own permutation of them. Nothing is drawn from a generator whose algorithm a library may change: a chunk's place is
 the rank of a 64-bit mix of (seed, epoch, chunk), so the same numbers give the same order on every machine, forever.
+In a mixture an epoch has a slot for each time that a chunk is due in it, n is their number, and slots are permuted.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -12,6 +14,10 @@ import numpy as np
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_EXTRA = -2  # where an epoch stands in `epoch_order`; no epoch has this number
+
+Shares = Sequence[tuple[int, float]]
+"""(number of chunks, weight) of each part of a mixture."""
 
 
 def mix64(seed: int, *values: int | np.ndarray) -> np.ndarray:
@@ -44,6 +50,23 @@ def epoch_order(seed: int, epoch: int, num_chunks: int) -> np.ndarray:
     return np.argsort(mix64(seed, epoch, np.arange(num_chunks)), kind="stable")
 
 
+def epoch_slots(seed: int, epoch: int, shares: Shares) -> np.ndarray:
+    """The chunks that are due in one epoch, int64, before they are permuted.
+
+    A part's chunks are there floor(weight) times each. What is left of the weight is a share of the part's chunks,
+    rounded to whole ones: the first by a 64-bit mix of (seed, epoch, chunk), which are there once more.
+    """
+    slots, first = [], 0
+    for num_chunks, weight in shares:
+        chunks = np.arange(first, first + num_chunks)
+        slots += [chunks] * int(weight)
+        if num_more := round(weight % 1 * num_chunks):
+            rank = np.argsort(mix64(seed, _EXTRA, epoch, chunks), kind="stable")
+            slots.append(first + np.sort(rank[:num_more]))
+        first += num_chunks
+    return np.concatenate([np.empty(0, dtype=np.int64), *slots])
+
+
 class Order:
     """Which chunk stands at a position of the stream, and how the rows of a window of positions are mixed.
 
@@ -51,19 +74,55 @@ class Order:
     own, so that samples which are neighbours in a shard meet different company in every epoch.
     """
 
-    def __init__(self, seed: int, num_chunks: int, window: int = 1) -> None:
-        assert num_chunks > 0 and window > 0
-        self.seed, self.num_chunks, self.window = seed, num_chunks, window
+    def __init__(self, seed: int, num_chunks: int | Shares, window: int = 1) -> None:
+        """`num_chunks` are those of one data set, or the shares of a mixture."""
+        self.seed, self.window = seed, window
+        self.shares: Shares = ((num_chunks, 1.0),) if isinstance(num_chunks, int) else num_chunks
+        # As many in every epoch.
+        self.num_slots = sum(int(weight) * n + round(weight % 1 * n) for n, weight in self.shares)
+        assert self.num_slots > 0 and window > 0
         # A window can straddle two epochs; a long-lived reader needs no more than these.
-        self._epoch_order = lru_cache(maxsize=2)(epoch_order)
+        self._epoch_chunks = lru_cache(maxsize=2)(self._permuted)
+
+    def slots(self, epoch: int) -> np.ndarray:
+        """The chunks of one epoch, int64 [num_slots], in no particular order."""
+        return epoch_slots(self.seed, epoch, self.shares)
+
+    def samples_in(self, epoch: int, num_samples: np.ndarray) -> int:
+        """How many samples an epoch has; `num_samples` are those of each chunk."""
+        return int(num_samples[self.slots(epoch)].sum(dtype=np.int64))
+
+    def samples_before(self, epoch: int, num_samples: np.ndarray) -> int:
+        """How many samples the epochs before this one have."""
+        if self._is_even:
+            return epoch * self.samples_in(0, num_samples)
+        return sum(self.samples_in(before, num_samples) for before in range(epoch))
+
+    def find(self, sample: int, num_samples: np.ndarray) -> tuple[int, int]:
+        """The epoch that a sample of the stream is in, and its number there."""
+        if self._is_even:
+            return divmod(sample, self.samples_in(0, num_samples))
+        epoch = 0
+        while sample >= (here := self.samples_in(epoch, num_samples)):
+            sample, epoch = sample - here, epoch + 1
+        return epoch, sample
+
+    @property
+    def _is_even(self) -> bool:
+        """Whether each epoch has the same chunks, as it does where no weight has a share left over."""
+        return all(weight % 1 == 0 for _, weight in self.shares)
+
+    def _permuted(self, epoch: int) -> np.ndarray:
+        order = epoch_order(self.seed, epoch, self.num_slots)
+        return order if [weight for _, weight in self.shares] == [1] else self.slots(epoch)[order]
 
     def chunks(self, positions: np.ndarray) -> np.ndarray:
         """The chunk at each position, int64 [len(positions)]."""
-        epochs, slots = np.divmod(np.asarray(positions, dtype=np.int64), self.num_chunks)
+        epochs, slots = np.divmod(np.asarray(positions, dtype=np.int64), self.num_slots)
         chunks = np.empty(len(slots), dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            chunks[here] = self._epoch_order(self.seed, int(epoch), self.num_chunks)[slots[here]]
+            chunks[here] = self._epoch_chunks(int(epoch))[slots[here]]
         return chunks
 
     def positions(self, window: int, end: int) -> np.ndarray:

@@ -27,7 +27,8 @@ from rayclip.data.decode import CAUSES, BadSampleError, crop_picture, image_byte
 from rayclip.data.formats import Sample
 from rayclip.data.ledger import Ledger
 from rayclip.data.manifest import Manifest
-from rayclip.data.order import Order, uniform
+from rayclip.data.mixture import Mixture, Part, load_parts
+from rayclip.data.order import Order, Shares, uniform
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
 
@@ -41,6 +42,7 @@ class StreamSpec:
     """All that the stream depends on beside the ledger. Small and picklable: it travels to every reader."""
 
     folder: str
+    """Of the data set; of a mixture, what it is called in messages."""
     digest: str
     seed: int
     end: int
@@ -55,19 +57,21 @@ class StreamSpec:
     augmentation: Augmentation = Augmentation()  # noqa: RUF009 (frozen)
     captions: Mapping[str, float] = field(default_factory=dict)
     """Weights of a sample's captions; see `choose_caption`."""
+    mixture: tuple[Part, ...] = ()
+    """The parts of a mixture; none: the data set in `folder`, as it is."""
 
 
 @lru_cache(maxsize=4)
-def _manifest(folder: str, digest: str, fraction: float, seed: int) -> Manifest:
-    manifest = Manifest.load(folder)
+def _manifest(folder: str, mixture: tuple[Part, ...], digest: str, fraction: float, seed: int) -> Manifest | Mixture:
+    manifest = load_parts(folder, mixture)
     if manifest.digest != digest:
         raise UserError(f"the data set in '{folder}' has changed since the run began")
     return manifest.subset(fraction, seed)
 
 
 @lru_cache(maxsize=4)
-def _order(seed: int, num_chunks: int, window: int) -> Order:
-    return Order(seed, num_chunks, window)
+def _order(seed: int, shares: Shares, window: int) -> Order:
+    return Order(seed, shares, window)
 
 
 @lru_cache(maxsize=1)
@@ -83,23 +87,24 @@ class Stream:
         self._ledger = dict(ledger or {"cursor": 0, "partial": {}})
 
     @classmethod
-    def position_at(cls, manifest: Manifest, seed: int, samples: int) -> int:
+    def position_at(cls, manifest: Manifest | Mixture, seed: int, samples: int) -> int:
         """The first position of the stream with at least `samples` samples before it."""
-        epochs, rest = divmod(samples, manifest.total_samples)
-        order = Order(seed, len(manifest))
-        start = epochs * len(manifest)
-        counts = manifest.num_samples[order.chunks(np.arange(start, start + len(manifest)))]
+        order = Order(seed, manifest.shares)
+        epoch, rest = order.find(samples, manifest.num_samples)
+        start = epoch * order.num_slots
+        counts = manifest.num_samples[order.chunks(np.arange(start, start + order.num_slots))]
         return start + int(np.searchsorted(counts.cumsum(), rest)) + 1 if rest else start
 
     @property
-    def manifest(self) -> Manifest:
-        """The manifest of what is read of the data set, made once a process."""
-        return _manifest(self.spec.folder, self.spec.digest, self.spec.fraction, self.spec.seed)
+    def manifest(self) -> Manifest | Mixture:
+        """What is read of the data set or the mixture, made once a process."""
+        spec = self.spec
+        return _manifest(spec.folder, spec.mixture, spec.digest, spec.fraction, spec.seed)
 
     @property
     def order(self) -> Order:
         """The order of its chunks."""
-        return _order(self.spec.seed, len(self.manifest), self.spec.window)
+        return _order(self.spec.seed, self.manifest.shares, self.spec.window)
 
     def ledger(self) -> Ledger:
         """A ledger that starts from where the stream does."""
@@ -109,9 +114,13 @@ class Stream:
         """How many samples stand at a position."""
         return int(self.manifest.num_samples[self.order.chunks(np.array([position]))[0]])
 
+    def place_at(self, position: int) -> tuple[str, int]:
+        """(shard's name, offset) of the chunk that stands at a position."""
+        return self.manifest.place(int(self.order.chunks(np.array([position]))[0]))
+
     def shard_at(self, position: int) -> str:
         """The name of the shard that stands at a position."""
-        return self.manifest.place(int(self.order.chunks(np.array([position]))[0]))[0]
+        return self.place_at(position)[0]
 
     def windows(self) -> range:
         """The windows that hold anything the ledger lacks."""
@@ -123,11 +132,20 @@ class Stream:
         before_end, before_cursor = (self.samples_before(p) for p in (self.spec.end, ledger.cursor))
         return before_end - before_cursor - ledger.num_done_beyond_cursor()
 
+    def num_distinct(self) -> int:
+        """How many different samples the epochs that the stream reaches into hold."""
+        held = np.zeros(len(self.manifest), dtype=bool)
+        for epoch in range(-(-self.spec.end // self.order.num_slots)):
+            held[self.order.slots(epoch)] = True
+            if held.all():
+                break
+        return int(self.manifest.num_samples[held].sum(dtype=np.int64))
+
     def samples_before(self, position: int) -> int:
         """How many samples stand before a position of the stream."""
-        epochs, slots = divmod(position, len(self.manifest))
-        last = self.order.chunks(np.arange(position - slots, position))
-        return epochs * self.manifest.total_samples + int(self.manifest.num_samples[last].sum())
+        epoch, slots = divmod(position, self.order.num_slots)
+        last, counts = self.order.chunks(np.arange(position - slots, position)), self.manifest.num_samples
+        return self.order.samples_before(epoch, counts) + int(counts[last].sum())
 
     def read(self, window: int) -> Batch:
         """All samples of one window that the ledger lacks, in the window's order."""

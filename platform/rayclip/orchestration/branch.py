@@ -61,7 +61,7 @@ def branch_tags(checkpoint: Path) -> dict[str, str]:
 
 def _kept(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that must be the trunk's."""
-    data = {key: value for key, value in config["data"].items() if key not in ("path", "max_bad_fraction")}
+    data = {key: value for key, value in config["data"].items() if key not in ("path", "mixture", "max_bad_fraction")}
     kept = {key: config[key] for key in ("seed", "model", "batch_size")}
     return kept | {"data": data, "loss": {"kind": config["loss"]["kind"]}}
 

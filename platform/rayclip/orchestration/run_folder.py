@@ -1,6 +1,7 @@
 """The folder of a run, NAME in `runs`: what it was started with, its checkpoints, its pictures, its summary."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,9 @@ class RunFolder:
         """What `write_record` kept; None for a new run."""
         return _read(self.path / "run.json")
 
-    def write_record(self, config: dict[str, Any], mlflow_run_id: str) -> None:
-        """Keep what the run was started with."""
-        write_json(self.path / "run.json", {"mlflow_run_id": mlflow_run_id, "config": config})
+    def write_record(self, config: dict[str, Any], mlflow_run_id: str, data: Sequence[Any] = ()) -> None:
+        """Keep what the run was started with: its settings, and the parts of its data."""
+        write_json(self.path / "run.json", {"mlflow_run_id": mlflow_run_id, "config": config, "data": data})
 
     def read_summary(self) -> dict[str, Any] | None:
         """What `write_summary` kept; None for a run that has not ended."""

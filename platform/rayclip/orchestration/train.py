@@ -4,6 +4,7 @@ The driver checks everything that can be wrong before anything is started, opens
 the workers alive, shows how far they are, and registers the best checkpoint at the end.
 """
 
+import json
 import math
 import os
 import subprocess
@@ -20,7 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayclip import __version__
 from rayclip.config import ModelConfig, TrainConfig
 from rayclip.data.augment import Augmentation
-from rayclip.data.manifest import Manifest
+from rayclip.data.mixture import Part, load_parts
+from rayclip.data.order import Order
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.errors import UserError
 from rayclip.evaluation.tasks import Evaluator
@@ -100,7 +102,7 @@ def run_training(
         raise
     finally:
         tracking.close_run(uri, run_id, succeeded, stopped)
-    summary = _finish(config, folder, uri, run_id, Stream(spec).manifest.total_samples)
+    summary = _finish(config, folder, uri, run_id, Stream(spec).num_distinct())
     folder.write_summary(summary)
     return summary
 
@@ -110,7 +112,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     model = preset(config.model) if isinstance(config.model, str) else config.model
     if config.loss.kind == "sigmoid":
         model = with_logit_bias(model)
-    data = config.data.model_copy(update={"path": absolute(config.data.path)})
+    parts = tuple(part.model_copy(update={"path": absolute(part.path)}) for part in config.data.mixture)
+    data = config.data.model_copy(update={"path": config.data.path and absolute(config.data.path), "mixture": parts})
     tasks = {
         name: task.model_copy(update={"path": absolute(task.path)}) for name, task in config.evaluation.tasks.items()
     }
@@ -127,21 +130,24 @@ def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
     """The stream of a run, and the number of samples in it. Raises UserError where the data does not fit the run."""
     model = config.model
     assert isinstance(model, ModelConfig)
-    whole = Manifest.load(config.data.path)
+    parts = tuple(Part(part.path, part.weight) for part in config.data.mixture)
+    folder = config.data.path or " + ".join(f"{part.weight:g} x {part.path}" for part in parts)
+    whole = load_parts(folder, parts)
     whole.check_shards()
     manifest = whole.subset(config.data.fraction, config.seed)
     if config.batch_size > manifest.total_samples:
-        which = "which has" if manifest is whole else f"of which data.fraction {config.data.fraction:g} has"
+        fraction = config.data.fraction
+        which = "which has" if fraction == 1 else f"of which data.fraction {fraction:g} has"
         raise UserError(
-            f"batch_size {config.batch_size:,} is larger than the data set in '{config.data.path}', "
+            f"batch_size {config.batch_size:,} is larger than the data set in '{folder}', "
             f"{which} {manifest.total_samples:,} samples"
         )
-    samples = config.samples or (config.epochs or 0) * manifest.total_samples
+    end = (config.epochs or 0) * Order(config.seed, manifest.shares).num_slots
     spec = StreamSpec(
-        folder=config.data.path,
+        folder=folder,
         digest=whole.digest,
         seed=config.seed,
-        end=Stream.position_at(manifest, config.seed, samples),
+        end=Stream.position_at(manifest, config.seed, config.samples) if config.samples else end,
         window=config.data.shuffle_window,
         image_size=model.vision.image_size,
         context_length=model.text.context_length,
@@ -152,6 +158,7 @@ def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
         ),
         fraction=config.data.fraction,
         captions=config.data.captions,
+        mixture=parts,
     )
     return spec, Stream(spec).num_remaining()
 
@@ -181,12 +188,14 @@ def _open_mlflow_run(
     origin: Path | None,
 ) -> str:
     resolved = config.model_dump(mode="json")
+    parts = Stream(spec).manifest.parts()
     tags = {"code_version": version, "manifest_digest": spec.digest, "data": spec.folder}
+    tags |= {"data_parts": json.dumps(parts)}
     tags |= branch_tags(origin) if origin else {}
     known: str | None = record["mlflow_run_id"] if record else None
     parent = config.tracking.parent_run_id
     run_id = tracking.open_run(uri, config.tracking.experiment, config.name, resolved, tags, known, parent)
-    folder.write_record(resolved, run_id)
+    folder.write_record(resolved, run_id, parts)
     return run_id
 
 

@@ -275,9 +275,8 @@ class Worker:
         stream = Stream(self.job.spec)
         lines = []
         for position, row, cause in skipped.tolist():
-            chunk = int(stream.order.chunks(np.array([position]))[0])
-            shard = stream.manifest.shards[stream.manifest.shard[chunk]]
-            lines.append({"cause": CAUSES[cause], "shard": shard, "offset": int(stream.manifest.offset[chunk]),
+            shard, offset = stream.place_at(position)
+            lines.append({"cause": CAUSES[cause], "shard": shard, "offset": offset,
                           "row": row, "position": position, "samples_seen": samples_seen})  # fmt: skip
         if lines:
             with self.folder.quarantine.open("a") as file:
