@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import ray
 import ray.data
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES,
@@ -27,8 +28,9 @@ _MOST_WAITING = 64
 
 def number_windows(windows: range) -> ray.data.Dataset:
     """A dataset of blocks of one row, `window`: the numbers in their order, streamed by one task without a CPU."""
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # other nodes may go away
     dataset = ray.data.read_datasource(
-        _Numbers(windows), ray_remote_args={"num_cpus": 0}, concurrency=1, override_num_blocks=len(windows)
+        _Numbers(windows), num_cpus=0, label_selector=here, concurrency=1, override_num_blocks=len(windows)
     )
     context = dataset.context
     policies = context.get_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, ENABLED_BACKPRESSURE_POLICIES)
