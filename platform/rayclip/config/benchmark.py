@@ -12,7 +12,7 @@ class BenchmarkConfig(Config):
     """python -m jobs.benchmark"""
 
     name: Literal[
-        "tokenizer", "text_tower", "step", "loss", "serve", "batching", "linear_probe", "features", "loader"
+        "tokenizer", "text_tower", "step", "loss", "serve", "batching", "linear_probe", "features", "loader", "storage"
     ] = Field(description="what is measured")
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
     samples: int = Field(20_000, gt=0, description="captions to tokenise, pictures to extract")
