@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from rayclip.tracking.registry import resolve_model
 from rayclip.training.checkpoint import RunState, load_model, read_state, write_checkpoint
 
 BUCKET = "s3://data"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -229,3 +231,17 @@ def test_a_request_is_late_when_it_takes_longer_than_nearly_all():
     assert pace.patience_s(0, 0.05) == 0.05
     pace.add(3.0, 0)
     assert pace.patience_s(0, 9.0) > 1.0
+
+
+def test_no_setting_is_taken_for_a_path_on_disk_but_by_what_reads_disks_alone(s3):
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("jobs", "serve", "platform/rayclip")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"\bPath\((str\()?(self\._?)?config\.|\bPath\((run|source|output|weights)\)", path.read_text())
+    }
+    assert found == {"platform/rayclip/data/sources/folder.py", "platform/rayclip/data/sources/table.py"}
+    for kind in ("folder", "table"):
+        config = IngestConfig(source={"kind": kind, "path": f"{BUCKET}/pairs"}, output="unused")
+        with pytest.raises(UserError, match=f"source.path '{BUCKET}/pairs' is not a"):
+            SOURCES[kind].splits(config.source, Path("unused"))
