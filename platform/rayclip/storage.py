@@ -91,6 +91,18 @@ def list_files(folder: str) -> list[File]:
     return sorted(found)
 
 
+def has_files(address: str) -> bool:
+    """Whether there is a file below an address in S3. A listing may be empty by mistake: none is none when two say so."""
+    bucket, _, key = address.removeprefix(_SCHEME).partition("/")
+    asked = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "MaxKeys": 1}
+    try:
+        return any(
+            _retried(address, lambda: _client().call_s3("list_objects_v2", **asked)).get("Contents") for _ in range(2)
+        )
+    except FileNotFoundError:  # the bucket
+        return False
+
+
 def find_file(path: str) -> File | None:
     """The file at a path; None where there is none."""
     try:
