@@ -92,7 +92,7 @@ def list_files(folder: str) -> list[File]:
 
 
 def has_files(address: str) -> bool:
-    """Whether there is a file below an address in S3; none is, when two listings say so: one may be empty by mistake."""
+    """Whether there is a file below an address in S3; none, once two listings say so."""
     bucket, _, key = address.removeprefix(_SCHEME).partition("/")
     asked = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "MaxKeys": 1}
     try:
