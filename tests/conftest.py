@@ -17,7 +17,6 @@ from rayclip.data.formats.tar import write_shard
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 
-SECRET = "a-secret-that-nobody-else-may-read"
 FOLDER = Path(__file__).parent
 # What starts a Ray stays together in one process of `make test`: the session's Ray and services are started once.
 GROUPS = {"ray": "ray", "e2e": "ray", "serve": "serve"}
@@ -75,7 +74,7 @@ def s3_server():
 def s3(s3_server, monkeypatch):
     """That proxy, named by AWS's environment; its settings are as they were after the test."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-that-nobody-else-may-read")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
     before = s3_server.rate, s3_server.commands, s3_server.slow_s

@@ -58,7 +58,7 @@ class S3Path:
 
     def is_dir(self) -> bool:
         """Whether there is a file below it."""
-        return any(file.name for file in storage.list_files(self.address))
+        return storage.has_files(self.address)
 
     def iterdir(self) -> Iterator["S3Path"]:
         """What lies in the folder, by name."""

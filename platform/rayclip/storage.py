@@ -1,8 +1,8 @@
 """Files under a path or under `s3://bucket/prefix`, by the same few functions.
 
 S3 is whatever botocore finds: credentials from the environment, a profile or the machine; AWS_ENDPOINT_URL names a
-server other than Amazon's. A request that fails for a reason that may pass is made again, after a wait that doubles
-and is drawn anew each time; a ranged read that takes longer than it should races with a second one (Dean and Barroso,
+server other than Amazon's. A request that fails for a reason that may pass is made again, after a wait that grows
+and is drawn anew each time; a ranged read that takes longer than others do races with a second one (Dean and Barroso,
 "The tail at scale", 2013). What cannot be read after that raises StorageError with the file's name.
 """
 
@@ -19,12 +19,14 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+from rayclip.pace import Pace
+
 T = TypeVar("T")
 
 _SCHEME = "s3://"
 _ATTEMPTS = 7
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
-# A ranged read that has not come by then is asked for once more, and given up much later.
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
+# A read that is later than others are, or than this, is asked for once more, and given up much later.
 _PATIENCE_S, _PATIENT_BYTES_PER_S, _DEADLINE_S = 1.0, 4_000_000, 60.0
 _CONNECTIONS = 64
 _BLOCK_BYTES = 4 * 2**20  # what a file that is read on and on fetches by one request
@@ -89,6 +91,18 @@ def list_files(folder: str) -> list[File]:
     return sorted(found)
 
 
+def has_files(address: str) -> bool:
+    """Whether there is a file below an address in S3; none, once two listings say so."""
+    bucket, _, key = address.removeprefix(_SCHEME).partition("/")
+    asked = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "MaxKeys": 1}
+    try:
+        return any(
+            _retried(address, lambda: _client().call_s3("list_objects_v2", **asked)).get("Contents") for _ in range(2)
+        )
+    except FileNotFoundError:  # the bucket
+        return False
+
+
 def find_file(path: str) -> File | None:
     """The file at a path; None where there is none."""
     try:
@@ -112,7 +126,7 @@ def read_bytes(path: str) -> bytes:
     """A file's content. Raises FileNotFoundError, and OSError for one that cannot be read."""
     if not is_remote(path):
         return Path(path).read_bytes()
-    return _retried(path, lambda: _race(path, None, None, _PATIENCE_S))
+    return _retried(path, lambda: _race(path, None, None))
 
 
 def read_range(path: str, offset: int, length: int) -> bytes:
@@ -120,8 +134,7 @@ def read_range(path: str, offset: int, length: int) -> bytes:
     if not length:
         return b""
     if is_remote(path):
-        patience_s = _PATIENCE_S + length / _PATIENT_BYTES_PER_S
-        return _retried(path, lambda: _whole(path, _race(path, offset, offset + length, patience_s), length))
+        return _retried(path, lambda: _whole(path, _race(path, offset, offset + length), length))
     with Path(path).open("rb", buffering=0) as file:
         file.seek(offset)
         return _whole(path, file.read(length), length)
@@ -262,6 +275,9 @@ def _read_to(path: str, end: int, start: int) -> bytes:
     return read_range(path, start, min(_BLOCK_BYTES, end - start))
 
 
+_pace = Pace()
+
+
 def requests() -> ThreadPoolExecutor:
     """The threads of this process that wait for files; what they run must not wait for them in turn."""
     return _requests(os.getpid())
@@ -296,14 +312,14 @@ def _client_of(process: int, endpoint: str | None) -> Any:
 def _retried(path: str, request: Callable[[], T]) -> T:
     for attempt in range(_ATTEMPTS):
         if attempt:
-            time.sleep(random.uniform(0.5, 1) * min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt))
+            time.sleep(random.uniform(0.5, 1) * min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 3 ** (attempt - 1)))
         try:
             return request()
         except _FINAL:
             raise
         except Exception as error:  # botocore's and aiohttp's have no base in common
             last = error
-            if type(error).__name__ in ("NoCredentialsError", "ParamValidationError"):
+            if type(error.__cause__ or error).__name__ in ("NoCredentialsError", "ParamValidationError"):
                 break
     reason = str(last) or type(last).__name__
     raise StorageError(f"'{path}' cannot be reached after {attempt + 1} attempts: {reason}") from last
@@ -324,11 +340,13 @@ def _whole(path: str, data: bytes, length: int) -> bytes:
     return data
 
 
-def _race(path: str, start: int | None, end: int | None, patience_s: float) -> bytes:
-    """What the first of at most two requests answers."""
+def _race(path: str, start: int | None, end: int | None) -> bytes:
+    """What the first of at most two requests answers. How long a whole file takes nobody knows."""
     from fsspec.asyn import sync
 
-    client = _client()
+    client, num_bytes, began = _client(), (end or 0) - (start or 0), time.monotonic()
+    most_s = _PATIENCE_S + num_bytes / _PATIENT_BYTES_PER_S
+    patience_s = _pace.patience_s(num_bytes, most_s) if num_bytes else most_s
 
     def ask() -> "asyncio.Task[bytes]":
         return asyncio.ensure_future(client._cat_file(path, start=start, end=end, max_concurrency=1))
@@ -348,7 +366,10 @@ def _race(path: str, start: int | None, end: int | None, patience_s: float) -> b
             for request in asked:
                 request.cancel()
 
-    return sync(client.loop, race)
+    data: bytes = sync(client.loop, race)
+    if num_bytes:
+        _pace.add(time.monotonic() - began, num_bytes)
+    return data
 
 
 def _list_remote(folder: str) -> list[File]:

@@ -25,6 +25,7 @@ class BenchmarkConfig(Config):
         "ledger",
         "curation",
         "coverage",
+        "storage",
     ] = Field(description="what is measured")
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
     samples: int = Field(20_000, gt=0, description="captions to tokenise, pictures to extract, pairs to train on")

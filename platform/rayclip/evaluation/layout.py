@@ -24,6 +24,8 @@ from rayclip.data.manifest import FILE_NAME, Chunks, Manifest
 from rayclip.errors import UserError, nearest
 from rayclip.files import whole_file
 from rayclip.inference.prompts import PLACEHOLDER
+from rayclip.places import Place, matching, size_of
+from rayclip.storage import find_files, join
 
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -32,16 +34,16 @@ _CHUNK_SAMPLES = 64
 _SHARD_SAMPLES = 1024
 
 
-def split_folder(folder: Path, split: str) -> Path:
+def split_folder(folder: Place, split: str) -> Place:
     """Where a split lies. Raises UserError for one that is not there."""
     path = folder / split
     if not path.is_dir():
-        there = sorted(child.name for child in folder.iterdir() if child.is_dir())
+        there = [child.name for child in _children(folder) if child.is_dir()]
         raise UserError(f"'{folder}' has no split '{split}': {nearest(split, there) if there else 'it has no folders'}")
     return path
 
 
-def read_class_names(folder: Path, split: Path) -> tuple[str, ...]:
+def read_class_names(folder: Place, split: Place) -> tuple[str, ...]:
     """The classes in order of their index: from classnames.txt, or else the names of the class folders.
 
     Raises UserError where there is neither, a name is empty, or there are more or fewer folders than names.
@@ -62,7 +64,7 @@ def read_class_names(folder: Path, split: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_templates(folder: Path, split: Path) -> tuple[str, ...] | None:
+def read_templates(folder: Place, split: Place) -> tuple[str, ...] | None:
     """The templates that lie with the data, with our placeholder; None where there are none.
 
     Raises UserError for a template without a placeholder.
@@ -80,10 +82,10 @@ def read_templates(folder: Path, split: Path) -> tuple[str, ...] | None:
     return found
 
 
-def open_split(split: Path, cache: Path) -> Manifest:
+def open_split(split: Place, cache: Place) -> Manifest:
     """A split in chunks. Raises UserError where it has nothing to read, or shards are missing or cut off."""
     if (split / FILE_NAME).is_file():
-        manifest = Manifest.load(split)
+        manifest = Manifest.load(str(split))
         manifest.check_shards()
         return manifest
     if any(split.glob("*.tar")):
@@ -94,18 +96,22 @@ def open_split(split: Path, cache: Path) -> Manifest:
     raise UserError(f"'{split}' has neither tar shards (*.tar) nor a folder a class with pictures ({extensions})")
 
 
-def class_folders(split: Path) -> list[Path]:
+def class_folders(split: Place) -> list[Place]:
     """A folder a class, by name; none where the split is in shards."""
-    return [] if any(split.glob("*.tar")) else sorted(path for path in split.iterdir() if path.is_dir())
+    return [] if any(split.glob("*.tar")) else [child for child in _children(split) if child.is_dir()]
 
 
 def stamp(manifest: Manifest) -> str:
     """Tells data that changed, in place and at the same length too: by the shards' names, sizes, chunks and times."""
-    times = [(Path(manifest.folder) / shard).stat().st_mtime_ns for shard in manifest.shards]
-    return hashlib.sha256(json.dumps([manifest.digest, times]).encode()).hexdigest()
+    found = find_files([join(manifest.root or manifest.folder, shard) for shard in manifest.shards])
+    return hashlib.sha256(json.dumps([manifest.digest, [file and file.stamp for file in found]]).encode()).hexdigest()
 
 
-def _lines(folder: Path, split: Path, name: str) -> list[str] | None:
+def _children(folder: Place) -> list[Place]:
+    return [folder / name for name in sorted(child.name for child in folder.iterdir())]
+
+
+def _lines(folder: Place, split: Place, name: str) -> list[str] | None:
     path = next((place / name for place in (split, folder) if (place / name).is_file()), None)
     try:
         return None if path is None else [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -113,44 +119,47 @@ def _lines(folder: Path, split: Path, name: str) -> list[str] | None:
         raise UserError(f"'{path}' is not UTF-8") from None
 
 
-def _index(split: Path, cache: Path) -> Manifest:
-    shards = sorted(path for path in split.glob("*.tar") if path.is_file())
+def _index(split: Place, cache: Place) -> Manifest:
+    shards = [path for path in matching(split, "*.tar") if path.is_file()]
     count = split / "nshards.txt"
     said = count.read_text().strip() if count.is_file() else str(len(shards))
     if said != str(len(shards)):
         raise UserError(f"'{split}': {count.name} says {said} shards, {len(shards)} are there")
 
-    def make(folder: Path) -> list[tuple[str, int, Chunks]]:
-        return [_index_shard(shard.absolute()) for shard in shards]
+    def make(folder: Place) -> list[tuple[str, int, Chunks]]:
+        return [_index_shard(shard) for shard in shards]
 
-    return _cached(split, cache / "indexes", [shard.absolute() for shard in shards], make)
+    return _cached(split, cache / "indexes", shards, make)
 
 
-def _index_shard(path: Path) -> tuple[str, int, Chunks]:
-    size = path.stat().st_size
+def _index_shard(path: Place) -> tuple[str, int, Chunks]:
+    size = size_of(path)
     chunks, _ = index_shard(Shard(str(path), size), _CHUNK_SAMPLES, Layout())
     return str(path), size, chunks
 
 
-def _pack(split: Path, cache: Path) -> Manifest:
+def _pack(split: Place, cache: Place) -> Manifest:
+    if not isinstance(split, Path):
+        raise UserError(f"'{split}' holds loose pictures: in S3 they must be in shards; pack them with jobs.ingest")
     pictures = [(path, label) for label, folder in enumerate(class_folders(split)) for path in _pictures(folder)]
 
-    def make(folder: Path) -> list[tuple[str, int, Chunks]]:
+    def make(folder: Place) -> list[tuple[str, int, Chunks]]:
         starts = range(0, len(pictures), _SHARD_SAMPLES)
         return [_write_shard(folder / f"{i:06}.tar", pictures[i : i + _SHARD_SAMPLES], split) for i in starts]
 
     return _cached(split, cache / "packed", [path for path, _ in pictures], make)
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _pictures(folder: Place) -> list[Path]:
     """Raises UserError for a class without any."""
+    assert isinstance(folder, Path)
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
     if not found:
         raise UserError(f"class folder '{folder}' has no pictures: remove it, or put the class's pictures there")
     return found
 
 
-def _write_shard(path: Path, pictures: Sequence[tuple[Path, int]], split: Path) -> tuple[str, int, Chunks]:
+def _write_shard(path: Place, pictures: Sequence[tuple[Path, int]], split: Path) -> tuple[str, int, Chunks]:
     def samples() -> Iterator[Sample]:
         for picture, label in pictures:
             # A dot would end the sample's key.
@@ -164,15 +173,15 @@ def _write_shard(path: Path, pictures: Sequence[tuple[Path, int]], split: Path) 
 
 
 def _cached(
-    split: Path, cache: Path, files: Sequence[Path], make: Callable[[Path], list[tuple[str, int, Chunks]]]
+    split: Place, cache: Place, files: Sequence[Place], make: Callable[[Place], list[tuple[str, int, Chunks]]]
 ) -> Manifest:
     """The manifest that the cache keeps for these files as they are now; made where it is not there."""
-    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    folder = cache.absolute() / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+    state = find_files([str(file) for file in files])
+    folder = cache / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
     if not (folder / FILE_NAME).is_file():
-        manifest = Manifest.from_spans(folder, make(folder))
+        manifest = Manifest.from_spans(str(folder), make(folder))
         if not len(manifest):
             raise UserError(f"'{split}' is empty: its shards hold no samples")
         folder.mkdir(parents=True, exist_ok=True)
         manifest.save()
-    return Manifest.load(folder)
+    return Manifest.load(str(folder))

@@ -11,6 +11,8 @@ from rayclip.errors import UserError
 from rayclip.orchestration.placement import Bundle, most_of, num_times_placed, told, total
 
 _LEAST_LOGICAL_CPUS = 4  # two workers, a reader, and one to spare
+_S3_NAMES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL")
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for what a submitted job runs
 _ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -24,7 +26,9 @@ def connect(local_cpus: int = 0) -> None:
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        # A submitted job's processes have its environment already.
+        environment = None if _JOB_CONFIG in os.environ else {"env_vars": s3_environment()}
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
         return
     cores = os.cpu_count() or 1
     ray.init(
@@ -46,6 +50,15 @@ def check_resources(bundles: list[Bundle], what: str) -> None:
     if short:
         holds = told({name: has.get(name, 0) for name in needed})
         raise UserError(f"{what} needs {told(needed)}; the cluster has {holds} in all")
+
+
+def s3_environment() -> dict[str, str]:
+    """Where S3 is, as this process is told: what workers of a cluster that was joined are told too.
+
+    Credentials are not in it: who may look at the cluster's jobs sees their environment. Each node has its own, from
+    its machine's role, a mounted secret or a profile.
+    """
+    return {name: os.environ[name] for name in _S3_NAMES if name in os.environ}
 
 
 def num_that_fit(bundles: list[Bundle]) -> int:

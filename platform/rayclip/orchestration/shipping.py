@@ -32,8 +32,20 @@ RUNTIME_ENV: dict[str, Any] = {
 }
 """What every submitted job runs in; paths are relative to the root of the tree."""
 
-_PATH_KEYS = ("path", "data", "embeddings", "input", "root", "law", "run", "queries", "scores", "branch_from")
-"""Keys that always hold a path to be read."""
+_PATH_KEYS = (
+    "path",
+    "data",
+    "embeddings",
+    "input",
+    "root",
+    "law",
+    "run",
+    "queries",
+    "scores",
+    "branch_from",
+    "artifacts",
+)
+"""Keys that always hold a path: to be read, or, `artifacts`, to be written by the job and read by others."""
 _OTHER_KEYS = ("weights", "model", "labels", "source")
 """Keys that hold a path where there is something at it."""
 _SHARED = "give an absolute path that all nodes share, or a URI"

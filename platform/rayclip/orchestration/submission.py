@@ -22,6 +22,7 @@ from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from rayclip.errors import UserError
+from rayclip.orchestration.cluster import s3_environment
 from rayclip.orchestration.placement import Capacity, most_of
 from rayclip.orchestration.shipping import RUNTIME_ENV
 
@@ -68,7 +69,7 @@ class Cluster:
     def submit(self, job: str, name: str, arguments: list[str], code_version: str) -> str:
         """Ship the tree in the working folder, and start `python -m jobs.JOB ARGUMENTS` in it; the job's id."""
         environment = copy.deepcopy(RUNTIME_ENV)
-        environment["env_vars"]["RAYCLIP_CODE_VERSION"] = code_version
+        environment["env_vars"] |= {**s3_environment(), "RAYCLIP_CODE_VERSION": code_version}
         request: dict[str, Any] = {
             "entrypoint": shlex.join(["python", "-m", f"jobs.{job}", *arguments]),
             "submission_id": f"{job}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{uuid.uuid4().hex[:6]}",

@@ -1,0 +1,247 @@
+"""What is written to S3 is there whole or not at all, faults or not; and no path key makes a folder called "s3:"."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow.fs import FileSelector, FileType, PyFileSystem
+from safetensors.torch import load_file
+
+from jobs import convert
+from rayclip import storage
+from rayclip.config import ConvertConfig, IngestConfig
+from rayclip.data import ingest
+from rayclip.data.manifest import Manifest
+from rayclip.data.sources import SOURCES
+from rayclip.errors import UserError
+from rayclip.files import whole_file, write_json
+from rayclip.models.clip import CLIP
+from rayclip.orchestration.cluster import s3_environment
+from rayclip.orchestration.filesystem import S3Handler, ray_storage, train_result, upload_checkpoint
+from rayclip.orchestration.parts import Part, PartFolder, open_complete
+from rayclip.orchestration.run_folder import RunFolder
+from rayclip.pace import Pace
+from rayclip.places import S3Path, append, local_copy, matching, place_of, remove_tree, staged
+from rayclip.tracking import mlflow as tracking
+from rayclip.tracking.registry import resolve_model
+from rayclip.training.checkpoint import RunState, load_model, read_state, write_checkpoint
+
+BUCKET = "s3://data"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def folder(s3, request):
+    """A folder in S3 of the test's own, whose requests go wrong now and then."""
+    s3.rate, s3.slow_s, s3.commands = 0.1, 0.5, ("GET", "PUT", "POST")
+    return place_of(f"{BUCKET}/{request.node.name}")
+
+
+@pytest.fixture
+def checkpoint(tiny_config, tmp_path):
+    torch.manual_seed(0)
+    model = CLIP(tiny_config)
+    config = {"name": "tiny", "model": tiny_config.model_dump(mode="json")}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    write_checkpoint(tmp_path / "samples-000000000064", model, optimizer, RunState(64), config, {"score": 1.0})
+    return tmp_path / "samples-000000000064"
+
+
+def test_a_place_in_s3_answers_as_one_on_disk(folder, tmp_path):
+    for place in (folder, tmp_path):
+        assert not (place / "a").exists() and not (place / "a" / "b.json").is_file()
+        write_json(place / "a" / "b.json", {"c": 1})
+        write_json(place / "a.json", {"c": 2})
+        assert append(place / "a" / "log", b"one\n") == 4 and append(place / "a" / "log", b"two\n") == 8
+        assert (place / "a").is_dir() and not (place / "a").is_file() and (place / "a.json").is_file()
+        assert sorted(child.name for child in place.iterdir()) == ["a", "a.json"]
+        assert [found.name for found in matching(place, "*/*.json")] == ["b.json"]
+        assert json.loads((place / "a" / "b.json").read_text()) == {"c": 1}
+        assert (place / "a" / "b.json").parent.name == "a" and (place / "a.json").stem == "a"
+        remove_tree(place / "a")
+        assert not (place / "a").exists() and (place / "a.json").exists()
+
+
+def test_what_goes_wrong_while_it_is_written_leaves_nothing(folder):
+    with pytest.raises(ZeroDivisionError), whole_file(folder / "file") as target:
+        target.write(b"half")
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), staged(folder / "folder") as local:
+        (local / "one").write_bytes(b"half")
+        raise ZeroDivisionError
+    assert not folder.exists()
+
+
+def test_a_large_file_goes_up_in_parts_and_comes_down_in_ranges_with_faults(folder, tmp_path, s3, monkeypatch):
+    monkeypatch.setattr(storage, "_PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(storage, "_BLOCK_BYTES", 2**20)
+    s3.rate = 0.2
+    data = np.random.default_rng(0).bytes(23 * 2**20 + 7)
+    (tmp_path / "large").write_bytes(data)
+    storage.upload(tmp_path / "large", f"{folder}/large")
+    storage.download(f"{folder}/large", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+
+
+def test_a_file_whose_bucket_is_not_there_or_that_keeps_failing_is_named(s3, tmp_path, monkeypatch):
+    with pytest.raises(storage.StorageError, match=r"'s3://nowhere/a' cannot be written: there is no such bucket"):
+        storage.write_bytes("s3://nowhere/a", b"")
+    monkeypatch.setattr(storage, "_LONGEST_WAIT_S", 0.01)
+    s3.rate, s3.commands = 1.0, ("PUT",)
+    with pytest.raises(storage.StorageError, match=r"'s3://data/never' cannot be reached after 7 attempts"):
+        storage.write_bytes("s3://data/never", b"data")
+
+
+def test_a_checkpoint_is_uploaded_with_its_state_last_and_restored_by_ray(folder, checkpoint, monkeypatch):
+    import ray.train
+
+    order, upload = [], storage.upload
+    monkeypatch.setattr(storage, "upload", lambda source, path: (order.append(source.name), upload(source, path)))
+    there = folder / "checkpoints" / checkpoint.name
+    given = upload_checkpoint(ray.train.Checkpoint.from_directory(str(checkpoint)), there)
+    assert order[-1] == "state.json" and len(order) == 5
+    assert read_state(there).samples_seen == 64
+    with given.as_directory() as local, local_copy(there) as copy:
+        for found in (Path(local), copy):
+            assert {path.name: path.read_bytes() for path in found.iterdir()} == {
+                path.name: path.read_bytes() for path in checkpoint.iterdir()
+            }
+
+
+def test_rays_storage_names_the_run_and_holds_no_secret(folder, s3):
+    import pickle
+
+    arguments = ray_storage(folder / "checkpoints")
+    assert arguments["name"] == "checkpoints" and arguments["storage_path"] == folder.key
+    assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in pickle.dumps(arguments)
+    with pytest.raises(RuntimeError, match="doesn't exist"):
+        train_result(folder / "checkpoints")
+    assert RunFolder(folder).read_record() is None and RunFolder(folder).read_summary() is None
+
+
+def test_pyarrow_reads_and_writes_through_the_same_requests(folder):
+    filesystem = PyFileSystem(S3Handler())
+    with filesystem.open_output_stream(f"{folder.key}/a/b") as stream:
+        stream.write(b"content")
+    with filesystem.open_input_stream(f"{folder.key}/a/b") as stream:
+        assert stream.read() == b"content"
+    types = {info.path: info.type for info in filesystem.get_file_info([f"{folder.key}/a", f"{folder.key}/none"])}
+    assert types == {f"{folder.key}/a": FileType.Directory, f"{folder.key}/none": FileType.NotFound}
+    assert [info.path for info in filesystem.get_file_info(FileSelector(folder.key))] == [f"{folder.key}/a"]
+    assert filesystem == PyFileSystem(S3Handler())
+    filesystem.delete_dir(f"{folder.key}/a")
+    assert not folder.exists()
+
+
+def test_weights_go_to_s3_and_come_back_in_every_format(folder, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with staged(folder / "run") as local:
+        for path in checkpoint.iterdir():
+            (local / path.name).write_bytes(path.read_bytes())
+    source = f"{folder}/run"
+    expected = load_file(checkpoint / "model.safetensors")
+    for kind in ("open_clip", "huggingface", "rayclip"):
+        output = f"{folder}/{kind}"
+        assert convert.main(ConvertConfig(input=source, output=output, format=kind))["output"] == output
+        got = load_model(resolve_model(output, None).folder).state_dict()
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+        with pytest.raises(UserError, match=f"'{output}' exists"):
+            convert.main(ConvertConfig(input=source, output=output, format=kind))
+        source = output
+    found = resolve_model(f"{folder}/run", None)
+    assert not (found.folder / "optimizer.safetensors").exists(), "what only training needs is not fetched"
+    with pytest.raises(UserError, match=r"no model at 's3://.*/none': it has no model.safetensors"):
+        resolve_model(f"{folder}/none", None)
+    assert not Path("s3:").exists()
+
+
+def test_parts_of_an_output_go_on_in_s3(folder):
+    identity = {"kind": "embed", "settings": 1}
+    tally = {"rows": {"samples": 2, "bad": 0}, "causes": {}}
+    parts = PartFolder(folder, identity, 2)
+    parts.check()
+    parts.begin()
+    parts.note_attempt(0)
+    parts.write(0, Part(pa.table({"a": [1, 2]}), tally))
+    assert parts.missing() == ([1], tally)
+    assert parts.read_summary() is None
+    parts.write(1, Part(pa.table({"a": [3]}), tally))
+    parts.write_summary({"parts": 2})
+    assert open_complete(folder, "embed")[1] == {"parts": 2}
+    with pytest.raises(UserError, match="other settings"):
+        PartFolder(folder, {"kind": "embed", "settings": 2}, 2).check()
+
+
+def test_a_data_set_is_ingested_to_s3_and_goes_on_after_a_crash(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = {"kind": "digits", "size": 16}
+    config = IngestConfig(source=source, output=str(folder), shard_samples=600)
+    splits = SOURCES["digits"].splits(config.source, tmp_path)
+    tasks = ingest.plan(config, splits)
+    ingest.begin(config, splits)
+    ingest.write_one_shard(config, tasks[0])
+    assert not ingest.is_complete(config)
+    for task in ingest.missing(config, tasks):
+        assert task is not tasks[0]
+        ingest.write_one_shard(config, task)
+    in_s3 = ingest.finish(config, tasks)
+    assert ingest.is_complete(config)
+    on_disk = config.model_copy(update={"output": str(tmp_path / "disk")})
+    ingest.begin(on_disk, splits)
+    for task in tasks:
+        ingest.write_one_shard(on_disk, task)
+    assert ingest.finish(on_disk, tasks)["splits"] == in_s3["splits"]
+    Manifest.load(f"{folder}/train").check_shards()
+    assert not Path("s3:").exists()
+
+
+def test_mlflow_keeps_files_in_s3_and_says_where(s3, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run_id = tracking.open_run(uri, "kept", "first", {"a": 1}, {}, None, artifacts=f"{BUCKET}/artifacts")
+    assert [file.name for file in storage.list_files(f"{BUCKET}/artifacts/kept")] == [f"{run_id}/artifacts/config.json"]
+    with pytest.raises(UserError, match="experiment 'kept' keeps its files at 's3://data/artifacts/kept', not at"):
+        tracking.open_run(uri, "kept", "second", {}, {}, None, artifacts=f"{BUCKET}/elsewhere")
+    assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in (tmp_path / "mlflow.db").read_bytes()
+
+
+def test_workers_are_told_where_s3_is_and_no_secret(s3, monkeypatch):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "secret")
+    assert s3_environment() == {"AWS_ENDPOINT_URL": s3.url, "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+def test_a_place_in_s3_is_refused_by_what_knows_disks_alone():
+    for use in (open, os.fspath, Path):
+        with pytest.raises(TypeError):
+            use(S3Path("s3://bucket/key"))
+
+
+def test_a_request_is_late_when_it_takes_longer_than_nearly_all():
+    pace = Pace()
+    assert pace.patience_s(100, 1.0) == 1.0, "nothing to go by"
+    for _ in range(100):
+        pace.add(0.2, 0)
+    assert pace.patience_s(0, 9.0) == pytest.approx(0.2, abs=0.01)
+    assert pace.patience_s(2**20, 9.0) == pytest.approx(0.4, abs=0.02)
+    assert pace.patience_s(0, 0.05) == 0.05
+    pace.add(3.0, 0)
+    assert pace.patience_s(0, 9.0) > 1.0
+
+
+def test_no_setting_is_taken_for_a_path_on_disk_but_by_what_reads_disks_alone(s3):
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("jobs", "serve", "platform/rayclip")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"\bPath\((str\()?(self\._?)?config\.|\bPath\((run|source|output|weights)\)", path.read_text())
+    }
+    assert found == {"platform/rayclip/data/sources/folder.py", "platform/rayclip/data/sources/table.py"}
+    for kind in ("folder", "table"):
+        config = IngestConfig(source={"kind": kind, "path": f"{BUCKET}/pairs"}, output="unused")
+        with pytest.raises(UserError, match=f"source.path '{BUCKET}/pairs' is not a"):
+            SOURCES[kind].splits(config.source, Path("unused"))
