@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from contextlib import suppress
 
 import numpy as np
 import psutil
@@ -62,5 +63,9 @@ def test_what_is_held_before_the_first_batch_grows_with_the_manifest_alone(tmp_p
 
 def bytes_of_coordinator():
     """Memory of the process that Ray Data executes the stream in."""
-    children = psutil.Process().children(recursive=True)
-    return max(p.memory_full_info().uss for p in children if "SplitCoordinator" in "".join(p.cmdline()[:1]))
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # processes come and go
+            if "SplitCoordinator" in " ".join(process.cmdline()):
+                found.append(process.memory_full_info().uss)
+    return max(found)
