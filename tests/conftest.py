@@ -30,6 +30,7 @@ def pytest_configure():
         torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at groups
 def pytest_collection_modifyitems(items):
     """Say which tests stay together; the others go wherever there is time."""
     for item in items:
