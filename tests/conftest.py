@@ -3,12 +3,12 @@
 import io
 import os
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from xdist.scheduler import LoadScopeScheduling
 
 from jobs.benchmarks.faulty_s3 import FaultyProxy
 from jobs.benchmarks.peers import load_open_clip, load_transformers
@@ -17,7 +17,6 @@ from rayclip.data.formats.tar import write_shard
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 
-FOLDER = Path(__file__).parent
 # What starts a Ray stays together in one process of `make test`: the session's Ray and services are started once.
 GROUPS = {"ray": "ray", "e2e": "ray", "serve": "serve"}
 
@@ -30,13 +29,16 @@ def pytest_configure():
         torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at groups
-def pytest_collection_modifyitems(items):
-    """Say which tests stay together; the others go wherever there is time."""
-    for item in items:
-        group = GROUPS.get(item.path.relative_to(FOLDER).parts[0])
-        if group:
-            item.add_marker(pytest.mark.xdist_group(group))
+class ByFolder(LoadScopeScheduling):
+    """Which tests stay together; the others go wherever there is time."""
+
+    def _split_scope(self, nodeid):
+        return GROUPS.get(nodeid.split("/")[1], nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """How `make test` shares the tests out."""
+    return ByFolder(config, log)
 
 
 @pytest.fixture(scope="session")
