@@ -18,7 +18,7 @@ from serve.config import ServeConfig
 
 APP = "rayclip"
 _PORTS = 200
-_LOGS = "/tmp/ray/session_latest/logs/serve"
+_LOGS = f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray/session_latest/logs/serve"
 
 
 ENVIRONMENT = {

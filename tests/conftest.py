@@ -3,6 +3,7 @@
 import io
 import os
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ def pytest_configure():
     """Processes that test side by side have a Ray folder and a core each."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker:
-        os.environ["RAY_TMPDIR"] = f"/tmp/ray-{os.getuid()}-{worker}"  # short: sockets lie below it
+        scratch = f"/tmp/ray-{os.getuid()}-{worker}"  # short: sockets lie below it
+        Path(scratch, "ray").mkdir(parents=True, exist_ok=True)
+        os.environ["RAY_TMPDIR"] = scratch
         torch.set_num_threads(1)
 
 

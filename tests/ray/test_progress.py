@@ -119,8 +119,9 @@ def test_progress_goes_to_standard_error(capsys, clock):
 def test_a_record_is_kept_with_the_run(tmp_path):
     folder = RunFolder(tmp_path / "runs" / "a")
     assert folder.read_record() is None
-    folder.write_record({"seed": 1}, "some-id")
-    assert folder.read_record() == {"mlflow_run_id": "some-id", "config": {"seed": 1}}
+    parts = [{"path": "data", "weight": 1.0, "num_samples": 3}]
+    folder.write_record({"seed": 1}, "some-id", parts)
+    assert folder.read_record() == {"mlflow_run_id": "some-id", "config": {"seed": 1}, "data": parts}
     assert [path.name for path in folder.path.iterdir()] == ["run.json"]
 
 
