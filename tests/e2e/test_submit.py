@@ -37,7 +37,7 @@ class ClusterProcess:
         # Jobs find `python` there; the library they find only in what is shipped with them.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-        for name in ("PYTHONPATH", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        for name in ("PYTHONPATH", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_TMPDIR"):
             environment.pop(name, None)
         self.process = subprocess.Popen(
             [sys.executable, str(script), str(port), str(NODES)],

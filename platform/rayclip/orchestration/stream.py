@@ -11,7 +11,6 @@ import ray.train
 
 from rayclip.data.stream import Batch, Stream, StreamSpec
 from rayclip.orchestration.filesystem import CHECKPOINT_LIST, train_result
-from rayclip.orchestration.windows import number_windows
 from rayclip.places import Place, place_of
 from rayclip.training.checkpoint import read_state
 
@@ -45,8 +44,8 @@ def remaining_dataset(
     num_remaining = stream.num_remaining()
     # Ray splits the stream into equal parts and drops a remainder; rows that stand for no sample leave it none.
     padding = -num_remaining % num_workers if num_remaining else num_workers
-    read = partial(_read, stream=stream, last=windows.stop - 1, padding=padding)
-    return number_windows(windows).map_batches(read, batch_size=1, num_cpus=1)
+    read = partial(_read, stream=stream, first=windows.start, last=windows.stop - 1, padding=padding)
+    return ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(read, batch_size=1, num_cpus=1)
 
 
 def latest_checkpoint(checkpoints: str) -> Place | None:
@@ -63,8 +62,8 @@ def batches(shard: ray.data.DataIterator, batch_size: int) -> Iterator[Batch]:
     yield from shard.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2, drop_last=False)
 
 
-def _read(row: dict[str, np.ndarray], stream: Stream, last: int, padding: int) -> Batch:
-    window = int(row["window"][0])
+def _read(row: dict[str, np.ndarray], stream: Stream, first: int, last: int, padding: int) -> Batch:
+    window = first + int(row["id"][0])
     block = stream.read(window)
     if window == last and padding:
         rest = stream.padding(padding)
