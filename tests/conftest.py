@@ -18,9 +18,6 @@ from rayclip.data.formats.tar import write_shard
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 
-# What starts a Ray stays together in one process of `make test`: the session's Ray and services are started once.
-GROUPS = {"ray": "ray", "e2e": "ray", "serve": "serve"}
-
 
 def pytest_configure():
     """Processes that test side by side have a Ray folder and a core each."""
@@ -33,10 +30,11 @@ def pytest_configure():
 
 
 class ByFolder(LoadScopeScheduling):
-    """Which tests stay together; the others go wherever there is time."""
+    """What starts a Ray stays together, so that each is started once; unit tests go wherever there is time."""
 
     def _split_scope(self, nodeid):
-        return GROUPS.get(nodeid.split("/")[1], nodeid)
+        folder = nodeid.split("/")[1]
+        return nodeid if folder == "unit" else folder
 
 
 def pytest_xdist_make_scheduler(config, log):
