@@ -129,25 +129,6 @@ WRITERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """A proxy without faults before moto's server; AWS's environment names it."""
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    proxy = load("s3").FaultyProxy(f"http://{host}:{port}")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        storage._client().mkdir("data")
-        yield proxy
-    proxy.close()
-    server.stop()
-
-
 def upload(folder, address):
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         storage.write_bytes(f"{address}/{path.relative_to(folder)}", path.read_bytes())
