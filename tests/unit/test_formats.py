@@ -1,11 +1,9 @@
 """Every format, on disk and in S3, gives the pairs that were written into it; and S3 with faults loses none."""
 
 import csv
-import importlib.util
 import io
 import json
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -24,14 +22,6 @@ from rayclip.orchestration.index import index
 NUM_PAIRS = 23
 CHUNK = 4
 BUCKET = "s3://data"
-
-
-def load(name):
-    path = Path(__file__).parents[1] / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def encode(seed, kind):
