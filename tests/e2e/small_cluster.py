@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
 OBJECT_STORE = 100 * 1024 * 1024
@@ -28,6 +29,7 @@ def main(port: int, num_nodes: int, folder: str) -> None:
     head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
     grows = {"labels": {"rayclip/max-gpus": "8"}}
     cluster = Cluster(initialize_head=True, head_node_args={**node[0], **head, **grows})
+    write_ray_address(cluster.address, node[0]["temp_dir"])  # else a job may join another Ray of this machine
     nodes = {raylet_of(added): added for added in [cluster.add_node(**options) for options in node[1:]]}
     print(json.dumps({"address": f"http://127.0.0.1:{port}", "raylets": list(nodes)}), flush=True)
     for line in sys.stdin:
