@@ -13,7 +13,7 @@ from rayclip.config import CompareConfig, SuiteConfig, WorkersConfig
 from rayclip.data.decode import eval_array, read_image
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
-from rayclip.evaluation.corruptions import corrupt_batch
+from rayclip.evaluation.corruptions import corrupt
 from rayclip.inference.encoder import Encoder
 from rayclip.inference.zero_shot import class_matrix
 from rayclip.models.clip import CLIP
@@ -86,7 +86,8 @@ def test_corrupted_pictures_are_those_of_their_positions(summary, model, make_sa
     samples = make_samples(NUM_SAMPLES)
     classes = class_matrix(encoder, NAMES, "photo")
     images = np.stack([eval_array(read_image(sample), 16) for sample in samples])
-    worse = encoder.encode_images(corrupt_batch(images, "gaussian_noise", 5, range(NUM_SAMPLES)))
+    noisy = [corrupt(image, "gaussian_noise", 5, position) for position, image in enumerate(images)]
+    worse = encoder.encode_images(np.stack(noisy))
     right = np.mean([int(sample["cls"]) for sample in samples] == (worse @ classes.T).argmax(dim=1).numpy())
     found = summary["datasets"]["classes"]["corruptions"]
     assert found["by_strength"]["gaussian_noise"][4]["value"] == pytest.approx(right)

@@ -6,7 +6,7 @@ import torch
 
 from rayclip.config import ModelConfig, TextConfig, VisionConfig
 from rayclip.errors import UserError
-from rayclip.evaluation.zero_shot import ZeroShotCounts, evaluate_zero_shot, top_k_correct
+from rayclip.evaluation.zero_shot import ZeroShotCounts, top_k_correct
 from rayclip.inference.encoder import Encoder
 from rayclip.inference.prompts import TEMPLATES, resolve_templates
 from rayclip.inference.zero_shot import class_matrix, zero_shot_probabilities
@@ -183,6 +183,12 @@ def test_logit_scale_is_out_of_log_space(encoder):
 # Accuracy
 
 
+def measured(features, labels, classes, ks=(1, 5)):
+    counts = ZeroShotCounts(classes, ks)
+    counts.update(features, labels)
+    return counts.metrics()
+
+
 def naive_top_k(scores, labels, k):
     order = np.argsort(-scores, axis=1, kind="stable")
     return (order[:, :k] == labels[:, None]).any(1).sum()
@@ -201,18 +207,18 @@ def test_top_k_is_that_of_a_sort(tied):
 
 def test_a_model_that_answers_always_the_same_gets_chance():
     labels = torch.arange(10).repeat(3)
-    result = evaluate_zero_shot(torch.ones(30, 4) / 2, labels, torch.ones(10, 4) / 2)
+    result = measured(torch.ones(30, 4) / 2, labels, torch.ones(10, 4) / 2)
     assert result["top1"] == result["chance_top1"] == pytest.approx(0.1)
     assert result["top5"] == result["chance_top5"] == pytest.approx(0.5)
 
 
 def test_features_that_are_not_numbers_are_wrong():
-    result = evaluate_zero_shot(torch.full((6, 4), torch.nan), torch.arange(6), torch.eye(6, 4))
+    result = measured(torch.full((6, 4), torch.nan), torch.arange(6), torch.eye(6, 4))
     assert result["top1"] == result["top5"] == 0
 
 
 def test_k_beyond_the_number_of_classes_counts_everything():
-    result = evaluate_zero_shot(torch.eye(2), torch.tensor([1, 1]), torch.eye(2))
+    result = measured(torch.eye(2), torch.tensor([1, 1]), torch.eye(2))
     assert result == {
         "top1": 0.5,
         "top5": 1.0,
@@ -231,7 +237,7 @@ def test_shards_add_up_to_the_whole():
     counts = ZeroShotCounts(classes)
     for start, stop in ((0, 1), (1, 4900), (4900, 4900), (4900, 5000)):
         counts.update(images[start:stop], labels[start:stop].int())
-    whole = evaluate_zero_shot(images, labels, classes)
+    whole = measured(images, labels, classes)
     scores = images.double().numpy() @ classes.double().numpy().T
     assert counts.metrics() == whole == counts.reduce().metrics()
     assert whole["top1"] == naive_top_k(scores, labels.numpy(), 1) / 5000
@@ -244,15 +250,15 @@ def test_shards_add_up_to_the_whole():
 def test_a_label_that_is_no_class_is_named(label):
     line = f"label {label} of picture 1 is out of range: the class list has 3 classes, 0 to 2"
     with pytest.raises(UserError, match=line):
-        evaluate_zero_shot(torch.ones(2, 4), torch.tensor([0, label]), torch.ones(3, 4))
+        measured(torch.ones(2, 4), torch.tensor([0, label]), torch.ones(3, 4))
 
 
 def test_nothing_to_measure_is_said():
     with pytest.raises(UserError, match="the list of classes is empty"):
-        evaluate_zero_shot(torch.ones(2, 4), torch.tensor([0, 0]), torch.ones(0, 4))
+        measured(torch.ones(2, 4), torch.tensor([0, 0]), torch.ones(0, 4))
     with pytest.raises(UserError, match="no pictures"):
-        evaluate_zero_shot(torch.ones(0, 4), torch.zeros(0, dtype=torch.int64), torch.ones(3, 4))
+        measured(torch.ones(0, 4), torch.zeros(0, dtype=torch.int64), torch.ones(3, 4))
     with pytest.raises(UserError, match="k of at least 1"):
-        evaluate_zero_shot(torch.ones(1, 4), torch.tensor([0]), torch.ones(3, 4), ks=(0,))
+        measured(torch.ones(1, 4), torch.tensor([0]), torch.ones(3, 4), ks=(0,))
     with pytest.raises(ValueError, match="2 pictures with 1 labels"):
-        evaluate_zero_shot(torch.ones(2, 4), torch.tensor([0]), torch.ones(3, 4))
+        measured(torch.ones(2, 4), torch.tensor([0]), torch.ones(3, 4))

@@ -8,7 +8,7 @@ Shapes: N pictures, H and W their sides.
 
 import io
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -37,15 +37,6 @@ def corrupt(image_HW3: np.ndarray, name: str, strength: int, position: int, seed
     random = np.random.default_rng((seed, zlib.crc32(name.encode()), strength, position))
     scale = min(image_HW3.shape[:2]) / _SIDE
     return _to_uint8(CORRUPTIONS[name](image_HW3 / np.float32(255), strength - 1, scale, random))
-
-
-def corrupt_batch(
-    images_NHW3: np.ndarray, name: str, strength: int, positions_N: Sequence[int], seed: int = 0
-) -> np.ndarray:
-    """`corrupt` of N pictures, each at its position in the data set."""
-    pairs = zip(images_NHW3, positions_N, strict=True)
-    worse = [corrupt(image, name, strength, int(position), seed) for image, position in pairs]
-    return np.stack(worse) if worse else images_NHW3
 
 
 def _weaker(scale: float) -> float:

@@ -89,18 +89,6 @@ class ZeroShotCounts:
         return {**accuracy, **chance, "percentile_rank": percentile_rank, **sizes}
 
 
-def evaluate_zero_shot(
-    image_features_ND: Tensor, labels_N: Tensor, class_matrix_CD: Tensor, ks: Sequence[int] = (1, 5)
-) -> dict[str, float]:
-    """Zero-shot accuracy of this process's pictures: the metrics of `ZeroShotCounts`.
-
-    Features and class matrix are L2-normalised; the logit scale does not change an order and is not needed.
-    """
-    counts = ZeroShotCounts(class_matrix_CD, ks)
-    counts.update(image_features_ND, labels_N)
-    return counts.metrics()
-
-
 def check_labels(labels_N: Tensor, num_classes: int) -> None:
     """Raise UserError where a label is not the index of a class."""
     wrong = ((labels_N < 0) | (labels_N >= num_classes)).nonzero()
