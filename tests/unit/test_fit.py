@@ -361,7 +361,7 @@ def test_one_data_set_of_several(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read as a CSV"),
+        (None, "there is no file"),
         (b"", "has no column name, gmacs, samples, error; it has: none"),
         (b"name,gmacs,samples\n", "has no column error; it has: name, gmacs, samples"),
         (b"\xff\xfe", "cannot be read as a CSV"),

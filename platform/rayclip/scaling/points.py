@@ -63,6 +63,8 @@ def read_csv(path: Place, dataset: str | None = None) -> list[Run]:
     """
     try:
         lines = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+    except FileNotFoundError:
+        raise UserError(f"there is no file '{path}'") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"'{path}' cannot be read as a CSV: {error}") from None
     header = [column.strip() for column in lines[0]] if lines else []
