@@ -27,6 +27,8 @@ from rayclip.scaling.frontier import Selection, select
 
 CONFIDENCE = 0.95
 _WORSE_P = 0.05
+_LEAST_AXIS = 1e-6  # below which parameters cannot be told apart
+_LEAST_FREE = 0.05  # of a run, where the law goes wherever it does
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,24 @@ def _redraw(form: Form, runs: Runs, theta_1K: np.ndarray, huber: float, index_RN
     truth_1K = theta_1K if runs.frontier == "all" else fit_one(form, every.select())[0]
     z_1TN = form.coordinates(every.select())
     own_1N, truth_1N = (form.log_error(theta, z_1TN) for theta in (theta_1K, truth_1K))
-    off_N, num_free = runs.error_N - truth_1N[0], len(runs.error_N) - form.num_parameters
-    noise_RN = ((off_N - off_N.mean()) * np.sqrt(len(off_N) / num_free))[index_RN]
+    slope_NK = form.jacobian(truth_1K, z_1TN)[0][:, -form.num_parameters :]  # a line's limit is none
+    noise_RN = _noise(runs.error_N - truth_1N[0], slope_NK)[index_RN]
     frontiers = runs.select(error_RN=truth_1N + noise_RN)
     drawn_RK = fit_many(form, frontiers, truth_1K, huber)
     if runs.frontier != "all" and _is_closer(form, runs, theta_1K, frontiers, drawn_RK, noise_RN):
         return None
     drawn_RN = form.log_error(drawn_RK, np.tile(z_1TN, (len(drawn_RK), 1, 1)))
     mirrored = every.select(error_RN=own_1N - (drawn_RN - truth_1N))
-    return Spread(fit_many(form, mirrored, drawn_RK, np.inf), tail_probability(num_free), redrawn=True)
+    tail = tail_probability(len(runs.error_N) - form.num_parameters)
+    return Spread(fit_many(form, mirrored, drawn_RK, np.inf), tail, redrawn=True)
+
+
+def _noise(off_N: np.ndarray, slope_NK: np.ndarray) -> np.ndarray:
+    """Of what runs are off their law the noise: more, as the law gave way to each (by its leverage)."""
+    axes_NK, size_K, _ = np.linalg.svd(slope_NK / np.maximum(np.linalg.norm(slope_NK, axis=0), 1e-300), False)
+    leverage_N = (axes_NK[:, size_K > _LEAST_AXIS] ** 2).sum(axis=1)
+    noise_N = off_N / np.sqrt(np.maximum(1 - leverage_N, _LEAST_FREE))
+    return noise_N - noise_N.mean()
 
 
 def _resample(form: Form, runs: Runs, theta_1K: np.ndarray, huber: float, index_RN: np.ndarray) -> Spread:
