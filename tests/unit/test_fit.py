@@ -229,8 +229,9 @@ def test_intervals_of_a_law_with_a_limit_cover_about_95_percent(form, frontier, 
     [("power_limit", "all", 20), ("power_limit", "bins", 20), ("shifted_limit", "bins", 40), ("chinchilla", "all", 24)],
 )
 def test_intervals_of_a_law_with_a_limit_cover_95_percent_of_1000_draws(form, frontier, count):
+    """Which have a standard error of 0.7 points."""
     shares = coverage_of(form, frontier, count, 0.01, 1000)
-    assert all(0.93 <= shares[name] <= 0.97 for name in TRUTH[form][1] if name in shares), shares
+    assert all(0.92 <= shares[name] <= 0.98 for name in TRUTH[form][1] if name in shares), shares
 
 
 def test_fewer_and_noisier_runs_widen_the_interval():
