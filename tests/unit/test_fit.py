@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from jobs.benchmarks.coverage import coverage as coverage_of
 from jobs.fit import main
@@ -215,17 +216,22 @@ def test_a_frontier_of_noise_is_set_right_and_one_of_better_runs_is_left_alone()
     assert exponent.low <= 0.111 <= exponent.high and exponent.high - exponent.low < 0.02, exponent
 
 
-@pytest.mark.slow
-def test_intervals_of_a_limit_cover_95_percent():
-    shares = coverage("power_limit", 40, 0.01, 1000, resamples=400)
-    assert all(0.93 <= share <= 0.97 for share in shares.values()), shares
+@pytest.mark.parametrize(("form", "frontier", "count"), [("shifted_limit", "bins", 40), ("chinchilla", "all", 24)])
+def test_intervals_of_a_law_with_a_limit_cover_about_95_percent(form, frontier, count):
+    """Of 100 draws, which have a standard error of 2.2 points."""
+    shares = coverage_of(form, frontier, count, 0.01, 100)
+    assert all(0.9 <= shares[name] <= 0.99 for name in TRUTH[form][1] if name in shares), shares
 
 
 @pytest.mark.slow
-def test_intervals_of_chinchillas_law_cover_at_least_95_percent():
-    """With few runs for so many parameters they are wide rather than narrow."""
-    shares = coverage("chinchilla", 24, 0.01, 300, resamples=400)
-    assert all(share >= 0.93 for share in shares.values()), shares
+@pytest.mark.parametrize(
+    ("form", "frontier", "count"),
+    [("power_limit", "all", 20), ("power_limit", "bins", 20), ("shifted_limit", "bins", 40), ("chinchilla", "all", 24)],
+)
+def test_intervals_of_a_law_with_a_limit_cover_95_percent_of_1000_draws(form, frontier, count):
+    """Which have a standard error of 0.7 points."""
+    shares = coverage_of(form, frontier, count, 0.01, 1000)
+    assert all(0.92 <= shares[name] <= 0.98 for name in TRUTH[form][1] if name in shares), shares
 
 
 def test_fewer_and_noisier_runs_widen_the_interval():
@@ -242,8 +248,20 @@ def test_fewer_and_noisier_runs_widen_the_interval():
 
 
 def test_few_runs_are_taken_further_out_and_many_are_not():
-    assert tail_probability(10_000, 2) == pytest.approx(0.025, rel=1e-2)
-    assert tail_probability(6, 2) < 0.001
+    assert tail_probability(10_000) == pytest.approx(0.025, rel=1e-2)
+    assert tail_probability(4) == pytest.approx(0.00275, rel=1e-2)  # of a normal, beyond Student's 2.776 for 4
+    assert tail_probability(4, stretch=1.5) < 0.0001
+
+
+def test_intervals_of_all_runs_of_a_line_are_those_of_linear_regression():
+    """Student's t and the covariance of least squares, but for what 20,000 resamples leave to chance."""
+    points = draw(power, 15, 0.02, np.random.default_rng(3))
+    exponent = fit_law(points, config(resamples=20_000)).estimates()["exponent"]
+    line = stats.linregress(*np.log([(p.compute, p.error) for p in points]).T)
+    half = stats.t.ppf(0.975, 13) * line.stderr
+    assert exponent.value == pytest.approx(-line.slope)
+    assert exponent.value - exponent.low == pytest.approx(half, rel=0.06)
+    assert exponent.high - exponent.value == pytest.approx(half, rel=0.06)
 
 
 # What cannot be said

@@ -97,7 +97,7 @@ class Law:
         if not len(usable_R):
             return Estimate(float(value))
         tail = self.spread.tail
-        low, high = np.quantile(usable_R, [tail, 1 - tail])
+        low, high = np.quantile(usable_R, [tail, 1 - tail], method="weibull")  # in the mean exact, for any R
         return Estimate(float(value), float(low), float(high))
 
 
@@ -124,14 +124,15 @@ def fit_law(points: list[Point], config: FitConfig, num_resamples: int | None = 
 
 def selection_bias(law: Law) -> float | None:
     """Share by which noise alone puts the frontier's errors below those of the law that all runs scatter about; None
-    where runs are not selected, or differ by more than noise.
+    where runs differ by more than noise.
     """
-    if law.spread.centre_1K is None:
+    if not law.spread.redrawn:
         return None
     kept_M = law.runs.weight[0] > 0
-    z = law.form.coordinates(law.runs)
-    above = law.form.log_error(law.spread.centre_1K, z) - law.form.log_error(law.theta_1K, z)
-    return float(-np.expm1(-above[0][kept_M].mean()))
+    resampled_RK, z = law.spread.resampled_RK, law.form.coordinates(law.runs)
+    right_RM = law.form.log_error(resampled_RK, np.tile(z, (len(resampled_RK), 1, 1)))
+    above_M = np.nanmedian(right_RM, axis=0) - law.form.log_error(law.theta_1K, z)[0]
+    return float(-np.expm1(-above_M[kept_M].mean()))
 
 
 def fitted_runs(law: Law) -> set[int]:

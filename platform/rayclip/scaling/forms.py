@@ -133,12 +133,14 @@ def fit_one(form: Form, runs: Selection, limit: bool = True) -> tuple[np.ndarray
     return theta_SK[[loss_S.argmin()]], huber
 
 
-def fit_many(form: Form, runs: Selection, start_1K: np.ndarray, huber: float) -> np.ndarray:
-    """The parameters [R, K] of every resample; NaN where one has too few different runs to carry them."""
+def fit_many(form: Form, runs: Selection, start: np.ndarray, huber: float) -> np.ndarray:
+    """The parameters [R, K] of every resample, from one start [1, K] or its own [R, K]; NaN where one has too few
+    different runs to carry them, or starts there.
+    """
     if form.name == "power":
         theta_RK = _fit_line(form, runs)
     else:
-        theta_RK, _ = _polish(form, np.tile(start_1K, (len(runs.error), 1)), runs, huber)
+        theta_RK, _ = _polish(form, np.broadcast_to(start, (len(runs.error), start.shape[1])), runs, huber)
     theta_RK[_num_different(runs) < form.num_parameters] = np.nan
     return theta_RK
 
