@@ -247,7 +247,7 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judg
             ),
         ),
         datasets={"train": ray.data.range(1)},  # stands for the stream, which is made when the workers are known
-        validation_config=measurements(job),
+        validation_config=measurements(job) if job.measures_beside or folder.has_unmeasured() else None,
         dataset_config=StreamConfig(job.spec, str(folder.checkpoints), job.origin),
     )
     done = threading.Event()
