@@ -44,7 +44,7 @@ class Measurement:
         Raises, after a line for people, where it cannot be measured; training goes on without.
         """
         folder = RunFolder(place_of(self.job.folder)).checkpoints / PurePath(checkpoint.path).name
-        attempt: int = ray.get(self.job.monitor.attempt.remote(samples_seen))
+        attempt: Any = ray.get(self.job.monitor.attempt.remote(samples_seen))
         try:
             if attempt > _ATTEMPTS:
                 raise UserError(f"its process died {_ATTEMPTS} times")
