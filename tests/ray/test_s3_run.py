@@ -38,7 +38,10 @@ def config(make_config, make_samples, write_dataset, s3, tmp_path):
         "killed", "s3://data/set",
         runs="s3://data/runs", epochs=EPOCHS, batch_size=16,
         checkpoint={"every_samples": EVERY, "keep": 2, "record_samples": True},
-        evaluation={"tasks": {"pairs": {"kind": "retrieval", "path": "s3://data/set"}}},
+        evaluation={
+            "tasks": {"pairs": {"kind": "retrieval", "path": "s3://data/set"}},
+            "every_samples": 2 * EVERY, "beside": True,
+        },
         tracking={
             "uri": f"sqlite:///{tmp_path}/mlflow.db", "artifacts": "s3://data/mlflow", "register_as": "from-s3",
         },
@@ -69,6 +72,10 @@ def test_a_run_in_s3_goes_on_after_kill_9_with_faults_and_nothing_is_lost(
     trained += [samples for name, samples in after.items() if number[name] > start]
     every = [tuple(sample) for samples in trained for sample in samples[:, :2].tolist()]
     assert len(every) == len(set(every)) == TOTAL, "each sample of each epoch once"
+
+    kept = [json.loads((again.checkpoints / name.replace("samples.npy", "metrics.json")).read_text()) for name in after]
+    assert [content["measured"] for content in kept] == [True, True], "the last but one beside training"
+    assert f"at {4 * EVERY:,} samples: pairs" in again.log.read_text()
 
     summary = json.loads(storage.read_bytes("s3://data/runs/killed/summary.json"))
     assert summary["samples_seen"] == TOTAL and not summary["skipped"]

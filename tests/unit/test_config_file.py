@@ -14,6 +14,7 @@ from rayclip.errors import UserError
 REPOSITORY = Path(__file__).parents[2]
 
 MINIMAL = {"name": "small", "model": "ViT-Nano/8@32", "data": {"path": "somewhere"}, "epochs": 3, "batch_size": 64}
+TASKS = {"a": {"kind": "retrieval", "path": "p"}}
 
 
 @pytest.fixture
@@ -199,6 +200,10 @@ SOME_MODEL = {"embed_dim": 8, "vision": {"widht": 3}}
         # What models check themselves.
         ({"samples": 5}, "give exactly one of epochs and samples"),
         ({"batch_size": 63, "cluster": {"num_workers": 2}}, "batch_size 63 is not a multiple of cluster.num_workers 2"),
+        (
+            {"cluster": {"num_workers": [1, 2]}, "evaluation": {"beside": True, "every_samples": 9, "tasks": TASKS}},
+            "num_workers (1, 2) takes all room there is: evaluation.beside needs one number",
+        ),
         ({"evaluation": {"best": "letters.top1"}}, "evaluation.best 'letters.top1' is not measured; measured: -"),
         (
             {"evaluation": {"best": "a.top", "tasks": {"a": {"kind": "zero_shot", "path": "p"}}}},

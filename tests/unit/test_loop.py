@@ -251,6 +251,22 @@ def test_hooks_are_called_where_they_are_due(tmp_path, data, tiny_config):
     assert run.model.training
 
 
+def test_what_is_measured_beside_training_changes_nothing_but_who_measures(tmp_path, data, tiny_config):
+    """All but the last; a checkpoint that is only saved is told from one that is still to be measured."""
+    runs = [
+        Run(tmp_path / str(beside), data, tiny_config, make_plan(evaluate_every=35, evaluate_beside=beside))
+        for beside in (False, True)
+    ]
+    for run in runs:
+        run.start()
+    on_workers, beside = runs
+    assert beside.at("evaluate") == [66]
+    assert beside.at("save") == on_workers.at("save") == [18, 30, 36, 48, 60, 66]
+    saved = [metrics for name, _, metrics in beside.calls if name == "save"]
+    assert saved == [{}, {}, None, {}, {}, {"letters": {"top1": 0.5}}]
+    assert beside.everything() == on_workers.everything()
+
+
 def test_checkpoints_are_made_where_they_are_asked_for(tmp_path, bad_data, data, tiny_config):
     """At the first step at or after each, several in one step making one; samples that could not be read count too."""
     plan = make_plan(checkpoint_every=1000, checkpoint_at=(1, 2, 18, 19, 40, 70))

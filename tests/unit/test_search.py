@@ -112,6 +112,20 @@ def test_a_plan_that_cannot_be_is_refused(sweep, plan, message):
         sweep(**plan)
 
 
+def test_trials_that_are_stopped_at_their_evaluations_cannot_go_on_meanwhile(base):
+    space = {"optimizer.lr": {"low": 1e-4, "high": 1e-3}}
+    values = {
+        "name": "s",
+        "metric": "letters.top1",
+        "base": base | {"evaluation": base["evaluation"] | {"beside": True}},
+    }
+    random = {"kind": "search", "space": space, "num_trials": 1}
+    assert validate(SweepConfig, values | {"plan": random}, "test").base.evaluation.runs_beside
+    asha = random | {"algorithm": "asha", "grace_samples": 200}
+    with pytest.raises(UserError, match=r"base.evaluation.beside: a trial waits to hear whether it goes on"):
+        validate(SweepConfig, values | {"plan": asha}, "test")
+
+
 def test_a_metric_that_is_not_measured_is_refused(base):
     plan = {"kind": "search", "space": {"optimizer.lr": {"low": 1e-4, "high": 1e-3}}, "num_trials": 1}
     with pytest.raises(UserError, match=r"metric 'letters\.top9' is not measured; measured: letters\.top1"):

@@ -176,6 +176,24 @@ def test_what_a_job_takes():
     assert demand(FitConfig(source="points.csv")) == [{"CPU": 1}]
 
 
+def test_what_measures_beside_training_takes_its_own():
+    evaluation = {"tasks": {"a": {"kind": "retrieval", "path": "a"}}, "every_samples": 8, "beside": True}
+
+    def beside(use_gpu=False, **changes):
+        cluster = {"num_workers": 2, "cpus_per_worker": 4, "use_gpu": use_gpu}
+        return demand(make_train(cluster=cluster, evaluation=evaluation | changes))[3:]
+
+    assert beside() == [{"CPU": 1}]
+    assert beside(beside_cpus=3) == [{"CPU": 3}]
+    assert beside(use_gpu=True) == [{"CPU": 1, "GPU": 1}]
+    assert beside(use_gpu=True, beside_gpus=0, beside_cpus=8) == [{"CPU": 8}]
+    assert beside(beside_gpus=0.5) == [{"CPU": 1, "GPU": 0.5}]
+    for nothing in ({"beside": False}, {"every_samples": None}, {"tasks": {}}):
+        assert beside(**nothing) == []
+    job = demand(make_train(cluster={"num_workers": 2, "use_gpu": True}, evaluation=evaluation))
+    assert "it needs 4 CPU, 3 GPU" in shortage(job, Capacity([{"CPU": 8, "GPU": 2}], {}))
+
+
 def test_what_is_missing_is_said():
     job = demand(make_train(cluster={"num_workers": 2, "cpus_per_worker": 4, "use_gpu": True}))
     gpu, cpu = {"CPU": 8, "GPU": 2}, {"CPU": 4}

@@ -255,6 +255,19 @@ def test_a_checkpoint_is_linked_once(client, run_id, checkpoint):
     assert points(client, run_id, "checkpoint/letters.top1") == [(500, 0.5)]
 
 
+def test_what_is_measured_after_a_checkpoint_was_linked_is_added_once(client, run_id, checkpoint):
+    model = link_checkpoint(client, run_id, checkpoint, 500, {})
+    client.log_metric(run_id, "checkpoint/letters.num_samples", 10, step=500, model_id=model.model_id)  # and it died
+    link_checkpoint(client, run_id, checkpoint, 1000, METRICS)
+    for _ in range(2):
+        assert link_checkpoint(client, run_id, checkpoint, 500, METRICS).model_id == model.model_id
+    expected = {"checkpoint/letters.top1": 0.5, "checkpoint/letters.num_samples": 10}
+    for key, value in expected.items():
+        assert sorted(points(client, run_id, key)) == [(500, value), (1000, value)]
+    linked = client.get_logged_model(model.model_id)
+    assert {metric.key: metric.value for metric in linked.metrics} == expected
+
+
 def test_checkpoints_of_runs_that_share_a_name_are_kept_apart(uri, client, checkpoint):
     runs = [open_run(uri, "tests", "same name", {}, {}, None) for _ in range(2)]
     models = {link_checkpoint(client, run_id, checkpoint, 500, {}).model_id for run_id in runs}

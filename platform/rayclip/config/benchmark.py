@@ -26,6 +26,7 @@ class BenchmarkConfig(Config):
         "curation",
         "coverage",
         "storage",
+        "pause",
     ] = Field(description="what is measured")
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
     samples: int = Field(20_000, gt=0, description="captions to tokenise, pictures to extract, pairs to train on")
@@ -46,5 +47,5 @@ class BenchmarkConfig(Config):
         (), description="parts of a benchmark: models to serve; core, s3 and ray of the loader; empty: all"
     )
     model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
-    workers: int = Field(2, gt=0, description="processes with a core each that extract features")
+    workers: int = Field(2, gt=0, description="processes with a core each that extract features, or train")
     settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")

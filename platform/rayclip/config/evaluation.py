@@ -49,6 +49,22 @@ class EvaluationConfig(Config):
     )
     best: str | None = Field(None, description="TASK.METRIC that picks the best checkpoint; None takes the last")
     batch_size: int = Field(256, gt=0, description="pictures encoded at once")
+    beside: bool = Field(
+        False,
+        description="during training, measure in a process of its own while workers go on; the last time they do it",
+    )
+    beside_cpus: float = Field(1, gt=0, description="CPU cores of that process")
+    beside_gpus: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="its GPU, whole or a part; 0: none, on its CPU cores; None: one where cluster.use_gpu",
+    )
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether there is anything to measure beside training."""
+        return self.beside and bool(self.tasks) and self.every_samples is not None
 
 
 class DataSetConfig(Config):

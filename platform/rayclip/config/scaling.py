@@ -178,6 +178,8 @@ class SweepConfig(Config):
                     f"base.evaluation.every_samples {every} must be at most plan.grace_samples "
                     f"{self.plan.grace_samples}: trials are compared where they are measured"
                 )
+            if evaluation.beside:
+                raise ValueError("base.evaluation.beside: a trial waits to hear whether it goes on; leave it out")
         return self
 
 

@@ -7,13 +7,14 @@ import ray
 
 @ray.remote(num_cpus=0)
 class Monitor:
-    """What the first worker last said of itself, for the driver to show."""
+    """What the first worker last said of itself, for the driver to show; and what outlives a process that measures."""
 
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}
         self._notes: list[str] = []
         self._measured: list[dict[str, float]] = []
         self._verdicts: dict[int, bool] = {}
+        self._attempts: dict[int, int] = {}
         self._error: str | None = None
 
     def update(self, state: dict[str, Any]) -> None:
@@ -35,6 +36,11 @@ class Monitor:
     def verdict(self, samples_seen: int) -> bool | None:
         """What was said of the evaluation there; None before it was."""
         return self._verdicts.get(samples_seen)
+
+    def attempt(self, samples_seen: int) -> int:
+        """Count the attempts to measure the checkpoint there: this is the first, the second, ..."""
+        self._attempts[samples_seen] = self._attempts.get(samples_seen, 0) + 1
+        return self._attempts[samples_seen]
 
     def stopped(self) -> bool:
         """Whether it was said that the run does not go on."""

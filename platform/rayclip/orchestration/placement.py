@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from rayclip.config import ClusterConfig, Config, WorkersConfig
+from rayclip.config import ClusterConfig, Config, TrainConfig, WorkersConfig
 
 Bundle = dict[str, float]
 """Resources that one process takes of one node, or that a node has: {"CPU": 4, "GPU": 1}."""
@@ -31,8 +31,10 @@ def most_of(labels: Sequence[Mapping[str, str]]) -> Bundle:
 def demand(config: Config) -> list[Bundle]:
     """What a job takes of the cluster at once, a bundle a process. The job's own process takes none."""
     workers = getattr(config, "cluster", None)
-    if isinstance(workers, ClusterConfig):
-        return [worker_bundle(workers)] * workers.min_workers + [{"CPU": 1.0}]  # which reads ahead for them
+    if isinstance(config, TrainConfig):
+        reader = {"CPU": 1.0}  # which reads ahead for the workers
+        beside = [beside_bundle(config)] if config.evaluation.runs_beside else []
+        return [worker_bundle(config.cluster)] * config.cluster.min_workers + [reader, *beside]
     if isinstance(workers, WorkersConfig):
         return [worker_bundle(workers)] * workers.num_workers
     inner = [getattr(config, name) for name in type(config).model_fields]
@@ -78,6 +80,13 @@ def told(bundle: Bundle) -> str:
 def worker_bundle(workers: ClusterConfig | WorkersConfig) -> Bundle:
     """What one worker takes."""
     return {"CPU": workers.cpus_per_worker} | ({"GPU": 1.0} if workers.use_gpu else {})
+
+
+def beside_bundle(config: TrainConfig) -> Bundle:
+    """What the process takes that measures beside training."""
+    evaluation = config.evaluation
+    gpus = float(config.cluster.use_gpu) if evaluation.beside_gpus is None else evaluation.beside_gpus
+    return {"CPU": evaluation.beside_cpus} | ({"GPU": gpus} if gpus else {})
 
 
 def _place(bundles: list[Bundle], free: list[Bundle]) -> bool:

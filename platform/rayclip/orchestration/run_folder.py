@@ -90,6 +90,11 @@ class RunFolder:
         if self._list.exists() and _read_or_none(self._list) is None and self._list_copy.exists():
             write_json(self._list, json.loads(self._list_copy.read_text()))
 
+    def has_unmeasured(self) -> bool:
+        """Whether checkpoints are still to be measured that an earlier start of the run has saved."""
+        listed = _read_or_none(self._list)
+        return bool(listed and listed["pending_training_results"])
+
     @property
     def _list(self) -> Place:
         return self.checkpoints / CHECKPOINT_LIST

@@ -17,9 +17,9 @@ from ray.actor import ActorHandle
 
 from rayclip.config import TrainConfig
 from rayclip.errors import UserError
+from rayclip.orchestration.job import StoppedError
 from rayclip.orchestration.sweep_table import TRAINING
 from rayclip.orchestration.train import CrashedError, run_training
-from rayclip.orchestration.worker import StoppedError
 from rayclip.places import append, place_of
 from rayclip.tracking.mlflow import flatten
 

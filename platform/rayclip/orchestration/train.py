@@ -28,19 +28,22 @@ from rayclip.errors import UserError
 from rayclip.evaluation.tasks import Evaluator
 from rayclip.models.presets import preset, with_logit_bias
 from rayclip.models.weights import fit_weights
+from rayclip.orchestration.beside import measurements
 from rayclip.orchestration.branch import branch_checkpoint, branch_tags
 from rayclip.orchestration.cluster import check_resources, connect
 from rayclip.orchestration.filesystem import ray_storage
+from rayclip.orchestration.job import Job, StoppedError
 from rayclip.orchestration.monitor import Monitor
-from rayclip.orchestration.placement import demand
+from rayclip.orchestration.placement import demand, total
 from rayclip.orchestration.progress import Line, ProgressLine
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import StreamConfig, latest_checkpoint
-from rayclip.orchestration.worker import Job, StoppedError, train_worker
+from rayclip.orchestration.summary import sum_up
+from rayclip.orchestration.worker import train_worker
 from rayclip.places import Place, place_of
 from rayclip.storage import absolute
 from rayclip.tracking import mlflow as tracking
-from rayclip.tracking.registry import is_registered, link_checkpoint, register, resolve_model
+from rayclip.tracking.registry import is_registered, resolve_model
 from rayclip.training.checkpoint import read_metrics, read_state
 
 _POLL_S = 0.5
@@ -79,9 +82,10 @@ def run_training(
         assert isinstance(config.model, ModelConfig)
         fit_weights(resolve_model(config.weights, uri).folder, config.model)
 
-    workers = config.cluster
-    connect(local_cpus=math.ceil(workers.max_workers * workers.cpus_per_worker + 1))  # the workers' and a reader's
-    check_resources(demand(config), f"a run with {workers.min_workers} workers and a reader")
+    workers, needed = config.cluster, demand(config)
+    most_to_come = (workers.max_workers - workers.min_workers) * workers.cpus_per_worker
+    connect(local_cpus=math.ceil(total(needed)["CPU"] + most_to_come))
+    check_resources(needed, _told_processes(config))
 
     folder.repair_list()
     found = latest_checkpoint(str(folder.checkpoints))
@@ -104,9 +108,16 @@ def run_training(
         raise
     finally:
         tracking.close_run(uri, run_id, succeeded, stopped)
-    summary = _finish(config, folder, uri, run_id, Stream(spec).num_distinct())
+    summary = sum_up(config, folder, uri, run_id, Stream(spec).num_distinct())
     folder.write_summary(summary)
     return summary
+
+
+def _told_processes(config: TrainConfig) -> str:
+    workers = f"a run with {config.cluster.min_workers} workers"
+    if not config.evaluation.runs_beside:
+        return f"{workers} and a reader"
+    return f"{workers}, a reader and a process that measures beside them (evaluation.beside)"
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -236,6 +247,7 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judg
             ),
         ),
         datasets={"train": ray.data.range(1)},  # stands for the stream, which is made when the workers are known
+        validation_config=measurements(job) if job.measures_beside or folder.has_unmeasured() else None,
         dataset_config=StreamConfig(job.spec, str(folder.checkpoints), job.origin),
     )
     done = threading.Event()
@@ -283,44 +295,3 @@ def _watch(monitor: Any, line: Line, judge: Judge | None, done: threading.Event)
 def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
-
-
-def _finish(config: TrainConfig, folder: RunFolder, uri: str, run_id: str, num_samples: int) -> dict[str, Any]:
-    """Register the best checkpoint and sum the run up; it was of `num_samples` different ones.
-
-    A branch counts all samples that its weights have seen, and its own time.
-    """
-    evaluated = [(path, metrics) for path, metrics in folder.evaluated_checkpoints() if metrics["measured"]]
-    best, metrics = max(evaluated, key=lambda pair: (pair[1]["score"], pair[0].name))
-    state, best_state = read_state(evaluated[-1][0]), read_state(best)
-    trained = state.samples_seen - state.branched_at
-    version = None
-    if config.tracking.register_as:
-        client = tracking.connect(uri)
-        model = link_checkpoint(client, run_id, best, best_state.samples_seen, metrics["tasks"])
-        by_average = ".ema." in (config.evaluation.best or "")
-        version = register(client, model, best, config.tracking.register_as, config.tracking.alias, by_average)
-    by_kind: dict[str, dict[str, Any]] = {}
-    for name, task in config.evaluation.tasks.items():
-        if name in metrics["tasks"]:
-            by_kind.setdefault(task.kind, {})[name] = metrics["tasks"][name]
-    return {
-        "name": config.name,
-        **by_kind,
-        "samples_seen": state.samples_seen,
-        "samples_trained": trained,
-        "unique_samples": min(state.samples_seen, num_samples),
-        "steps": state.steps,
-        "device": state.device,
-        "train_time_s": round(state.train_time_s, 1),
-        "samples_per_s": round(trained / max(state.train_time_s, 1e-9), 1),
-        "data_wait_share": round(state.data_wait_s / max(state.train_time_s, 1e-9), 4),
-        "skipped": state.skipped,
-        "checkpoint": str(best),
-        "checkpoint_samples_seen": best_state.samples_seen,
-        "mlflow_run_id": run_id,
-        "registered_model": config.tracking.register_as,
-        "model_version": version,
-        "manifest_digest": state.manifest_digest,
-        "code_version": state.code_version,
-    }

@@ -5,7 +5,6 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,19 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.actor import ActorHandle
 
-from rayclip.config import ModelConfig, TrainConfig
+from rayclip.config import ModelConfig
 from rayclip.data.decode import CAUSES
-from rayclip.data.stream import Batch, Stream, StreamSpec
-from rayclip.data.tokenizer import get_tokenizer
+from rayclip.data.stream import Batch, Stream
 from rayclip.errors import UserError
-from rayclip.evaluation.tasks import Evaluator
 from rayclip.files import write_text
-from rayclip.inference.encoder import Encoder
 from rayclip.models.clip import CLIP
 from rayclip.models.transformer import checkpoint_activations, compile_blocks
 from rayclip.models.weights import fit_weights
+from rayclip.orchestration.beside import to_measure, wait_until_measured, waiting_checkpoints
 from rayclip.orchestration.filesystem import upload_checkpoint
+from rayclip.orchestration.job import Job, StoppedError
+from rayclip.orchestration.measuring import checkpoint_metrics, measure, points, told, with_average
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.orchestration.stream import batches
 from rayclip.places import Place, S3Path, append, local_copy, place_of, staged
@@ -41,28 +39,6 @@ from rayclip.training.optimizer import RowAdamW, build_optimizer
 _PROGRESS_EVERY_S = 0.5
 _VERDICT_POLL_S = 0.1
 _KEPT_SCORE = 1e18  # above any metric and any number of samples: Ray deletes what has the least
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a worker needs to know."""
-
-    config: TrainConfig
-    spec: StreamSpec
-    total_samples: int
-    folder: str
-    tracking_uri: str
-    mlflow_run_id: str
-    code_version: str
-    monitor: ActorHandle
-    origin: Place | None = None
-    """The checkpoint of another run that a branch begins with."""
-    judged: bool = False
-    """Whether the run waits after each evaluation to hear if it goes on."""
-
-
-class StoppedError(Exception):
-    """The run was judged and does not go on; what it has trained is in its last checkpoint."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -145,6 +121,7 @@ class Worker:
             precision=config.precision,
             guard=config.guard,
             checkpoint_at=config.checkpoint.at_samples,
+            evaluate_beside=self.job.measures_beside,
         )
 
     def _new_model(self, settings: ModelConfig) -> CLIP:
@@ -167,8 +144,9 @@ class Worker:
         else:
             with checkpoint.as_directory() as path:
                 state = restore(Path(path), self.model, self.optimizer, self.ema)
-            if self.is_first:
-                self._link(self.folder.checkpoints / Path(checkpoint.path).name, state.samples_seen)
+            name = Path(checkpoint.path).name
+            if self.is_first and name not in waiting_checkpoints():
+                self._link(self.folder.checkpoints / name, state.samples_seen)
         if state.manifest_digest != self.job.spec.digest:
             raise UserError(f"the data set in '{self.job.spec.folder}' is not the one this run began with")
         state.code_version, state.device = self.job.code_version, _device_name()
@@ -197,28 +175,35 @@ class Worker:
         return Stream(self.job.spec).again(samples, self._local_batch, rank, self.world_size)
 
     def _evaluate(self) -> Metrics:
-        config = self.config
-        assert isinstance(config.model, ModelConfig)
-        encoder = Encoder(self.model, get_tokenizer(config.model.text.context_length), self.model.logit_scale.device)
-        evaluator = Evaluator(config.evaluation.tasks, config.model.vision.image_size, config.evaluation.batch_size)
+        self._wait_until_measured()
         with staged(self.folder.pictures) as pictures:
-            metrics = evaluator.run(encoder, pictures if self.is_first else None)
-        if self.ema:
-            with self.ema.in_place():
-                for name, averaged in evaluator.run(encoder).items():
-                    metrics[name]["ema"] = averaged
-        return metrics
+            metrics = measure(self.config, self.model, pictures if self.is_first else None)
+        if self.ema is None:
+            return metrics
+        with self.ema.in_place():
+            return with_average(metrics, measure(self.config, self.model))
 
-    def _save(self, state: RunState, metrics: Metrics, seen: np.ndarray) -> None:
+    def _wait_until_measured(self) -> None:
+        """Wait for what is measured beside training: it comes in order, and no more than one checkpoint is behind."""
+        if not self.job.measures_beside:
+            return
+        for name in waiting_checkpoints() if self.is_first else ():
+            self._notice(f"waiting for the evaluation at {int(name[-12:]):,} samples")
+        wait_until_measured()
+
+    def _save(self, state: RunState, metrics: Metrics | None, seen: np.ndarray) -> None:
+        """Metrics of None are measured beside training, from the checkpoint."""
         name = f"samples-{state.samples_seen:012}"
-        measured = bool(metrics) or not self.config.evaluation.tasks
-        content = {"measured": measured, "score": self._score(state, metrics), "tasks": metrics}
+        if metrics is None:
+            self._wait_until_measured()
+        content = checkpoint_metrics(self.config, state.samples_seen, metrics or {})
         is_kept = passes(self.config.checkpoint.at_samples, state.num_given - len(seen), state.num_given)
         reported = {"score": _KEPT_SCORE if is_kept else content["score"]}
         if not self.is_first:
             ray.train.report(reported, checkpoint_dir_name=name)
             self._wait_for_verdict(state, metrics)
             return
+        validation = to_measure(state.samples_seen, is_kept) if metrics is None else False
         self._quarantine(seen[seen[:, 2] > 0], state.samples_seen)
         config = self.config.model_dump(mode="json")
         with tempfile.TemporaryDirectory() as scratch:
@@ -228,18 +213,25 @@ class Worker:
             checkpoint = ray.train.Checkpoint.from_directory(str(Path(scratch) / name))
             there = self.folder.checkpoints / name
             upload = (lambda written, _: upload_checkpoint(written, there)) if isinstance(there, S3Path) else None
-            ray.train.report(reported, checkpoint=checkpoint, checkpoint_dir_name=name, checkpoint_upload_fn=upload)
+            ray.train.report(
+                reported,
+                checkpoint=checkpoint,
+                checkpoint_dir_name=name,
+                checkpoint_upload_fn=upload,
+                validation=validation,
+            )
         if not (there / "state.json").is_file():
             return  # Ray keeps nothing where another worker has died meanwhile; it is about to start all anew
         self.folder.back_up_list()
         assert self.tracker
         self.tracker.log({f"skipped/{cause}": count for cause, count in state.skipped.items()}, state.samples_seen)
-        self._link(there, state.samples_seen)
+        if metrics is not None:
+            self._link(there, state.samples_seen)
         if metrics:
             self._show(metrics, state)
         self._wait_for_verdict(state, metrics)
 
-    def _wait_for_verdict(self, state: RunState, metrics: Metrics) -> None:
+    def _wait_for_verdict(self, state: RunState, metrics: Metrics | None) -> None:
         """Raise StoppedError, on all workers, where the run does not go on; one that has ended has nothing to ask."""
         if not (self.job.judged and metrics) or state.num_given >= self.job.total_samples:
             return
@@ -251,13 +243,6 @@ class Worker:
         if not goes_on:
             raise StoppedError
 
-    def _score(self, state: RunState, metrics: Metrics) -> float:
-        """What checkpoints are compared by: the metric that `evaluation.best` names, else how late they are."""
-        best = self.config.evaluation.best
-        if best is None:
-            return float(state.samples_seen)
-        return float(flatten(metrics).get(best, -1.0))  # -1 where nothing was measured: below all that is
-
     def _link(self, folder: Place, step: int) -> None:
         link_checkpoint(
             connect(self.job.tracking_uri), self.job.mlflow_run_id, folder, step, read_metrics(folder)["tasks"]
@@ -265,20 +250,11 @@ class Worker:
 
     def _show(self, metrics: Metrics, state: RunState) -> None:
         assert self.tracker
-        self.tracker.log(
-            {f"evaluation/{key}": value for key, value in flatten(metrics).items()},
-            state.samples_seen,
-        )
+        self.tracker.log(points(metrics), state.samples_seen)
         with local_copy(self.folder.pictures) as pictures:
             for picture in pictures.glob("*.png"):
                 self.tracker.log_picture(picture)
-        shown = [
-            f"{name} {key} {value:.1%}"
-            for name, measured in metrics.items()
-            for key, value in flatten(measured).items()
-            if key.removeprefix("ema.") in ("top1", "top5", "image_to_text.recall_at_1", "image_to_text.recall_at_5")
-        ]
-        self.job.monitor.note.remote(f"at {state.samples_seen:,} samples: {', '.join(shown)}")
+        self._notice(told(state.samples_seen, metrics))
 
     def _quarantine(self, skipped: np.ndarray, samples_seen: int) -> None:
         stream = Stream(self.job.spec)

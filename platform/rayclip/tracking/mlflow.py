@@ -108,6 +108,20 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def log_once(
+    client: MlflowClient, run_id: str, metrics: Mapping[str, float], step: int, model_id: str | None = None
+) -> None:
+    """Numbers at a step, of a logged model where one is given; what the run has at that step already is left out."""
+    for key, value in metrics.items():
+        if all(point.step != step for point in client.get_metric_history(run_id, key)):
+            client.log_metric(run_id, key, value, step=step, model_id=model_id)
+
+
+def log_picture(client: MlflowClient, run_id: str, path: Path) -> None:
+    """Keep a file with the run, under `pictures/`."""
+    client.log_artifact(run_id, str(path), "pictures")
+
+
 class MlflowTracker:
     """Logs to an open run from one process. A server that does not answer delays points, it does not stop a run."""
 
@@ -136,7 +150,7 @@ class MlflowTracker:
 
     def log_picture(self, path: Path) -> None:
         """Keep a file with the run, under `pictures/`."""
-        self._client.log_artifact(self._run_id, str(path), "pictures")
+        log_picture(self._client, self._run_id, path)
 
     def close(self) -> None:
         """Send what is left, and stop watching the machine."""

@@ -26,7 +26,7 @@ from rayclip.errors import UserError, nearest
 from rayclip.files import SETTINGS_BESIDE, find_weights
 from rayclip.places import Place
 from rayclip.storage import download, is_remote, join, list_files, split
-from rayclip.tracking.mlflow import connect_existing, flatten, resolve_uri
+from rayclip.tracking.mlflow import connect_existing, flatten, log_once, resolve_uri
 
 MODEL_FILES = ("model.safetensors", "config.json", "metrics.json")
 """What a served model needs of a checkpoint."""
@@ -41,13 +41,18 @@ _FORMS = "a model is models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint o
 def link_checkpoint(
     client: MlflowClient, run_id: str, checkpoint: Place, step: int, metrics: Mapping[str, Any]
 ) -> LoggedModel:
-    """The logged model of a checkpoint: made where the run has none for that step. Only a pointer, no copy."""
+    """The logged model of a checkpoint: made where the run has none for that step. Only a pointer, no copy.
+
+    What was measured later than it was made is added.
+    """
     run = client.get_run(run_id)
     name = f"{run.info.run_name}-{step:012}"
     known = client.search_logged_models(
         [run.info.experiment_id], filter_string=f"name = '{name}' AND source_run_id = '{run_id}'"
     )
+    points = {f"checkpoint/{key}": value for key, value in flatten(metrics).items()}
     if known and known[0].status == LoggedModelStatus.READY:
+        log_once(client, run_id, points, step, known[0].model_id)
         return known[0]
     # One that is not ready was being made when a crash came.
     model = (
@@ -62,8 +67,7 @@ def link_checkpoint(
         )
     )
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
-    for key, value in flatten(metrics).items():
-        client.log_metric(run_id, f"checkpoint/{key}", value, step=step, model_id=model.model_id)
+    log_once(client, run_id, points, step, model.model_id)
     return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
 

@@ -56,6 +56,8 @@ class Plan:
     guard: GuardConfig = GuardConfig()  # noqa: RUF009 (frozen)
     checkpoint_at: tuple[int, ...] = ()
     """Counts of samples that came, readable or not: a checkpoint is made at the first step at or after each."""
+    evaluate_beside: bool = False
+    """Whether evaluations before the last are left to whoever has the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ class Hooks:
     """What the loop calls, each on every rank.
 
     `step` gets the metrics of every step, `log` those of a point to be recorded. `evaluate` measures the model as it
-    is. `save` makes a checkpoint of the state, with what was measured (nothing, where nothing was), and gets the
-    samples of all ranks since the last one, int64 [n, 3] of (position, row, index into CAUSES).
+    is. `save` makes a checkpoint of the state, with what was measured (nothing, where nothing was; None, where it is
+    to be measured from the checkpoint), and gets the samples of all ranks since the last one, int64 [n, 3] of
+    (position, row, index into CAUSES).
     `notice` gets a line for people. `shard_of` names the shard at a position. `replay` gives this rank's share of
     samples that came before, int64 [n, 2] of (position, row), in equally many batches on all ranks; it is asked where
     the guard rolls back.
@@ -73,7 +76,7 @@ class Hooks:
     step: Callable[[Metrics, RunState], None]
     log: Callable[[Metrics, RunState], None]
     evaluate: Callable[[], Metrics]
-    save: Callable[[RunState, Metrics, np.ndarray], None]
+    save: Callable[[RunState, Metrics | None, np.ndarray], None]
     notice: Callable[[str], None] = lambda line: None
     replay: Callable[[np.ndarray], Iterable[Batch]] | None = None
     shard_of: Callable[[int], str] | None = None
@@ -125,9 +128,9 @@ class Trainer:
             evaluated = ends or self._due(before, self.plan.evaluate_every)
             reached = passes(self.plan.checkpoint_at, given_before, self._num_given())
             if evaluated or reached or self._due(before, self.plan.checkpoint_every):
-                self._checkpoint(evaluate=evaluated)
+                self._checkpoint(evaluate=evaluated, last=ends)
         if not evaluated:
-            self._checkpoint(evaluate=True)
+            self._checkpoint(evaluate=True, last=True)
         return self.state
 
     def _num_given(self) -> int:
@@ -214,7 +217,7 @@ class Trainer:
         if self.plan.guard.action == "roll_back":
             self._snapshot = Snapshot(self.model, self.optimizer, self.ema, self.state)
 
-    def _checkpoint(self, evaluate: bool) -> None:
+    def _checkpoint(self, evaluate: bool, last: bool) -> None:
         started = time.perf_counter()
         seen = self._gather_unsaved()
         self.ledger.add(seen[:, 0], seen[:, 1])
@@ -223,10 +226,13 @@ class Trainer:
         self._unsaved = []
         self._owed -= _samples(seen) if self._owed else set()
         self._take_snapshot()
-        metrics = self.hooks.evaluate() if evaluate else {}
+        metrics = self._measure(last) if evaluate else {}
         self.model.train()
         self.hooks.save(self.state, metrics, seen)
         self._meter.pause(time.perf_counter() - started)
+
+    def _measure(self, last: bool) -> Metrics | None:
+        return None if self.plan.evaluate_beside and not last else self.hooks.evaluate()
 
     def _gather_unsaved(self) -> np.ndarray:
         return all_gather_rows(torch.from_numpy(self._concat_unsaved())).numpy()

@@ -1,0 +1,58 @@
+"""Measuring a model in the course of its training, on the workers or beside them: the same for both, to the bit."""
+
+from pathlib import Path
+from typing import Any
+
+from rayclip.config import ModelConfig, TrainConfig
+from rayclip.data.tokenizer import get_tokenizer
+from rayclip.evaluation.tasks import Evaluator
+from rayclip.inference.encoder import Encoder
+from rayclip.models.clip import CLIP
+from rayclip.tracking.mlflow import flatten
+from rayclip.training.loop import Metrics
+
+_TOLD = ("top1", "top5", "image_to_text.recall_at_1", "image_to_text.recall_at_5")
+
+
+def measure(config: TrainConfig, model: CLIP, pictures: Path | None = None) -> Metrics:
+    """What the run's tasks give, by task, on the model's device; contact sheets go to `pictures`.
+
+    Workers of one process group call this together.
+    """
+    assert isinstance(config.model, ModelConfig)
+    encoder = Encoder(model, get_tokenizer(config.model.text.context_length), model.logit_scale.device)
+    settings = config.evaluation
+    return Evaluator(settings.tasks, config.model.vision.image_size, settings.batch_size).run(encoder, pictures)
+
+
+def with_average(metrics: Metrics, averaged: Metrics) -> Metrics:
+    """What was measured of the weights, and of their moving average, in one."""
+    return {name: {**measured, "ema": averaged[name]} for name, measured in metrics.items()}
+
+
+def checkpoint_metrics(config: TrainConfig, samples_seen: int, metrics: Metrics) -> dict[str, Any]:
+    """What a checkpoint's metrics.json holds, where `metrics` were measured; nothing, where they were not.
+
+    The score is what checkpoints are compared by: the metric that `evaluation.best` names, else how late they are.
+    """
+    best = config.evaluation.best
+    measured = bool(metrics) or not config.evaluation.tasks
+    # -1 where nothing was measured: below all that is.
+    score = float(samples_seen) if best is None else float(flatten(metrics).get(best, -1.0))
+    return {"measured": measured, "score": score, "tasks": metrics}
+
+
+def points(metrics: Metrics) -> dict[str, float]:
+    """What MLflow's run is given of it."""
+    return {f"evaluation/{key}": value for key, value in flatten(metrics).items()}
+
+
+def told(samples_seen: int, metrics: Metrics) -> str:
+    """A line of it for people."""
+    shown = [
+        f"{name} {key} {value:.1%}"
+        for name, measured in metrics.items()
+        for key, value in flatten(measured).items()
+        if key.removeprefix("ema.") in _TOLD
+    ]
+    return f"at {samples_seen:,} samples: {', '.join(shown)}"
