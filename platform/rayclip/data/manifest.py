@@ -111,6 +111,13 @@ class Manifest:
         kept = np.sort(rank[: max(1, round(fraction * len(self)))])
         return replace(self, **{name: getattr(self, name)[kept] for name in _COLUMNS})
 
+    def take(self, chunks: np.ndarray) -> "Manifest":
+        """Of these chunks alone, numbered as they are listed, with the shards that they are in."""
+        kept, shard = np.unique(self.shard[chunks], return_inverse=True)
+        names, sizes = ([of[i] for i in kept.tolist()] for of in (self.shards, self.shard_bytes))
+        rows = {name: getattr(self, name)[chunks] for name in _COLUMNS} | {"shard": shard.astype(np.int32)}
+        return replace(self, shards=tuple(names), shard_bytes=tuple(sizes), stamps=(), notes=None, **rows)
+
     def shard_of(self, chunk: int) -> Shard:
         """The shard that a chunk is in."""
         index = int(self.shard[chunk])

@@ -14,7 +14,7 @@ A batch is a dict of arrays over its samples:
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
@@ -79,6 +79,28 @@ def _order(seed: int, shares: Shares, window: int) -> Order:
 @lru_cache(maxsize=1)
 def _readers(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_CHUNKS_IN_FLIGHT, thread_name_prefix="chunks")
+
+
+def cut(blocks: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
+    """The samples of blocks of any sizes as batches of one; the last batch may be smaller."""
+    held: list[Batch] = []
+    missing = batch_size
+    for block in blocks:
+        while len(block["row"]) >= missing:
+            yield _joined([*held, {name: array[:missing] for name, array in block.items()}])
+            block = {name: array[missing:] for name, array in block.items()}
+            held, missing = [], batch_size
+        if len(block["row"]):
+            held.append(block)
+            missing -= len(block["row"])
+    if held:
+        yield _joined(held)
+
+
+def _joined(blocks: list[Batch]) -> Batch:
+    if len(blocks) == 1:
+        return blocks[0]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
 class Stream:
@@ -175,22 +197,7 @@ class Stream:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """The stream in this process, cut into batches; the last one may be smaller."""
-        held = self.padding(0)
-        for window in self.windows():
-            block = self.read(window)
-            if len(held["row"]):
-                missing = batch_size - len(held["row"])
-                held = {name: np.concatenate([held[name], block[name][:missing]]) for name in held}
-                block = {name: array[missing:] for name, array in block.items()}
-                if len(held["row"]) < batch_size:
-                    continue
-                yield held
-            held = block
-            while len(held["row"]) >= batch_size:
-                yield {name: array[:batch_size] for name, array in held.items()}
-                held = {name: array[batch_size:] for name, array in held.items()}
-        if len(held["row"]):
-            yield held
+        return cut(map(self.read, self.windows()), batch_size)
 
     def again(self, samples: np.ndarray, batch_size: int, share: int, shares: int) -> Iterator[Batch]:
         """One share of samples that came before, int64 [n, 2] of (position, row), in as many batches as each share.
