@@ -39,9 +39,8 @@ class Leg(Stream):
     def num_remaining(self) -> int:
         """How many of the leg's samples the ledger lacks."""
         ledger = self.ledger()
-        left = np.array([p for p in self._positions if p >= ledger.cursor], dtype=np.int64)
-        num_samples = self.manifest.num_samples[self.order.chunks(left)].sum(dtype=np.int64)
-        return int(num_samples) - ledger.num_done_beyond_cursor()
+        left = range(max(ledger.cursor, self._positions.start), self._positions.stop)
+        return self.order.count(left, self.manifest.num_samples) - ledger.num_done_beyond_cursor()
 
 
 class _Excerpt(Order):

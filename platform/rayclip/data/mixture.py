@@ -82,10 +82,10 @@ class Mixture:
         own = zip(self.manifests, self._first, itertools.pairwise(edges), strict=False)
         return replace(self, manifests=tuple(m.take(chunks[a:b] - first) for m, first, (a, b) in own))
 
-    def check_shards(self) -> None:
-        """Raise UserError where a shard is missing or has another size than when it was indexed."""
+    def check_shards(self, may_lack: bool = False) -> None:
+        """See `Manifest.check_shards`."""
         for manifest in self.manifests:
-            manifest.check_shards()
+            manifest.check_shards(may_lack)
 
     def is_remote(self) -> bool:
         """Whether reading a chunk may mean waiting for a network."""

@@ -30,7 +30,7 @@ from rayclip.data.ledger import Ledger
 from rayclip.data.manifest import Manifest
 from rayclip.data.memory import reused
 from rayclip.data.mixture import Mixture, Part, load_parts
-from rayclip.data.order import Order, Shares, uniform
+from rayclip.data.order import Order, Shares, blocks, uniform
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
 
@@ -81,26 +81,26 @@ def _readers(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_CHUNKS_IN_FLIGHT, thread_name_prefix="chunks")
 
 
-def cut(blocks: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
-    """The samples of blocks of any sizes as batches of one; the last batch may be smaller."""
+def cut(parts: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
+    """The samples of parts of any sizes as batches of one; the last batch may be smaller."""
     held: list[Batch] = []
     missing = batch_size
-    for block in blocks:
-        while len(block["row"]) >= missing:
-            yield _joined([*held, {name: array[:missing] for name, array in block.items()}])
-            block = {name: array[missing:] for name, array in block.items()}
+    for part in parts:
+        while len(part["row"]) >= missing:
+            yield _joined([*held, {name: array[:missing] for name, array in part.items()}])
+            part = {name: array[missing:] for name, array in part.items()}
             held, missing = [], batch_size
-        if len(block["row"]):
-            held.append(block)
-            missing -= len(block["row"])
+        if len(part["row"]):
+            held.append(part)
+            missing -= len(part["row"])
     if held:
         yield _joined(held)
 
 
-def _joined(blocks: list[Batch]) -> Batch:
-    if len(blocks) == 1:
-        return blocks[0]
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+def _joined(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 class Stream:
@@ -116,8 +116,14 @@ class Stream:
         order = Order(seed, manifest.shares)
         epoch, rest = order.find(samples, manifest.num_samples)
         start = epoch * order.num_slots
-        counts = manifest.num_samples[order.chunks(np.arange(start, start + order.num_slots))]
-        return start + int(np.searchsorted(counts.cumsum(), rest)) + 1 if rest else start
+        if not rest:
+            return start
+        for positions in blocks(range(start, start + order.num_slots)):
+            counts = manifest.num_samples[order.chunks(positions)].cumsum(dtype=np.int64)
+            if rest <= counts[-1]:
+                break
+            rest -= int(counts[-1])
+        return int(positions[np.searchsorted(counts, rest)]) + 1
 
     @property
     def manifest(self) -> Manifest | Mixture:
@@ -163,6 +169,8 @@ class Stream:
 
     def num_distinct(self) -> int:
         """How many different samples the epochs that the stream reaches into hold."""
+        if self.order.is_even:
+            return self.manifest.total_samples
         held = np.zeros(len(self.manifest), dtype=bool)
         for epoch in range(-(-self.spec.end // self.order.num_slots)):
             held[self.order.slots(epoch)] = True
@@ -173,8 +181,8 @@ class Stream:
     def samples_before(self, position: int) -> int:
         """How many samples stand before a position of the stream."""
         epoch, slots = divmod(position, self.order.num_slots)
-        last, counts = self.order.chunks(np.arange(position - slots, position)), self.manifest.num_samples
-        return self.order.samples_before(epoch, counts) + int(counts[last].sum())
+        counts = self.manifest.num_samples
+        return self.order.samples_before(epoch, counts) + self.order.count(range(position - slots, position), counts)
 
     def read(self, window: int) -> Batch:
         """All samples of one window that the ledger lacks, in the window's order."""

@@ -21,10 +21,12 @@ LEG_WINDOWS = 2_048
 class StreamConfig(ray.train.DataConfig):
     """Gives each group of workers its stream: however many they are, it is what their checkpoint's ledger lacks."""
 
-    def __init__(self, spec: StreamSpec, checkpoints: str, origin: Place | None = None) -> None:
+    def __init__(
+        self, spec: StreamSpec, checkpoints: str, origin: Place | None = None, leg_windows: int | None = None
+    ) -> None:
         super().__init__()
         self._spec, self._checkpoints, self._origin = spec, checkpoints, origin
-        self._leg_windows = LEG_WINDOWS
+        self._leg_windows = leg_windows or LEG_WINDOWS
 
     def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
         """Ray Train calls this whenever it has started workers, that have restored the latest checkpoint.
