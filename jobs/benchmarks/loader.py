@@ -30,7 +30,7 @@ from rayclip.config import BenchmarkConfig
 from rayclip.data.decode import crop_picture, random_box
 from rayclip.data.stream import Batch, Stream
 from rayclip.orchestration.cluster import connect
-from rayclip.orchestration.stream import batches, remaining_dataset
+from rayclip.orchestration.stream import StreamConfig, batches
 
 _SIDES = (600, 256)
 _BATCH = 128
@@ -195,8 +195,8 @@ def _through_ray(data: Data) -> dict[str, Any]:
             train_loop_config={"told": f"{storage}/batches.npy"},
             scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
             run_config=ray.train.RunConfig(name="loader", storage_path=storage),
-            datasets={"train": partial(remaining_dataset, spec, f"{storage}/loader", 1)},
-            dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
+            datasets={"train": ray.data.range(1)},  # stands for the stream
+            dataset_config=StreamConfig(spec, f"{storage}/loader"),
         )
         trainer.fit()
         told = np.load(f"{storage}/batches.npy")

@@ -13,6 +13,7 @@ from jobs.cli import run_job
 from rayclip.config import TrainConfig
 from rayclip.data.manifest import Manifest
 from rayclip.data.order import Order
+from rayclip.orchestration import stream
 from rayclip.orchestration.run_folder import RunFolder
 from rayclip.training.checkpoint import load_model
 
@@ -64,6 +65,7 @@ def test_a_run_with_bad_samples_from_data_to_a_registered_version(
     tmp_path, data, pictures, make_config, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stream, "LEG_WINDOWS", 5)  # of eight
     folder, bad = data
     config = make_config(
         "smoke",

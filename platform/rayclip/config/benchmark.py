@@ -27,6 +27,7 @@ class BenchmarkConfig(Config):
         "coverage",
         "storage",
         "pause",
+        "stream",
     ] = Field(description="what is measured")
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
     samples: int = Field(20_000, gt=0, description="captions to tokenise, pictures to extract, pairs to train on")
@@ -40,6 +41,7 @@ class BenchmarkConfig(Config):
     compile: bool = Field(False, description="torch.compile on both sides of a step: token-wise parts, open_clip whole")
     pictures: int = Field(512, gt=0, description="of each size that are loaded")
     pairs: int = Field(400_000_000, gt=1_000_000, description="in the data set of a ledger")
+    chunks: int = Field(10_000, gt=1_000, description="of the smallest manifest streamed; also 10 and 100 times")
     corpus_pairs: int = Field(200_000, gt=100, description="that are curated")
     samples_per_s: float = Field(2_000.0, gt=0, description="of one GPU: how many cores would feed it is told")
     window_s: float = Field(8.0, gt=0, description="length of a window under load")

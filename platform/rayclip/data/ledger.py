@@ -54,9 +54,13 @@ class Ledger:
         """How many samples at or after the cursor have been trained on."""
         return sum(done.bit_count() for done in self._partial.values())
 
-    def to_dict(self) -> dict[str, object]:
-        """As JSON can hold it: the cursor, and each position beyond it with the hexadecimal mask of its done rows."""
-        return {"cursor": self.cursor, "partial": {str(p): f"{done:x}" for p, done in sorted(self._partial.items())}}
+    def to_dict(self, within: range | None = None) -> dict[str, object]:
+        """As JSON can hold it: the cursor, and each position beyond it with the hexadecimal mask of its done rows.
+
+        `within` leaves out what is done at other positions.
+        """
+        kept = {p: done for p, done in self._partial.items() if within is None or p in within}
+        return {"cursor": self.cursor, "partial": {str(p): f"{done:x}" for p, done in sorted(kept.items())}}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, object], rows_at: Callable[[int], int]) -> "Ledger":

@@ -7,6 +7,7 @@ size in bytes and how all of them are to be read.
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ from rayclip.storage import find_file, find_files, is_remote, join, list_files, 
 FILE_NAME = "manifest.parquet"
 _KEY = b"rayclip"
 _COLUMNS = ("shard", "offset", "length", "num_samples")
+_BLOCK = 1 << 18  # chunks that a digest takes at once
 _FEW_SHARDS = 100  # more are looked up by one listing
 _SUBSET = -1  # where an epoch stands in the order of a run; no epoch has this number
 
@@ -96,8 +98,8 @@ class Manifest:
         state = hashlib.sha256(json.dumps([self.shards, self.shard_bytes]).encode())
         if self.layout != Layout():
             state.update(json.dumps(asdict(self.layout)).encode())
-        for name in _COLUMNS:
-            state.update(np.ascontiguousarray(getattr(self, name)).astype("<i8").tobytes())
+        for name, block in itertools.product(_COLUMNS, range(0, len(self), _BLOCK)):
+            state.update(getattr(self, name)[block : block + _BLOCK].astype("<i8"))
         return state.hexdigest()
 
     def subset(self, fraction: float, seed: int) -> "Manifest":
@@ -110,6 +112,13 @@ class Manifest:
         rank = np.argsort(mix64(seed, _SUBSET, np.arange(len(self))), kind="stable")
         kept = np.sort(rank[: max(1, round(fraction * len(self)))])
         return replace(self, **{name: getattr(self, name)[kept] for name in _COLUMNS})
+
+    def take(self, chunks: np.ndarray) -> "Manifest":
+        """Of these chunks alone, numbered as they are listed, with the shards that they are in."""
+        kept, shard = np.unique(self.shard[chunks], return_inverse=True)
+        names, sizes = ([of[i] for i in kept.tolist()] for of in (self.shards, self.shard_bytes))
+        rows = {name: getattr(self, name)[chunks] for name in _COLUMNS} | {"shard": shard.astype(np.int32)}
+        return replace(self, shards=tuple(names), shard_bytes=tuple(sizes), stamps=(), notes=None, **rows)
 
     def shard_of(self, chunk: int) -> Shard:
         """The shard that a chunk is in."""
@@ -141,9 +150,11 @@ class Manifest:
         """Whether reading a chunk means waiting for a network."""
         return any(map(is_remote, (self.folder, self.root, self.layout.pictures)))
 
-    def check_shards(self) -> None:
-        """Raise UserError where a shard is missing or has another size than when it was indexed."""
+    def check_shards(self, may_lack: bool = False) -> None:
+        """Raise UserError where a shard has another size than when it was indexed, or is missing, but if `may_lack`."""
         for name, expected, size in zip(self.shards, self.shard_bytes, self._sizes_there(), strict=True):
+            if size is None and may_lack:
+                continue
             if size is None:
                 raise UserError(f"the manifest in '{self.folder}' names shard '{name}', which is not there")
             if size != expected:
@@ -183,9 +194,9 @@ class Manifest:
         if find_file(path) is None:
             raise UserError(f"no '{name}' in '{folder}': write one with python -m jobs.index {folder}")
         try:
-            table = pq.read_table(io.BytesIO(read_bytes(path)))
-            meta = json.loads((table.schema.metadata or {})[_KEY])
-            columns = {name: table[name].to_numpy() for name in _COLUMNS}
+            file = pq.ParquetFile(pa.BufferReader(read_bytes(path)))
+            meta = json.loads((file.schema_arrow.metadata or {})[_KEY])
+            columns = {name: file.read([name])[name].to_numpy() for name in _COLUMNS}  # one at a time: there are many
             shards, sizes = tuple(meta["shards"]), tuple(meta["shard_bytes"])
             layout = _layout_from(meta.get("layout"))
         except (pa.ArrowInvalid, KeyError, ValueError, TypeError) as error:

@@ -5,6 +5,7 @@ epoch: floor(w) times surely, and what is left of w as a share of its chunks, ch
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,10 +76,16 @@ class Mixture:
         """So large a share of each part's chunks; see `Manifest.subset`."""
         return replace(self, manifests=tuple(manifest.subset(fraction, seed) for manifest in self.manifests))
 
-    def check_shards(self) -> None:
-        """Raise UserError where a shard is missing or has another size than when it was indexed."""
+    def take(self, chunks: np.ndarray) -> "Mixture":
+        """Of these chunks alone, ascending; see `Manifest.take`."""
+        edges = np.searchsorted(chunks, self._first)
+        own = zip(self.manifests, self._first, itertools.pairwise(edges), strict=False)
+        return replace(self, manifests=tuple(m.take(chunks[a:b] - first) for m, first, (a, b) in own))
+
+    def check_shards(self, may_lack: bool = False) -> None:
+        """See `Manifest.check_shards`."""
         for manifest in self.manifests:
-            manifest.check_shards()
+            manifest.check_shards(may_lack)
 
     def is_remote(self) -> bool:
         """Whether reading a chunk may mean waiting for a network."""

@@ -6,7 +6,8 @@ the rank of a 64-bit mix of (seed, epoch, chunk), so the same numbers give the s
 In a mixture an epoch has a slot for each time that a chunk is due in it, n is their number, and slots are permuted.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_BLOCK = 1 << 18  # positions or chunks that are worked on at once: arrays of 64 bits for all of them are kept few
 _EXTRA = -2  # where an epoch stands in `epoch_order`; no epoch has this number
 
 Shares = Sequence[tuple[int, float]]
@@ -47,7 +49,16 @@ def _scramble(state: np.ndarray) -> np.ndarray:
 
 def epoch_order(seed: int, epoch: int, num_chunks: int) -> np.ndarray:
     """The permutation of chunks in one epoch, int64 [num_chunks]."""
-    return np.argsort(mix64(seed, epoch, np.arange(num_chunks)), kind="stable")
+    mixed = np.empty(num_chunks, dtype=np.uint64)
+    for block in blocks(range(num_chunks)):
+        mixed[block] = mix64(seed, epoch, block)
+    return np.argsort(mixed, kind="stable")
+
+
+def blocks(numbers: range) -> Iterator[np.ndarray]:
+    """Neighbouring numbers in arrays of a bounded size, int64."""
+    for start in range(numbers.start, numbers.stop, _BLOCK):
+        yield np.arange(start, min(start + _BLOCK, numbers.stop))
 
 
 def epoch_slots(seed: int, epoch: int, shares: Shares) -> np.ndarray:
@@ -88,19 +99,27 @@ class Order:
         """The chunks of one epoch, int64 [num_slots], in no particular order."""
         return epoch_slots(self.seed, epoch, self.shares)
 
+    def count(self, positions: range, num_samples: np.ndarray) -> int:
+        """How many samples stand at neighbouring positions; `num_samples` are those of each chunk."""
+        return sum(int(num_samples[self.chunks(block)].sum(dtype=np.int64)) for block in blocks(positions))
+
     def samples_in(self, epoch: int, num_samples: np.ndarray) -> int:
-        """How many samples an epoch has; `num_samples` are those of each chunk."""
+        """How many samples an epoch has."""
+        if self.is_even:
+            edges = np.cumsum([0, *(num_chunks for num_chunks, _ in self.shares)]).tolist()
+            parts = zip(self.shares, itertools.pairwise(edges), strict=True)
+            return sum(int(weight) * int(num_samples[a:b].sum(dtype=np.int64)) for (_, weight), (a, b) in parts)
         return int(num_samples[self.slots(epoch)].sum(dtype=np.int64))
 
     def samples_before(self, epoch: int, num_samples: np.ndarray) -> int:
         """How many samples the epochs before this one have."""
-        if self._is_even:
+        if self.is_even:
             return epoch * self.samples_in(0, num_samples)
         return sum(self.samples_in(before, num_samples) for before in range(epoch))
 
     def find(self, sample: int, num_samples: np.ndarray) -> tuple[int, int]:
         """The epoch that a sample of the stream is in, and its number there."""
-        if self._is_even:
+        if self.is_even:
             return divmod(sample, self.samples_in(0, num_samples))
         epoch = 0
         while sample >= (here := self.samples_in(epoch, num_samples)):
@@ -108,13 +127,13 @@ class Order:
         return epoch, sample
 
     @property
-    def _is_even(self) -> bool:
+    def is_even(self) -> bool:
         """Whether each epoch has the same chunks, as it does where no weight has a share left over."""
         return all(weight % 1 == 0 for _, weight in self.shares)
 
     def _permuted(self, epoch: int) -> np.ndarray:
-        order = epoch_order(self.seed, epoch, self.num_slots)
-        return order if [weight for _, weight in self.shares] == [1] else self.slots(epoch)[order]
+        order = epoch_order(self.seed, epoch, self.num_slots).astype(np.min_scalar_type(self.num_slots))
+        return order if [weight for _, weight in self.shares] == [1] else self.slots(epoch)[order].astype(order.dtype)
 
     def chunks(self, positions: np.ndarray) -> np.ndarray:
         """The chunk at each position, int64 [len(positions)]."""

@@ -14,7 +14,7 @@ A batch is a dict of arrays over its samples:
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
@@ -30,7 +30,7 @@ from rayclip.data.ledger import Ledger
 from rayclip.data.manifest import Manifest
 from rayclip.data.memory import reused
 from rayclip.data.mixture import Mixture, Part, load_parts
-from rayclip.data.order import Order, Shares, uniform
+from rayclip.data.order import Order, Shares, blocks, uniform
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
 
@@ -81,6 +81,28 @@ def _readers(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_CHUNKS_IN_FLIGHT, thread_name_prefix="chunks")
 
 
+def cut(parts: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
+    """The samples of parts of any sizes as batches of one; the last batch may be smaller."""
+    held: list[Batch] = []
+    missing = batch_size
+    for part in parts:
+        while len(part["row"]) >= missing:
+            yield _joined([*held, {name: array[:missing] for name, array in part.items()}])
+            part = {name: array[missing:] for name, array in part.items()}
+            held, missing = [], batch_size
+        if len(part["row"]):
+            held.append(part)
+            missing -= len(part["row"])
+    if held:
+        yield _joined(held)
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 class Stream:
     """The samples that `ledger` lacks, in their order. Reading a window needs nothing but the window's number."""
 
@@ -94,8 +116,14 @@ class Stream:
         order = Order(seed, manifest.shares)
         epoch, rest = order.find(samples, manifest.num_samples)
         start = epoch * order.num_slots
-        counts = manifest.num_samples[order.chunks(np.arange(start, start + order.num_slots))]
-        return start + int(np.searchsorted(counts.cumsum(), rest)) + 1 if rest else start
+        if not rest:
+            return start
+        for positions in blocks(range(start, start + order.num_slots)):
+            counts = manifest.num_samples[order.chunks(positions)].cumsum(dtype=np.int64)
+            if rest <= counts[-1]:
+                break
+            rest -= int(counts[-1])
+        return int(positions[np.searchsorted(counts, rest)]) + 1
 
     @property
     def manifest(self) -> Manifest | Mixture:
@@ -141,6 +169,8 @@ class Stream:
 
     def num_distinct(self) -> int:
         """How many different samples the epochs that the stream reaches into hold."""
+        if self.order.is_even:
+            return self.manifest.total_samples
         held = np.zeros(len(self.manifest), dtype=bool)
         for epoch in range(-(-self.spec.end // self.order.num_slots)):
             held[self.order.slots(epoch)] = True
@@ -151,8 +181,8 @@ class Stream:
     def samples_before(self, position: int) -> int:
         """How many samples stand before a position of the stream."""
         epoch, slots = divmod(position, self.order.num_slots)
-        last, counts = self.order.chunks(np.arange(position - slots, position)), self.manifest.num_samples
-        return self.order.samples_before(epoch, counts) + int(counts[last].sum())
+        counts = self.manifest.num_samples
+        return self.order.samples_before(epoch, counts) + self.order.count(range(position - slots, position), counts)
 
     def read(self, window: int) -> Batch:
         """All samples of one window that the ledger lacks, in the window's order."""
@@ -175,22 +205,7 @@ class Stream:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """The stream in this process, cut into batches; the last one may be smaller."""
-        held = self.padding(0)
-        for window in self.windows():
-            block = self.read(window)
-            if len(held["row"]):
-                missing = batch_size - len(held["row"])
-                held = {name: np.concatenate([held[name], block[name][:missing]]) for name in held}
-                block = {name: array[missing:] for name, array in block.items()}
-                if len(held["row"]) < batch_size:
-                    continue
-                yield held
-            held = block
-            while len(held["row"]) >= batch_size:
-                yield {name: array[:batch_size] for name, array in held.items()}
-                held = {name: array[batch_size:] for name, array in held.items()}
-        if len(held["row"]):
-            yield held
+        return cut(map(self.read, self.windows()), batch_size)
 
     def again(self, samples: np.ndarray, batch_size: int, share: int, shares: int) -> Iterator[Batch]:
         """One share of samples that came before, int64 [n, 2] of (position, row), in as many batches as each share.

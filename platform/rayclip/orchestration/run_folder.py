@@ -79,6 +79,10 @@ class RunFolder:
                     f"give this one another name, or remove the folder"
                 )
 
+    def has_checkpoints(self) -> bool:
+        """Whether the run has trained so far that it goes on from a checkpoint."""
+        return self._list.exists()
+
     def back_up_list(self) -> None:
         """Copy Ray Train's list of whole checkpoints, which it writes over in place."""
         listed = _read_or_none(self._list)

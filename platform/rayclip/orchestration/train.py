@@ -74,7 +74,7 @@ def run_training(
     if complete is not None:
         new_line(complete["samples_seen"]).note(f"run '{config.name}' is complete already")
         return complete
-    spec, total_samples = plan_stream(config)
+    spec, total_samples = plan_stream(config, may_lack_shards=folder.has_checkpoints())
     Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
     uri = tracking.resolve_uri(config.tracking.uri)
     tracking.connect(uri)
@@ -139,14 +139,22 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update=update)
 
 
-def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
-    """The stream of a run, and the number of samples in it. Raises UserError where the data does not fit the run."""
+def plan_stream(config: TrainConfig, may_lack_shards: bool = False) -> tuple[StreamSpec, int]:
+    """The stream of a run, and the number of samples in it. Raises UserError where the data does not fit the run.
+
+    Of a run that goes on shards may have gone since: their samples are counted, as they are while it runs.
+    """
+    spec = _stream_spec(config, may_lack_shards)
+    return spec, Stream(spec).num_remaining()
+
+
+def _stream_spec(config: TrainConfig, may_lack_shards: bool) -> StreamSpec:
     model = config.model
     assert isinstance(model, ModelConfig)
     parts = tuple(Part(part.path, part.weight) for part in config.data.mixture)
     folder = config.data.path or " + ".join(f"{part.weight:g} x {part.path}" for part in parts)
     whole = load_parts(folder, parts)
-    whole.check_shards()
+    whole.check_shards(may_lack_shards)
     manifest = whole.subset(config.data.fraction, config.seed)
     if config.batch_size > manifest.total_samples:
         fraction = config.data.fraction
@@ -156,7 +164,7 @@ def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
             f"{which} {manifest.total_samples:,} samples"
         )
     end = (config.epochs or 0) * Order(config.seed, manifest.shares).num_slots
-    spec = StreamSpec(
+    return StreamSpec(
         folder=folder,
         digest=whole.digest,
         seed=config.seed,
@@ -173,7 +181,6 @@ def plan_stream(config: TrainConfig) -> tuple[StreamSpec, int]:
         captions=config.data.captions,
         mixture=parts,
     )
-    return spec, Stream(spec).num_remaining()
 
 
 def code_version() -> str:
