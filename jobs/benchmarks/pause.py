@@ -18,6 +18,7 @@ from jobs.benchmarks.workload import labels, pngs
 from rayclip.config import BenchmarkConfig, TrainConfig
 from rayclip.data.formats.tar import Sample, write_shard
 from rayclip.data.manifest import Manifest
+from rayclip.orchestration.cluster import connect
 from rayclip.orchestration.train import run_training
 from rayclip.tracking.mlflow import STEP_METRIC
 
@@ -34,6 +35,7 @@ _MODEL = {
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Seconds between a step and the next, both ways. Raises UserError."""
+    connect(local_cpus=config.workers + 2)  # the same for both, with a reader and what measures
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _write_data(folder / "train", _TRAINED_ON)
