@@ -15,7 +15,7 @@ from rayclip.data.order import Order
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
-EPOCHS = 12
+EPOCHS = 30
 NUM_SAMPLES = 1000
 CHECKPOINT_EVERY = 400
 NODE = {"num_cpus": 3, "object_store_memory": 100 * 2**20}
