@@ -108,7 +108,7 @@ class Share:
         if part is None:
             return
         num_left = part.num_rows
-        for block in part.blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+        for block in part.blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
             num_left -= len(block["row"])
             yield block, num_left
 
