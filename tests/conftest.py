@@ -17,6 +17,7 @@ from rayclip.config import ModelConfig, TextConfig, VisionConfig
 from rayclip.data.formats.tar import write_shard
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
+from tests.training_process import TrainingProcess
 
 
 def pytest_configure():
@@ -30,7 +31,7 @@ def pytest_configure():
 
 
 class ByFolder(LoadScopeScheduling):
-    """What starts a Ray stays together, so that each is started once; unit tests go wherever there is time."""
+    """What starts a Ray stays together: each takes a share of a core for as long as it lives. Unit tests fill the gaps."""
 
     def _split_scope(self, nodeid):
         folder = nodeid.split("/")[1]
@@ -143,3 +144,39 @@ def write_dataset():
         return manifest
 
     return write
+
+
+@pytest.fixture(scope="session")
+def make_config(tiny_config):
+    """A training config as plain values: the tiny model on a data set; sections given are merged in."""
+
+    def make(name, data_path, **sections):
+        values = {
+            "name": name,
+            "seed": 3,
+            "model": tiny_config.model_dump(mode="json"),
+            "data": {"path": str(data_path)},
+            "batch_size": 32,
+            "optimizer": {"lr": 1e-3, "warmup_samples": 200},
+            "tracking": {"experiment": "tests", "log_every_samples": 64},
+        }
+        for key, value in sections.items():
+            values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+        return values
+
+    return make
+
+
+@pytest.fixture
+def start_training():
+    """Starts `jobs.train` on a config in a folder; whatever still runs at the end of the test is killed."""
+    started = []
+
+    def start(folder, config, address=None):
+        started.append(TrainingProcess(folder, config, address))
+        return started[-1]
+
+    yield start
+    for training in started:
+        if training.process.poll() is None:
+            training.kill()

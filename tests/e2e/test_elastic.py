@@ -25,11 +25,6 @@ LARGE_NODE = NODE | {"num_cpus": 4}
 """Room for two workers."""
 
 
-@pytest.fixture(scope="session", autouse=True)
-def ray_session():
-    """In the place of the tests' Ray, which nothing here needs."""
-
-
 @pytest.fixture
 def cluster(monkeypatch):
     """A cluster whose nodes are of this machine."""
