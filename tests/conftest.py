@@ -31,7 +31,7 @@ def pytest_configure():
 
 
 class ByFolder(LoadScopeScheduling):
-    """What starts a Ray stays together: each takes a share of a core for as long as it lives. Unit tests fill the gaps."""
+    """What starts a Ray stays together: each takes part of a core while it lives. Unit tests fill the gaps."""
 
     def _split_scope(self, nodeid):
         folder = nodeid.split("/")[1]
