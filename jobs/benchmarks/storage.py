@@ -1,4 +1,4 @@
-"""What faults of S3 cost: the same data set loaded from a server on loopback, with and without faulty requests.
+"""What faults of S3 cost: a data set loaded, and trained on, from a loopback server, with and without faulty requests.
 
 One request in twenty goes wrong, in turn at random: an answer 500, a body that stops half way for three seconds, a
 connection cut in the middle, one dropped before the answer. Both sides go through the same proxy before moto's server,
@@ -22,27 +22,40 @@ from typing import Any
 from jobs.benchmarks.faulty_s3 import FaultyProxy
 from jobs.benchmarks.workload import jpegs
 from rayclip import storage
-from rayclip.config import BenchmarkConfig
+from rayclip.config import BenchmarkConfig, TrainConfig
 from rayclip.data.formats.tar import Sample, Span, write_shard
 from rayclip.data.manifest import Manifest
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.errors import UserError
+from rayclip.orchestration.cluster import connect
+from rayclip.orchestration.train import run_training
 
 _SIDE, _IMAGE_SIZE, _CONTEXT = 256, 224, 77
 _SHARD, _CHUNK, _WINDOW = 512, 32, 8
 _READERS = 2  # windows in work at once, as Ray's reader tasks are in a run
 _DIFFERENT = 24
 _RATE = 0.05
+_RUNS, _EPOCHS = 3, 10
+_MODEL = {
+    "embed_dim": 64,
+    "vision": {"image_size": 64, "patch_size": 16, "width": 64, "layers": 2, "heads": 2},
+    "text": {"context_length": 32, "width": 64, "layers": 2, "heads": 2},
+}
 _BUCKET = "benchmark"
 _START_TIMEOUT_S = 60.0
 
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
-    """Seconds of a pass over the data with and without faults, and their ratio. Raises UserError without moto."""
+    """Seconds of a pass over the data with and without faults, and of a run, and their ratios.
+
+    Raises UserError without moto.
+    """
     with s3_server() as server, tempfile.TemporaryDirectory() as folder:
         spec = _write(Path(folder), config.pictures)
         _load(server, spec, 0.0)
         passes = [(_load(server, spec, 0.0), _load(server, spec, _RATE)) for _ in range(config.repeats)]
+        connect(local_cpus=config.workers + 1)
+        runs = [(_train(config, server, folder, 0.0), _train(config, server, folder, _RATE)) for _ in range(_RUNS)]
     clean, faulty = zip(*passes, strict=True)
     return {
         "pictures": config.pictures,
@@ -54,12 +67,17 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
         "requests": sum(one.num_requests for one in faulty),
         "faults": {kind: sum(one.faults[kind] for one in faulty) for kind in faulty[0].faults},
         "lost": sum(config.pictures - one.num_samples for one in (*clean, *faulty)),
+        "runs_clean_s": [round(a.seconds, 1) for a, _ in runs],
+        "runs_faulty_s": [round(b.seconds, 1) for _, b in runs],
+        "runs_ratio": round(statistics.median(b.seconds / a.seconds for a, b in runs), 3),
+        "runs_requests": sum(b.num_requests for _, b in runs),
+        "runs_lost": sum(config.pictures * _EPOCHS - one.num_samples for pair in runs for one in pair),
     }
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the data: samples that came, and what the server did meanwhile."""
+    """One pass over the data, or a run: samples that came, and what the server did meanwhile."""
 
     seconds: float
     num_samples: int
@@ -152,3 +170,24 @@ def _load(server: Server, spec: StreamSpec, rate: float) -> Pass:
         num_samples = sum(int((block["num_tokens"] > 0).sum()) for block in readers.map(stream.read, stream.windows()))
     seconds = time.perf_counter() - started
     return Pass(seconds, num_samples, *server.set_rate(0.0))
+
+
+def _train(config: BenchmarkConfig, server: Server, folder: str, rate: float) -> Pass:
+    """A run with data and checkpoints in the bucket: the time of its steps, and of waiting for their data."""
+    server.set_rate(rate)
+    name = f"run-{time.time_ns()}"
+    run = TrainConfig.model_validate(
+        {
+            "name": name,
+            "runs": f"s3://{_BUCKET}/runs",
+            "model": _MODEL,
+            "data": {"path": f"s3://{_BUCKET}/set"},
+            "epochs": _EPOCHS,
+            "batch_size": 64,
+            "checkpoint": {"every_samples": config.pictures},
+            "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+            "cluster": {"num_workers": config.workers},
+        }
+    )
+    summary = run_training(run)
+    return Pass(float(summary["train_time_s"]), summary["samples_seen"], *server.set_rate(0.0))
