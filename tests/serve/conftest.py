@@ -140,9 +140,9 @@ def free_port():
     return find_port()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def start_service(tmp_path_factory):
-    """Starts services; what still runs at the end is stopped."""
+    """Starts services; what still runs at the end of the module is stopped, for even an idle one takes its share."""
     started = []
 
     def start(*arguments: str, **options) -> ServiceProcess:
@@ -155,9 +155,12 @@ def start_service(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def service(start_service, model_folder):
+def service(tmp_path_factory, model_folder):
     """A service with one replica of each, without API keys, on loopback."""
-    return start_service(f"model={model_folder}", "templates=photo_ensemble", "poll_s=0.3")
+    folder = tmp_path_factory.mktemp("service")
+    service = ServiceProcess(folder, f"model={model_folder}", "templates=photo_ensemble", "poll_s=0.3")
+    yield service.wait()
+    service.stop()
 
 
 @pytest.fixture(scope="session")
