@@ -29,7 +29,7 @@ serve: install ## serve what `make demo` trained, on 127.0.0.1:8000, with a page
 	@$(BIN)/python -m serve serve/configs/demo.yaml
 
 test: install peers browser ## run all tests
-	@$(BIN)/python -m pytest -n 3 --durations=30
+	@$(BIN)/python -m pytest -n 2 --durations=40
 
 check: install ## style, types and import rules
 	@$(BIN)/ruff check .
