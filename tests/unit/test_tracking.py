@@ -268,6 +268,20 @@ def test_what_is_measured_after_a_checkpoint_was_linked_is_added_once(client, ru
     assert {metric.key: metric.value for metric in linked.metrics} == expected
 
 
+def test_a_checkpoint_that_was_being_linked_when_a_crash_came_is_linked_once(client, run_id, checkpoint, monkeypatch):
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(client, "finalize_logged_model", crash)
+        with pytest.raises(KeyboardInterrupt):
+            link_checkpoint(client, run_id, checkpoint, 500, METRICS)
+    model = link_checkpoint(client, run_id, checkpoint, 500, METRICS)
+    assert model.status == "READY"
+    assert [output.model_id for output in client.get_run(run_id).outputs.model_outputs] == [model.model_id]
+    assert points(client, run_id, "checkpoint/letters.top1") == [(500, 0.5)]
+
+
 def test_checkpoints_of_runs_that_share_a_name_are_kept_apart(uri, client, checkpoint):
     runs = [open_run(uri, "tests", "same name", {}, {}, None) for _ in range(2)]
     models = {link_checkpoint(client, run_id, checkpoint, 500, {}).model_id for run_id in runs}

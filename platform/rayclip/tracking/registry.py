@@ -66,7 +66,9 @@ def link_checkpoint(
             model_type="clip",
         )
     )
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
+    outputs = run.outputs.model_outputs if run.outputs else []
+    if model.model_id not in {output.model_id for output in outputs}:  # MLflow refuses what a run has already
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
     log_once(client, run_id, points, step, model.model_id)
     return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
