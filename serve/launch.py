@@ -30,7 +30,7 @@ ENVIRONMENT = {
     # A request changes nothing, so one that a dying replica leaves without an answer may be sent to another. HAProxy
     # can do so as long as it holds the whole request in its buffer.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
-    "RAY_SERVE_HAPROXY_RETRIES": "5",
+    "RAY_SERVE_HAPROXY_RETRIES": "15",  # a second apart: a busy machine may take five to hear that a replica has died
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(512 * 1024),
     # Pictures are as large as a body may be, and gRPC's own limit is 4 MiB.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(128 * 1024 * 1024),

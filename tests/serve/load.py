@@ -1,6 +1,7 @@
 """Requests that keep coming, whatever becomes of those before."""
 
 import asyncio
+import json
 import threading
 import time
 from collections import Counter
@@ -11,7 +12,7 @@ import aiohttp
 class Load:
     """POSTs `body` to `url` at a rate, from a thread of its own, until the block ends; then `answers` has them all.
 
-    An answer is (second since the start when it was due, status or the error's name, its model).
+    An answer is (second since the start when it was due, status or the error's name, its model or what else it says).
     """
 
     def __init__(self, url: str, body: dict, rate: float) -> None:
@@ -49,7 +50,9 @@ class Load:
     async def _ask(self, session: aiohttp.ClientSession, due: float) -> None:
         try:
             async with session.post(self._url, json=self._body) as response:
-                answer = await response.json(content_type=None)
-                self.answers.append((due, response.status, answer.get("model", "")))
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                text = await response.text()
+                is_ours = response.content_type == "application/json"
+                model = json.loads(text).get("model", "") if is_ours else f"not JSON: {text[:200]}"
+                self.answers.append((due, response.status, model))
+        except (aiohttp.ClientError, TimeoutError) as error:
             self.answers.append((due, type(error).__name__, ""))
