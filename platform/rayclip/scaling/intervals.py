@@ -8,12 +8,12 @@ there fits are nearly linear in the noise, while a limit, an exponent and a coef
 that fits nothing. Few runs tell the noise badly: percentiles are taken as far out as Student's t is beyond the normal
 distribution.
 
-That takes all runs to scatter about one law, and by the same noise: where it grows fourfold from the least compute to
-the largest, 95% intervals of the error at the largest hold it in 84 to 90% of draws only, those of an exponent in 91 to
-94%. Where some are worse than others by more than noise (too small a model for its compute, say), the frontier's lie
-closer to their law than noise would leave them: this is tested, and then runs are resampled after all (pairs). Their
-percentiles are too narrow by the share of residuals that are not free, and are taken further out for it (Hesterberg,
-What Teachers Should Know About the Bootstrap, 2015).
+That takes all runs to scatter about one law, and by the same noise: where noise grows or falls with compute, intervals
+of a limit, and of errors where noise is largest, hold the truth less often than they say. Where some are worse than
+others by more than noise (too small a model for its compute, say), the frontier's lie closer to their law than noise
+would leave them: this is tested, and then runs are resampled after all (pairs). Their percentiles are too narrow by the
+share of residuals that are not free, and are taken further out for it (Hesterberg, What Teachers Should Know About the
+Bootstrap, 2015).
 
 Shapes: R resamples, N runs, K parameters.
 """
