@@ -30,7 +30,7 @@ from rayclip.config import BenchmarkConfig
 from rayclip.data.decode import crop_picture, random_box
 from rayclip.data.stream import Batch, Stream
 from rayclip.orchestration.cluster import connect
-from rayclip.orchestration.stream import StreamConfig, batches
+from rayclip.orchestration.stream import StreamConfig
 
 _SIDES = (600, 256)
 _BATCH = 128
@@ -208,7 +208,7 @@ def _through_ray(data: Data) -> dict[str, Any]:
 
 def _consume(config: dict[str, str]) -> None:
     shard = ray.train.get_dataset_shard("train")
-    np.save(config["told"], [_note(batch) for batch in batches(shard, _BATCH)])
+    np.save(config["told"], [_note(batch) for batch in shard.batches(_BATCH)])
 
 
 def _note(batch: Batch) -> tuple[float, int, int]:

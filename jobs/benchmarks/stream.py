@@ -30,7 +30,7 @@ from rayclip.data.formats.tar import write_shard
 from rayclip.data.manifest import Manifest
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.orchestration.cluster import connect
-from rayclip.orchestration.stream import StreamConfig, batches
+from rayclip.orchestration.stream import StreamConfig
 
 _TIMES = (1, 10, 100)
 _CHUNK, _CHUNKS_A_SHARD, _WINDOW = 4, 160, 8
@@ -120,7 +120,7 @@ def _consume(config: dict[str, Any]) -> None:
     """Take the stream as a worker does that trains, and note when each batch came."""
     times = [time.time()]
     ledger = Stream(config["spec"]).ledger()
-    for batch in batches(ray.train.get_dataset_shard("train"), _BATCH):
+    for batch in ray.train.get_dataset_shard("train").batches(_BATCH):
         ledger.add(batch["position"], batch["row"])
         times.append(time.time())
     np.save(config["told"], times)

@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -37,8 +38,9 @@ def whole(spec):
 def shares(stream, num_workers, leg_windows):
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
-    planner = Planner.remote(stream, num_workers, leg_windows, context)
-    return [Share(planner, rank) for rank in range(num_workers)]
+    planner = Planner.remote(leg_windows, context)
+    group = planner.begin.remote(stream, num_workers)
+    return [Share(planner, group, rank) for rank in range(num_workers)]
 
 
 def consume(stream, num_workers, leg_windows=LEG):
@@ -95,6 +97,14 @@ def test_a_run_that_has_ended_gets_nothing(spec, whole):
     ledger = Stream(spec).ledger()
     ledger.add(*np.array(identities(whole)).T)
     assert consume(Stream(spec, ledger.to_dict()), 2) == [[], []]
+
+
+def test_workers_of_a_group_that_is_over_get_nothing_of_the_next(spec, whole):
+    (former,) = shares(Stream(spec), 1, LEG)
+    share = replace(former, group=former.planner.begin.remote(Stream(spec), 1))
+    with pytest.raises(RuntimeError, match="shared out to other workers"):
+        next(former.batches(BATCH))
+    assert identities(share.batches(BATCH)) == identities(whole)
 
 
 def test_every_worker_hears_what_is_wrong_with_the_data(spec, tmp_path, make_samples, write_dataset):

@@ -9,9 +9,7 @@ import io
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 
 Box = tuple[float, float, float, float]
 
@@ -77,6 +75,10 @@ def crop_jpeg(data: bytes, picture: tuple[int, int], box: Box, size: int) -> np.
 
 def resize(pixels_HWC: np.ndarray, size: int) -> np.ndarray:
     """Bicubic with antialiasing, uint8 [H, W, 3] to uint8 [size, size, 3]."""
+    # Here, for the sake of processes that hand the stream on and crop nothing: to import it takes a second.
+    import torch
+    from torch.nn.functional import interpolate
+
     if pixels_HWC.shape[:2] == (size, size):
         return pixels_HWC
     # In this order, or torch takes the one picture for a planar one and answers in planes, which are slow to read.

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
@@ -31,14 +33,14 @@ def connect(local_cpus: int = 0) -> None:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
         return
     cores = os.cpu_count() or 1
-    ray.init(
-        address="local",
-        num_cpus=max(cores, min(local_cpus, max(_LEAST_LOGICAL_CPUS, 2 * cores))),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": _worker_environment()},
-    )
+    with _environment(_worker_environment()):
+        ray.init(
+            address="local",
+            num_cpus=max(cores, min(local_cpus, max(_LEAST_LOGICAL_CPUS, 2 * cores))),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
 
 
 def check_resources(bundles: list[Bundle], what: str) -> None:
@@ -64,6 +66,21 @@ def s3_environment() -> dict[str, str]:
 def num_that_fit(bundles: list[Bundle]) -> int:
     """How many times the cluster, with nothing else on it, could place all of these together; each on one node."""
     return num_times_placed(bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """The environment that a Ray of our own inherits: processes that ask for none of theirs are started ahead of time."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _worker_environment() -> dict[str, str]:

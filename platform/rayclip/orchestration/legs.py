@@ -6,6 +6,7 @@ bounds that, and the next one is begun before the one at hand ends, so that no w
 
 import itertools
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,18 +36,30 @@ class Part(NamedTuple):
     num_rows: int
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1)
 class Planner:
-    """Plans one leg after another, each when the first worker asks for it, and forgets it when the last one has."""
+    """Plans one leg after another, the first one ahead of time, and forgets it when the last worker has its part.
 
-    def __init__(self, stream: Stream, num_workers: int, leg_windows: int, context: ray.data.DataContext) -> None:
-        self._stream, self._num_workers = stream, num_workers
+    One serves all groups of workers that a run has, one after another: it is soon there for the next.
+    """
+
+    def __init__(self, leg_windows: int, context: ray.data.DataContext) -> None:
         self._leg_windows, self._context = leg_windows, context
-        self._windows = stream.windows()
+        self._group: str | None = None
         self._parts: dict[int, dict[int, Part | None]] = {}
 
-    def part(self, number: int, rank: int) -> Part | None:
-        """The worker's part of a leg; None behind the last one."""
+    def begin(self, stream: Stream, num_workers: int) -> str:
+        """Share the stream out to a new group of workers, which is named by what this gives."""
+        self._stream, self._num_workers = stream, num_workers
+        self._windows = stream.windows()
+        self._parts = {0: self._plan()}
+        self._group = uuid.uuid4().hex
+        return self._group
+
+    def part(self, group: str, number: int, rank: int) -> Part | None:
+        """The part of a leg that a worker of the group gets; None behind the last one."""
+        if group != self._group:
+            raise RuntimeError("the stream was shared out to other workers since, or what planned it has died")
         if number not in self._parts:
             self._parts[number] = self._plan()
         parts = self._parts[number]
@@ -79,6 +92,8 @@ class Share:
     """What one worker gets of the stream: its part of each leg. Small and picklable."""
 
     planner: ActorHandle
+    group: ray.ObjectRef
+    """What `Planner.begin` gives."""
     rank: int
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -104,7 +119,7 @@ class Share:
 
     def _leg(self, number: int) -> Iterator[tuple[Batch, int]]:
         """Each block with the number of rows that the worker's part has after it; none behind the last leg."""
-        part: Any = ray.get(self.planner.part.remote(number, self.rank))
+        part: Any = ray.get(self.planner.part.remote(self.group, number, self.rank))
         if part is None:
             return
         num_left = part.num_rows

@@ -1,6 +1,5 @@
 """The stream over all epochs, through Ray to the workers: windows -> ranged reads -> decode -> batches of arrays."""
 
-from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
 
@@ -8,7 +7,7 @@ import ray
 import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayclip.data.stream import Batch, Stream, StreamSpec
+from rayclip.data.stream import Stream, StreamSpec
 from rayclip.orchestration.filesystem import CHECKPOINT_LIST, train_result
 from rayclip.orchestration.legs import Planner, Share
 from rayclip.places import Place, place_of
@@ -26,20 +25,20 @@ class StreamConfig(ray.train.DataConfig):
     ) -> None:
         super().__init__()
         self._spec, self._checkpoints, self._origin = spec, checkpoints, origin
-        self._leg_windows = leg_windows or LEG_WINDOWS
-
-    def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
-        """Ray Train calls this whenever it has started workers, that have restored the latest checkpoint.
-
-        A ledger from anywhere else could belong to other weights. Each worker gets a `Share`.
-        """
-        stream = remaining_stream(self._spec, self._checkpoints, self._origin)
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
         options = Planner.options(scheduling_strategy=here)  # type: ignore[attr-defined]
-        planner = options.remote(stream, world_size, self._leg_windows, context)
-        return [{"train": Share(planner, rank)} for rank in range(world_size)]
+        self._planner = options.remote(leg_windows or LEG_WINDOWS, context)
+
+    def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
+        """Ray Train calls this whenever it has started workers, that are to restore the latest checkpoint.
+
+        A ledger from anywhere else could belong to other weights. Each worker gets a `Share`.
+        """
+        stream = remaining_stream(self._spec, self._checkpoints, self._origin)
+        group = self._planner.begin.remote(stream, world_size)
+        return [{"train": Share(self._planner, group, rank)} for rank in range(world_size)]
 
 
 def remaining_stream(spec: StreamSpec, checkpoints: str, origin: Place | None = None) -> Stream:
@@ -58,8 +57,3 @@ def latest_checkpoint(checkpoints: str) -> Place | None:
         return None
     checkpoint = train_result(folder).checkpoint
     return folder / PurePath(checkpoint.path).name if checkpoint else None
-
-
-def batches(share: Share, batch_size: int) -> Iterator[Batch]:
-    """A worker's part of the stream."""
-    return share.batches(batch_size)

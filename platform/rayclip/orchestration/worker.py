@@ -27,7 +27,6 @@ from rayclip.orchestration.filesystem import upload_checkpoint
 from rayclip.orchestration.job import Job, StoppedError
 from rayclip.orchestration.measuring import checkpoint_metrics, measure, points, told, with_average
 from rayclip.orchestration.run_folder import RunFolder
-from rayclip.orchestration.stream import batches
 from rayclip.places import Place, S3Path, append, local_copy, place_of, staged
 from rayclip.tracking.mlflow import MlflowTracker, connect, flatten
 from rayclip.tracking.registry import link_checkpoint, resolve_model
@@ -66,8 +65,10 @@ class Worker:
         context = ray.train.get_context()
         self.is_first = context.get_world_rank() == 0
         self.world_size = context.get_world_size()
-        self.tracker = MlflowTracker(job.tracking_uri, job.mlflow_run_id) if self.is_first else None
         self._told_at = 0.0
+        # First of all: what reads the stream starts while this process gets ready.
+        self.batches = ray.train.get_dataset_shard("train").batches(self._local_batch)
+        self.tracker = MlflowTracker(job.tracking_uri, job.mlflow_run_id) if self.is_first else None
 
     def run(self) -> None:
         """Train from the latest checkpoint to the end of the stream."""
@@ -92,10 +93,9 @@ class Worker:
             Stream(self.job.spec).shard_at,
         )
         trainer = Trainer(self._plan(), self.model, self.optimizer, state, ledger, hooks, self.ema)
-        shard = ray.train.get_dataset_shard("train")
         if not isinstance(self.config.cluster.num_workers, int):
             self._notice(f"training on {self.world_size} workers, {self.world_size * self._local_batch} pairs a step")
-        trainer.run(batches(shard, self._local_batch))
+        trainer.run(self.batches)
 
     @property
     def _local_batch(self) -> int:
