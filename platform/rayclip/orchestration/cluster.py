@@ -70,7 +70,7 @@ def num_that_fit(bundles: list[Bundle]) -> int:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """The environment that a Ray of our own inherits: what asks for none of its own gets a process that waits for it."""
+    """The environment that a Ray of our own inherits: what asks for none of its own gets a process that waits."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
