@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 from rayclip.config import Config
 from rayclip.config_file import describe, load
 from rayclip.errors import UserError, exit_with
-from rayclip.storage import StorageError, write_bytes
+from rayclip.s3 import StorageError
+from rayclip.storage import write_bytes
 
 Main = Callable[[Any], dict[str, Any]]
 

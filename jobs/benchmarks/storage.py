@@ -21,7 +21,7 @@ from typing import Any
 
 from jobs.benchmarks.faulty_s3 import FaultyProxy
 from jobs.benchmarks.workload import jpegs
-from rayclip import storage
+from rayclip import s3
 from rayclip.config import BenchmarkConfig, TrainConfig
 from rayclip.data.formats.tar import Sample, Span, write_shard
 from rayclip.data.manifest import Manifest
@@ -112,7 +112,7 @@ def s3_server() -> Iterator[Server]:
             raise UserError("no S3 server to measure with: pip install 'moto[s3,server]'")
         names = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
         os.environ.update(names | {"AWS_ENDPOINT_URL": url})
-        storage._client().mkdir(_BUCKET)
+        s3.client().mkdir(_BUCKET)
         yield Server(ours)
     finally:
         os.environ.clear()
@@ -153,7 +153,7 @@ def _write(folder: Path, pictures: int) -> StreamSpec:
         path = folder / f"{len(shards):06}.tar"
         with path.open("wb") as target:
             spans = write_shard(target, map(sample, range(first, min(first + _SHARD, pictures))), _CHUNK)
-        storage.upload(path, f"{address}/{path.name}")
+        s3.upload(path, f"{address}/{path.name}")
         shards.append((path.name, path.stat().st_size, spans))
     manifest = Manifest.from_spans(address, shards)
     manifest.save()

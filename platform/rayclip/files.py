@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rayclip import storage
+from rayclip import s3, storage
 from rayclip.places import Place, staged
 
 
@@ -24,7 +24,7 @@ def whole_file(path: Place) -> Iterator[BinaryIO]:
         written = Path(scratch) / path.name
         with written.open("wb") as target:
             yield target
-        storage.upload(written, str(path))
+        s3.upload(written, str(path))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, Union
 
-from rayclip import storage
+from rayclip import s3, storage
 
 
 @dataclass(frozen=True, order=True)
@@ -58,7 +58,7 @@ class S3Path:
 
     def is_dir(self) -> bool:
         """Whether there is a file below it."""
-        return storage.has_files(self.address)
+        return s3.has_files(self.address)
 
     def iterdir(self) -> Iterator["S3Path"]:
         """What lies in the folder, by name."""
@@ -144,7 +144,7 @@ def upload_folder(source: Path, target: S3Path, last: str | None = None) -> None
     """Copy a folder's files to S3; the one named `last`, by which the others count, after all others."""
     names = [file.name for file in storage.list_files(str(source))]
     for name in sorted(names, key=lambda name: name == last):
-        storage.upload(source / name, str(target / name))
+        s3.upload(source / name, str(target / name))
 
 
 @contextmanager

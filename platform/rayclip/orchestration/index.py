@@ -14,7 +14,8 @@ from rayclip.data.index import PARTIAL, Indexed, index_shard, known_shards, make
 from rayclip.errors import UserError
 from rayclip.orchestration.cluster import connect
 from rayclip.orchestration.progress import ProgressLine
-from rayclip.storage import File, join, remove, write_bytes
+from rayclip.s3 import File
+from rayclip.storage import join, remove, write_bytes
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

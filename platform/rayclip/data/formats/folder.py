@@ -11,7 +11,8 @@ from pathlib import PurePosixPath
 from rayclip.data.formats import table
 from rayclip.data.formats.base import Layout, Sample, Shard, Span
 from rayclip.data.formats.members import add_pictures, read_many
-from rayclip.storage import File, join, split
+from rayclip.s3 import File
+from rayclip.storage import join, split
 
 LISTING = "listing.tsv"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
