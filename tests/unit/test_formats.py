@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from rayclip import s3 as s3_requests
 from rayclip import storage
 from rayclip.config import IndexConfig
 from rayclip.data.decode import CAUSES
@@ -247,7 +248,7 @@ def test_a_bad_row_of_a_table_is_one_bad_sample(tmp_path, in_process):
 
 @pytest.mark.parametrize("rate", [0.25])
 def test_faulty_requests_lose_nothing(rate, tmp_path, s3, in_process, monkeypatch):
-    monkeypatch.setattr(storage, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(s3_requests, "_PATIENCE_S", 0.2)
     write_webdataset(tmp_path)
     index(IndexConfig(path=str(tmp_path), chunk_samples=CHUNK))
     wanted = pairs_of(Manifest.load(tmp_path))
@@ -262,7 +263,7 @@ def test_faulty_requests_lose_nothing(rate, tmp_path, s3, in_process, monkeypatc
 
 
 def test_what_cannot_be_read_is_counted_and_named(s3, tmp_path, in_process, monkeypatch):
-    monkeypatch.setattr(storage, "_ATTEMPTS", 2)
+    monkeypatch.setattr(s3_requests, "_ATTEMPTS", 2)
     write_webdataset(tmp_path)
     upload(tmp_path, f"{BUCKET}/gone")
     index(IndexConfig(path=f"{BUCKET}/gone", chunk_samples=CHUNK))

@@ -13,7 +13,7 @@ from pyarrow.fs import FileSelector, FileType, PyFileSystem
 from safetensors.torch import load_file
 
 from jobs import convert
-from rayclip import s3 as s3_module
+from rayclip import s3 as s3_requests
 from rayclip import storage
 from rayclip.config import ConvertConfig, IngestConfig
 from rayclip.data import ingest
@@ -79,30 +79,30 @@ def test_what_goes_wrong_while_it_is_written_leaves_nothing(folder):
 
 
 def test_a_large_file_goes_up_in_parts_and_comes_down_in_ranges_with_faults(folder, tmp_path, s3, monkeypatch):
-    monkeypatch.setattr(s3_module, "_PART_BYTES", 5 * 2**20)
-    monkeypatch.setattr(s3_module, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(s3_requests, "_PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3_requests, "BLOCK_BYTES", 2**20)
     s3.rate = 0.2
     data = np.random.default_rng(0).bytes(23 * 2**20 + 7)
     (tmp_path / "large").write_bytes(data)
-    s3_module.upload(tmp_path / "large", f"{folder}/large")
+    s3_requests.upload(tmp_path / "large", f"{folder}/large")
     storage.download(f"{folder}/large", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == data
 
 
 def test_a_file_whose_bucket_is_not_there_or_that_keeps_failing_is_named(s3, tmp_path, monkeypatch):
-    with pytest.raises(s3_module.StorageError, match=r"'s3://nowhere/a' cannot be written: there is no such bucket"):
+    with pytest.raises(s3_requests.StorageError, match=r"'s3://nowhere/a' cannot be written: there is no such bucket"):
         storage.write_bytes("s3://nowhere/a", b"")
-    monkeypatch.setattr(s3_module, "_LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(s3_requests, "_LONGEST_WAIT_S", 0.01)
     s3.rate, s3.commands = 1.0, ("PUT",)
-    with pytest.raises(s3_module.StorageError, match=r"'s3://data/never' cannot be reached after 7 attempts"):
+    with pytest.raises(s3_requests.StorageError, match=r"'s3://data/never' cannot be reached after 7 attempts"):
         storage.write_bytes("s3://data/never", b"data")
 
 
 def test_a_checkpoint_is_uploaded_with_its_state_last_and_restored_by_ray(folder, checkpoint, monkeypatch):
     import ray.train
 
-    order, upload = [], s3_module.upload
-    monkeypatch.setattr(s3_module, "upload", lambda source, path: (order.append(source.name), upload(source, path)))
+    order, upload = [], s3_requests.upload
+    monkeypatch.setattr(s3_requests, "upload", lambda source, path: (order.append(source.name), upload(source, path)))
     there = folder / "checkpoints" / checkpoint.name
     given = upload_checkpoint(ray.train.Checkpoint.from_directory(str(checkpoint)), there)
     assert order[-1] == "state.json" and len(order) == 5
