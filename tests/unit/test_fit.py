@@ -216,22 +216,15 @@ def test_a_frontier_of_noise_is_set_right_and_one_of_better_runs_is_left_alone()
     assert exponent.low <= 0.111 <= exponent.high and exponent.high - exponent.low < 0.02, exponent
 
 
-@pytest.mark.parametrize(("form", "frontier", "count"), [("shifted_limit", "bins", 40), ("chinchilla", "all", 24)])
-def test_intervals_of_a_law_with_a_limit_cover_about_95_percent(form, frontier, count):
-    """Of 100 draws, which have a standard error of 2.2 points."""
-    shares = coverage_of(form, frontier, count, 0.01, 100)
-    assert all(0.9 <= shares[name] <= 0.99 for name in TRUTH[form][1] if name in shares), shares
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "frontier", "count"),
     [("power_limit", "all", 20), ("power_limit", "bins", 20), ("shifted_limit", "bins", 40), ("chinchilla", "all", 24)],
 )
-def test_intervals_of_a_law_with_a_limit_cover_95_percent_of_1000_draws(form, frontier, count):
-    """Which have a standard error of 0.7 points."""
-    shares = coverage_of(form, frontier, count, 0.01, 1000)
-    assert all(0.92 <= shares[name] <= 0.98 for name in TRUTH[form][1] if name in shares), shares
+def test_intervals_of_a_law_with_a_limit_cover_95_percent_of_400_draws(form, frontier, count):
+    """Which have a standard error of 1.1 points."""
+    shares = coverage_of(form, frontier, count, 0.01, 400)
+    assert all(0.915 <= shares[name] <= 0.985 for name in TRUTH[form][1] if name in shares), shares
 
 
 def test_fewer_and_noisier_runs_widen_the_interval():
