@@ -134,7 +134,9 @@ def _linear(model: Any) -> LinearModel:
 
 def _peer_fit(split: Split, strength: float) -> Any:
     peer = importlib.import_module("sklearn.linear_model").LogisticRegression
-    return peer(C=1 / strength, max_iter=MAX_ITERATIONS).fit(split.features_ND.numpy(), split.targets.numpy())
+    # Its BLAS has threads of its own, of which torch knows nothing: it gets as many as ours.
+    with importlib.import_module("threadpoolctl").threadpool_limits(torch.get_num_threads()):
+        return peer(C=1 / strength, max_iter=MAX_ITERATIONS).fit(split.features_ND.numpy(), split.targets.numpy())
 
 
 def _loss(model: LinearModel, split: Split, strength: float) -> float:
