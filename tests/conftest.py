@@ -30,17 +30,17 @@ def pytest_configure():
         torch.set_num_threads(1)
 
 
-class ByFolder(LoadScopeScheduling):
-    """What starts a Ray stays together: each takes part of a core while it lives. Unit tests fill the gaps."""
+class ByRay(LoadScopeScheduling):
+    """What shares a Ray stays together: each takes part of a core while it lives. Unit tests fill the gaps."""
 
     def _split_scope(self, nodeid):
         folder = nodeid.split("/")[1]
-        return nodeid if folder == "unit" else folder
+        return {"unit": nodeid, "e2e": nodeid.partition("::")[0]}.get(folder, folder)
 
 
 def pytest_xdist_make_scheduler(config, log):
     """How `make test` shares the tests out."""
-    return ByFolder(config, log)
+    return ByRay(config, log)
 
 
 @pytest.fixture(scope="session")
