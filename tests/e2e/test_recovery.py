@@ -78,7 +78,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_and_repeat_nothing(
     check_summary(json.loads((tmp_path / "runs/chaos/summary.json").read_text()))
 
 
-def test_a_run_with_all_options_that_leave_something_behind_goes_on_too(
+def test_a_run_with_every_option_goes_on_too(
     tmp_path, data, tiny_config, make_samples, write_dataset, make_config, start_training
 ):
     write_dataset(tmp_path / "pairs", make_samples(40, seed=1))
@@ -96,6 +96,7 @@ def test_a_run_with_all_options_that_leave_something_behind_goes_on_too(
         micro_batch_size=6,
         activation_checkpointing=True,
         precision="bfloat16",
+        compile=True,
         ema={"half_life_samples": 500},
         guard={"action": "roll_back"},
         evaluation={

@@ -4,6 +4,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import psutil
@@ -14,6 +15,7 @@ from rayclip.data.manifest import Manifest
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.errors import UserError
 from rayclip.orchestration.legs import Planner, Share
+from rayclip.orchestration.stream import remaining_stream
 
 BATCH = 7
 LEG = 3
@@ -39,7 +41,7 @@ def shares(stream, num_workers, leg_windows):
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     planner = Planner.remote(leg_windows, context)
-    group = planner.begin.remote(stream, num_workers)
+    group = planner.begin.remote(lambda: stream, num_workers)
     return [Share(planner, group, rank) for rank in range(num_workers)]
 
 
@@ -70,16 +72,17 @@ def test_one_worker_gets_the_batches_of_one_process_whatever_a_leg_is_long(spec,
         for name in expected:
             assert np.array_equal(ours[name], expected[name]), name
     deadline = time.monotonic() + 60
-    while coordinators() and time.monotonic() < deadline:
+    while processes("SplitCoordinator") and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not coordinators(), "a leg that is over leaves nothing behind"
+    assert not processes("SplitCoordinator"), "a leg that is over leaves nothing behind"
 
 
-def coordinators():
+def processes(actor):
+    """Those of an actor's class."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # it may have ended meanwhile
-            found += [process] if "SplitCoordinator" in " ".join(process.cmdline()) else []
+            found += [process] if f"ray::{actor}" in " ".join(process.cmdline()) else []
     return found
 
 
@@ -101,10 +104,34 @@ def test_a_run_that_has_ended_gets_nothing(spec, whole):
 
 def test_workers_of_a_group_that_is_over_get_nothing_of_the_next(spec, whole):
     (former,) = shares(Stream(spec), 1, LEG)
-    share = replace(former, group=former.planner.begin.remote(Stream(spec), 1))
+    share = replace(former, group=former.planner.begin.remote(lambda: Stream(spec), 1))
     with pytest.raises(RuntimeError, match="shared out to other workers"):
         next(former.batches(BATCH))
     assert identities(share.batches(BATCH)) == identities(whole)
+
+
+def test_a_planner_that_was_killed_is_there_for_the_next_group(spec, whole):
+    others = processes("Planner")
+    (former,) = shares(Stream(spec), 1, LEG)
+    ray.get(former.group)
+    (planner,) = set(processes("Planner")) - set(others)
+    planner.kill()
+    planner.wait(10)
+    # As in a run: whoever begins a group has not asked this planner before.
+    begin = ray.remote(num_cpus=0)(lambda planner: ray.get(planner.begin.remote(lambda: Stream(spec), 1)))
+    share = replace(former, group=begin.remote(former.planner))
+    assert identities(share.batches(BATCH)) == identities(whole)
+    with pytest.raises(RuntimeError, match="shared out to other workers"):
+        next(former.batches(BATCH))
+
+
+def test_every_worker_hears_that_a_checkpoint_is_damaged(spec, tmp_path):
+    context = ray.data.DataContext.get_current().copy()
+    planner = Planner.remote(LEG, context)
+    group = planner.begin.remote(partial(remaining_stream, spec, str(tmp_path), tmp_path), 2)
+    for rank in range(2):
+        with pytest.raises(UserError, match="is not a checkpoint"):
+            next(Share(planner, group, rank).batches(BATCH))
 
 
 def test_every_worker_hears_what_is_wrong_with_the_data(spec, tmp_path, make_samples, write_dataset):

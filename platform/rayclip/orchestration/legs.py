@@ -8,7 +8,7 @@ import itertools
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -48,12 +48,16 @@ class Planner:
         self._group: str | None = None
         self._parts: dict[int, dict[int, Part | None]] = {}
 
-    def begin(self, stream: Stream, num_workers: int) -> str:
-        """Share the stream out to a new group of workers, which is named by what this gives."""
-        self._stream, self._num_workers = stream, num_workers
-        self._windows = stream.windows()
-        self._parts = {0: self._plan()}
+    @ray.method(max_task_retries=-1)  # a process that takes the place of one that died can do it as well
+    def begin(self, remaining: Callable[[], Stream], num_workers: int) -> str:
+        """Share what remains of the stream out to a new group of workers, which is named by what this gives.
+
+        It is read here: of what is wrong with it, all workers of the group hear.
+        """
         self._group = uuid.uuid4().hex
+        self._stream, self._num_workers = remaining(), num_workers
+        self._windows = self._stream.windows()
+        self._parts = {0: self._plan()}
         return self._group
 
     def part(self, group: str, number: int, rank: int) -> Part | None:

@@ -1,5 +1,6 @@
 """The stream over all epochs, through Ray to the workers: windows -> ranged reads -> decode -> batches of arrays."""
 
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -36,8 +37,8 @@ class StreamConfig(ray.train.DataConfig):
 
         A ledger from anywhere else could belong to other weights. Each worker gets a `Share`.
         """
-        stream = remaining_stream(self._spec, self._checkpoints, self._origin)
-        group = self._planner.begin.remote(stream, world_size)
+        remaining = partial(remaining_stream, self._spec, self._checkpoints, self._origin)
+        group = self._planner.begin.remote(remaining, world_size)
         return [{"train": Share(self._planner, group, rank)} for rank in range(world_size)]
 
 
