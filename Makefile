@@ -22,11 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: install ## build the embedded data, train a small CLIP on it, evaluate and register it
-	@$(BIN)/python -m jobs.ingest jobs/configs/ingest_glyphs.yaml
-	@$(BIN)/python -m jobs.train jobs/configs/demo.yaml
+	@$(BIN)/python -m jobs.ingest platform/rayclip/recipes/ingest_glyphs.yaml
+	@$(BIN)/python -m jobs.train platform/rayclip/recipes/demo.yaml
 
 serve: install ## serve what `make demo` trained, on 127.0.0.1:8000, with a page to try it
-	@$(BIN)/python -m serve serve/configs/demo.yaml
+	@$(BIN)/python -m serve platform/rayclip/recipes/serve_demo.yaml
 
 test: install peers browser ## run all tests
 	@$(BIN)/python -m pytest -n 2 --durations=40

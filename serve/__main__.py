@@ -4,10 +4,10 @@ import signal
 import sys
 import threading
 
-from rayclip.config_file import describe, load
+from rayclip.config.loader import describe, load
 from rayclip.errors import UserError, exit_with
-from serve import launch
-from serve.config import ServeConfig
+from rayclip.serve import launch
+from rayclip.serve.config import ServeConfig
 
 _USAGE = """usage: python -m serve [CONFIG.yaml] model=MODEL [key=value ...]     serve a model
        python -m serve rollback models:/NAME@ALIAS [to=VERSION]    move the alias back; a running service follows
@@ -67,7 +67,7 @@ def _rollback(arguments: list[str]) -> int:
 
 
 def _key(arguments: list[str]) -> int:
-    from serve.auth import new_key
+    from rayclip.serve.middleware.auth import new_key
 
     if len(arguments) != 1:
         raise UserError("give the key's name: python -m serve key NAME")

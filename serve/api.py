@@ -15,15 +15,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from rayclip.inference.prompts import TEMPLATES
-from serve.answers import add_answers
-from serve.auth import ApiKeys
-from serve.fetch import UrlFetcher
-from serve.gate import Gate, error_headers
-from serve.intake import Intake, invalid
-from serve.limits import LimitBody
-from serve.pictures import RequestError
-from serve.responses import answer, json_response
-from serve.schemas import (
+from rayclip.serve.fetch import UrlFetcher
+from rayclip.serve.images import RequestError
+from rayclip.serve.middleware.auth import ApiKeys
+from rayclip.serve.middleware.body_limit import LimitBody
+from rayclip.serve.middleware.request_guard import Gate, error_headers
+from rayclip.serve.request_parser import Intake, invalid
+from rayclip.serve.responses import answer, json_response
+from rayclip.serve.routes import add_answers
+from rayclip.serve.schemas import (
     ErrorResponse,
     LabelSetInfo,
     LabelSetRequest,
@@ -31,7 +31,7 @@ from serve.schemas import (
     ModelsResponse,
     TemplatesResponse,
 )
-from serve.service import Service
+from rayclip.serve.service import Service
 
 _PAGE = Path(__file__).parent / "page"
 _PAGE_HEADERS = {

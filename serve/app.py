@@ -1,4 +1,4 @@
-"""From settings to a Serve application: `serve run serve.app:build_app model=...`, or `import_path` in a file."""
+"""From settings to a Serve application, for `serve run rayclip.serve.app:build_app` or a file with `import_path`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +7,11 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
-from rayclip.config_file import load, validate
-from serve.config import ReplicasConfig, ServeConfig
-from serve.coordinator import Coordinator
-from serve.encoders import ImageEncoder, TextEncoder
-from serve.ingress import Ingress
+from rayclip.config.loader import load, validate
+from rayclip.serve.config import ReplicasConfig, ServeConfig
+from rayclip.serve.ingress import Ingress
+from rayclip.serve.towers.encoders import ImageEncoder, TextEncoder
+from rayclip.serve.versions.coordinator import Coordinator
 
 # A line a request would cost more than some requests do; /metrics counts them.
 _QUIET = {"enable_access_log": False, "log_level": "INFO"}

@@ -16,8 +16,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from rayclip.errors import UserError
-from serve.config import UrlConfig
-from serve.pictures import RequestError
+from rayclip.serve.config import UrlConfig
+from rayclip.serve.images import RequestError
 
 MAX_URL_CHARS = 2_048
 """Longer ones are refused unread: parsed URLs are cached by the library that parses them."""

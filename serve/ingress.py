@@ -7,10 +7,10 @@ from ray import serve
 from ray.serve.context import _get_global_client  # the only way to learn where Serve listens
 from ray.serve.handle import DeploymentHandle
 
-from serve.api import build_api
-from serve.auth import ApiKeys, require_keys
-from serve.config import ServeConfig
-from serve.service import Service
+from rayclip.serve.api import build_api
+from rayclip.serve.config import ServeConfig
+from rayclip.serve.middleware.auth import ApiKeys, require_keys
+from rayclip.serve.service import Service
 
 
 @serve.ingress()

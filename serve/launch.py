@@ -14,7 +14,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from rayclip.errors import UserError
-from serve.config import ServeConfig
+from rayclip.serve.config import ServeConfig
 
 APP = "rayclip"
 _PORTS = 200
@@ -35,7 +35,7 @@ ENVIRONMENT = {
     # Pictures are as large as a body may be, and gRPC's own limit is 4 MiB.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(128 * 1024 * 1024),
     # Headers that Ray obeys, whoever sends them.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rayclip.serve.middleware.strip_ray_headers:middlewares",
     # How long a replica that is to go still answers: HAProxy has heard of it after a second, not after Ray's thirty.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     # Else a burst is over before it is heard of: ten seconds.
@@ -82,10 +82,10 @@ def check(config: ServeConfig) -> str:
     """What can be known to be wrong before anything starts. Returns the version to be served. Raises UserError."""
     # Here and below: imports that take seconds, or that must not come before the environment is set.
     from rayclip.inference.prompts import resolve_templates
+    from rayclip.serve.fetch import UrlFetcher
+    from rayclip.serve.middleware.auth import ApiKeys, require_keys
     from rayclip.tracking.registry import resolve_model
     from rayclip.training.checkpoint import load_model
-    from serve.auth import ApiKeys, require_keys
-    from serve.fetch import UrlFetcher
 
     resolve_templates(config.templates)
     for label_set in config.label_sets.values():
@@ -104,8 +104,8 @@ def start(config: ServeConfig) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    from rayclip.orchestration.cluster import connect
-    from serve.app import bind
+    from rayclip.orchestration.cluster.connection import connect
+    from rayclip.serve.app import bind
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.serve")  # it overlooks the environment

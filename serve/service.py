@@ -22,13 +22,13 @@ from ray.serve.handle import DeploymentHandle
 from rayclip.errors import UserError
 from rayclip.inference.prompts import resolve_templates
 from rayclip.inference.zero_shot import check_class_names, independent_scores, zero_shot_probabilities
-from serve.cache import LruCache
-from serve.config import ServeConfig
-from serve.encoders import ClassMatrix, Encoded
-from serve.metrics import IngressMetrics, collect
-from serve.pictures import RequestError
-from serve.schemas import LabelSetInfo, Scores
-from serve.table import Report, Table
+from rayclip.serve.cache import LruCache
+from rayclip.serve.config import ServeConfig
+from rayclip.serve.images import RequestError
+from rayclip.serve.metrics import IngressMetrics, collect
+from rayclip.serve.schemas import LabelSetInfo, Scores
+from rayclip.serve.towers.encoders import ClassMatrix, Encoded
+from rayclip.serve.versions.routing_table import Report, Table
 
 Result = TypeVar("Result")
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
 
-from jobs.benchmarks.faulty_s3 import FaultyProxy
-from jobs.benchmarks.peers import load_open_clip, load_transformers
+from benchmarks.faulty_s3 import FaultyProxy
+from benchmarks.peers import load_open_clip, load_transformers
 from rayclip.config import ModelConfig, TextConfig, VisionConfig
 from rayclip.data.formats.tar import write_shard
 from rayclip.data.manifest import Manifest

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from rayclip.places import place_of
+from rayclip.io.paths import place_of
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 180

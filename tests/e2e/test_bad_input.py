@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs import train as train_job
-from jobs.cli import run_job
+from rayclip.cli import train as train_job
+from rayclip.cli.command import run_job
 from rayclip.config import TrainConfig
 from rayclip.data.manifest import Manifest
-from rayclip.orchestration.run_folder import RunFolder
-from rayclip.orchestration.train import resolve
+from rayclip.orchestration.train.driver import resolve
+from rayclip.orchestration.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 

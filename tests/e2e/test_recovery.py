@@ -10,7 +10,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from jobs import train as train_job
+from rayclip.cli import train as train_job
 from rayclip.config import TrainConfig
 from rayclip.data.manifest import Manifest
 from rayclip.data.order import Order

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.benchmarks.faulty_s3 import READ_FAULTS, WRITE_FAULTS
-from rayclip import storage
+from benchmarks.faulty_s3 import READ_FAULTS, WRITE_FAULTS
 from rayclip.config import TrainConfig
-from rayclip.orchestration.train import run_training
+from rayclip.io import storage
+from rayclip.orchestration.train.driver import run_training
 from rayclip.tracking.registry import resolve_model
 from rayclip.training.checkpoint import load_model
 

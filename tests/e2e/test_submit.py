@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from rayclip.data.order import Order
-from rayclip.orchestration.train import code_version
+from rayclip.orchestration.train.driver import code_version
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
@@ -110,7 +110,7 @@ def training(tmp_path_factory, make_samples, write_dataset, tiny_config):
         "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
     }
     arguments = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    return folder, manifest, ["train", "jobs/configs/demo.yaml", *arguments]
+    return folder, manifest, ["train", "platform/rayclip/recipes/demo.yaml", *arguments]
 
 
 def ended(process):
@@ -156,7 +156,7 @@ def test_a_training_goes_on_when_a_node_is_killed(cluster, training):
     check_samples(np.concatenate([np.load(f / "samples.npy") for f in folders]), manifest)
     # What ran is what was shipped: a package of the library outside git could not tell its commit.
     assert json.loads((folders[-1] / "state.json").read_text())["code_version"] == code_version()
-    assert "succeeded  python -m jobs.train jobs/configs/demo.yaml" in cluster.submit("list")[1]
+    assert "succeeded  python -m jobs.train platform/rayclip/recipes/demo.yaml" in cluster.submit("list")[1]
 
 
 def test_a_job_s_failure_and_its_stop_come_back(cluster, training):

@@ -5,7 +5,7 @@ import io
 import pytest
 import ray
 
-from rayclip.orchestration.cluster import connect
+from rayclip.orchestration.cluster.connection import connect
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from jobs import train as train_job
+from rayclip.cli import train as train_job
 from rayclip.config import TrainConfig
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
-from rayclip.orchestration.branch import find_checkpoint
-from rayclip.orchestration.run_folder import RunFolder
+from rayclip.orchestration.train.branch import find_checkpoint
+from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.scaling.experiment import read_experiment
 from rayclip.training.checkpoint import read_state
 

@@ -6,13 +6,13 @@ from collections import Counter
 import pytest
 from mlflow import MlflowClient
 
-from jobs import train as job
+from rayclip.cli import train as job
 from rayclip.config import TrainConfig
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
-from rayclip.orchestration.run_folder import RunFolder
-from rayclip.orchestration.train import run_training
-from rayclip.orchestration.worker import StoppedError
+from rayclip.orchestration.train.driver import run_training
+from rayclip.orchestration.train.run_folder import RunFolder
+from rayclip.orchestration.train.worker import StoppedError
 from tests.broken_corpus import CHUNK_SAMPLES, GONE, HALF, NUM_SAMPLES, SHARD_SAMPLES, SIDE, build_corpus
 
 pytestmark = pytest.mark.slow

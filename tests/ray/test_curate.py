@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import curate as job
-from jobs.benchmarks.workload import jpegs
+from benchmarks.workload import jpegs
+from rayclip.cli import curate as job
 from rayclip.config import CurateConfig, WorkersConfig
 from rayclip.data.formats.tar import read_samples
 from rayclip.data.manifest import Manifest

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from jobs import classify as classify_job
-from jobs import embed as embed_job
-from jobs.cli import run_job
+from rayclip.cli import classify as classify_job
+from rayclip.cli import embed as embed_job
+from rayclip.cli.command import run_job
 from rayclip.config import ClassifyConfig, EmbedConfig, WorkersConfig
 from rayclip.data.decode import eval_array, read_image
 from rayclip.data.formats.tar import read_samples
@@ -29,9 +29,9 @@ from rayclip.errors import UserError
 from rayclip.inference.encoder import Encoder
 from rayclip.inference.zero_shot import class_matrix, zero_shot_probabilities
 from rayclip.models.clip import CLIP
-from rayclip.orchestration import pool
-from rayclip.orchestration.embed import Embedder, open_model, reading_of
-from rayclip.orchestration.parts import Part, PartFolder, plan_parts
+from rayclip.orchestration.batch import task_runner as pool
+from rayclip.orchestration.batch.embed import Embedder, open_model, reading_of
+from rayclip.orchestration.batch.partitioned_output import Part, PartFolder, plan_parts
 from rayclip.training.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parents[2]

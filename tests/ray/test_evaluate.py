@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jobs import compare as compare_job
-from jobs import evaluate as evaluate_job
+from rayclip.cli import compare as compare_job
+from rayclip.cli import evaluate as evaluate_job
 from rayclip.config import CompareConfig, SuiteConfig, WorkersConfig
 from rayclip.data.decode import eval_array, read_image
 from rayclip.data.tokenizer import get_tokenizer

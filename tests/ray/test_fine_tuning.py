@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from jobs import convert, embed
-from jobs import train as train_job
+from rayclip.cli import convert, embed
+from rayclip.cli import train as train_job
 from rayclip.config import ConvertConfig, EmbedConfig, TrainConfig
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jobs import index as index_job
-from jobs import ingest as ingest_job
+from rayclip.cli import index as index_job
+from rayclip.cli import ingest as ingest_job
 from rayclip.config import FolderConfig, IndexConfig, IngestConfig
 from rayclip.data import ingest as plan
 from rayclip.data.manifest import Manifest

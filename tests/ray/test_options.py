@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 
-from jobs import train as train_job
+from rayclip.cli import train as train_job
 from rayclip.config import TrainConfig
 from rayclip.data.decode import CAUSES
-from rayclip.orchestration.run_folder import RunFolder
+from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.training.checkpoint import load_model, read_state
 
 NUM_SAMPLES, EPOCHS = 200, 2

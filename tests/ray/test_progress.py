@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from rayclip.errors import UserError
-from rayclip.orchestration import progress
-from rayclip.orchestration.progress import ProgressLine
-from rayclip.orchestration.run_folder import RunFolder
+from rayclip.orchestration.cluster.connection import progress
+from rayclip.orchestration.cluster.progress import ProgressLine
+from rayclip.orchestration.train.run_folder import RunFolder
 
 CLEAR = "\r\x1b[K"
 

@@ -14,11 +14,11 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from jobs import sweep as sweep_job
+from rayclip.cli import sweep as sweep_job
 from rayclip.config import SweepConfig, TrainConfig
-from rayclip.config_file import load
+from rayclip.config.loader import load
 from rayclip.errors import UserError
-from rayclip.orchestration import sweep as sweep_module
+from rayclip.orchestration.sweep.driver import driver as sweep_module
 
 pytestmark = pytest.mark.slow
 

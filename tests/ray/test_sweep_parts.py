@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from rayclip.config import Choices, Range, SearchPlan
-from rayclip.orchestration import sweep_table
-from rayclip.orchestration.placement import num_times_placed
-from rayclip.orchestration.sweep_search import Journal, suggest
-from rayclip.orchestration.sweep_table import SweepTable, TrialLine
+from rayclip.orchestration.cluster.resources import num_times_placed
+from rayclip.orchestration.sweep.driver import table as sweep_table
+from rayclip.orchestration.sweep.search import Journal, suggest
+from rayclip.orchestration.sweep.table import SweepTable, TrialLine
 from rayclip.scaling.search import draw
 
 SPACE = {

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from jobs import train as train_job
-from jobs.cli import run_job
+from rayclip.cli import train as train_job
+from rayclip.cli.command import run_job
 from rayclip.config import TrainConfig
 from rayclip.data.manifest import Manifest
 from rayclip.data.order import Order
-from rayclip.orchestration import stream
-from rayclip.orchestration.run_folder import RunFolder
+from rayclip.orchestration.train.driver import stream
+from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.training.checkpoint import load_model
 
 NUM_SAMPLES = 300

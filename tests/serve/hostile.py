@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from tests.serve import evil_pictures
-from tests.serve.evil_pictures import picture, plain
+from tests.serve.evil_images import picture, plain
 from tests.serve.wire import ANY, FORM, JSON, MEGABYTE, NOT_HTTP, PNG, REFUSED, Case, form, post, request
 
 FAMILIES: dict[str, Callable[[], Iterator["Case"]]] = {}

@@ -13,13 +13,13 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from rayclip.config_file import load, validate
+from rayclip.config.loader import load, validate
 from rayclip.errors import UserError
-from serve.__main__ import main
-from serve.app import build_app
-from serve.auth import KEYS_VARIABLE, ApiKeys
-from serve.config import AuthConfig, ServeConfig
-from serve.launch import ENVIRONMENT
+from rayclip.serve.__main__ import main
+from rayclip.serve.app import build_app
+from rayclip.serve.config import AuthConfig, ServeConfig
+from rayclip.serve.launch import ENVIRONMENT
+from rayclip.serve.middleware.auth import KEYS_VARIABLE, ApiKeys
 
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCTION = sorted((ROOT / "infra" / "serve").glob("*.yaml"))
@@ -29,7 +29,7 @@ PRODUCTION = sorted((ROOT / "infra" / "serve").glob("*.yaml"))
 def test_production_files_are_what_serve_and_the_service_accept(path):
     schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
     (application,) = schema.applications
-    assert application.import_path == "serve.app:build_app"
+    assert application.import_path == "rayclip.serve.app:build_app"
     config = validate(ServeConfig, application.args, str(path))
     assert config.auth.keys_file, "it listens on every interface"
     for replicas in (config.ingress, config.image_encoder, config.text_encoder):

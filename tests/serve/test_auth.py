@@ -8,8 +8,8 @@ import re
 import pytest
 
 from rayclip.errors import UserError
-from serve.auth import KEYS_VARIABLE, ApiKeys, new_key, require_keys
-from serve.config import AuthConfig
+from rayclip.serve.config import AuthConfig
+from rayclip.serve.middleware.auth import KEYS_VARIABLE, ApiKeys, new_key, require_keys
 
 ANN, BOB = "rc_" + "a" * 43, "rc_" + "b" * 43
 

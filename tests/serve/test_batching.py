@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from serve.batching import GatherQueue, QueueFullError
+from rayclip.serve.towers.batching import GatherQueue, QueueFullError
 
 
 class Model:

@@ -1,6 +1,6 @@
 """What the cache keeps, and what it lets go of."""
 
-from serve.cache import LruCache
+from rayclip.serve.cache import LruCache
 
 
 def make():

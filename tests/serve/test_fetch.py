@@ -14,10 +14,10 @@ from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from rayclip.errors import UserError
-from serve import fetch
-from serve.config import UrlConfig
-from serve.fetch import MAX_URL_CHARS, UrlFetcher
-from serve.pictures import RequestError
+from rayclip.serve import fetch
+from rayclip.serve.config import UrlConfig
+from rayclip.serve.fetch import MAX_URL_CHARS, UrlFetcher
+from rayclip.serve.images import RequestError
 
 BODY = b"a picture"
 HOST = "pictures.test"

@@ -5,11 +5,11 @@ import asyncio
 import httpx2
 import pytest
 
-from serve.api import build_api
-from serve.config import ServeConfig
-from serve.pictures import RequestError
-from serve.service import Service
-from serve.table import Table
+from rayclip.serve.api import build_api
+from rayclip.serve.config import ServeConfig
+from rayclip.serve.images import RequestError
+from rayclip.serve.service import Service
+from rayclip.serve.versions.routing_table import Table
 
 
 @pytest.mark.parametrize(

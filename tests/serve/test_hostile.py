@@ -24,8 +24,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from serve.auth import new_key
-from tests.serve.evil_pictures import picture, png
+from rayclip.serve.middleware.auth import new_key
+from tests.serve.evil_images import picture, png
 from tests.serve.hostile import FAMILIES, SSRF, good_bodies
 from tests.serve.wire import (
     JSON,

@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from serve.limits import BodyTooLongError, LimitBody
+from rayclip.serve.middleware.body_limit import BodyTooLongError, LimitBody
 
 TOO_LONG = {
     "error": {

@@ -2,8 +2,8 @@
 
 import pytest
 
-from serve.rollout import Rollout
-from serve.table import ModelInfo, Report, Source
+from rayclip.serve.versions.rollout import Rollout
+from rayclip.serve.versions.routing_table import ModelInfo, Report, Source
 
 INFO = ModelInfo(embed_dim=16, image_size=16, logit_scale=14.0)
 

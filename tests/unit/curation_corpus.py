@@ -9,7 +9,7 @@ from hashlib import blake2b
 import numpy as np
 import pyarrow as pa
 
-from rayclip.data.curation.look import SCHEMA
+from rayclip.data.curation.sample_stats import SCHEMA
 
 KINDS = {
     0: "no_caption", 1: "caption_short", 2: "caption_long", 3: "caption_not_text", 4: "picture_small",

@@ -18,8 +18,8 @@ from rayclip.evaluation.suite import open_suite
 from rayclip.evaluation.suite_tasks import Measured, measure
 from rayclip.inference.zero_shot import class_prompts
 from rayclip.models.weights import read_weights, write_weights
-from rayclip.orchestration.embed import open_model
-from rayclip.orchestration.features import pictures_of, prompts_of
+from rayclip.orchestration.batch.embed import open_model
+from rayclip.orchestration.batch.features import pictures_of, prompts_of
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("one_thread")]
 

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jobs.benchmarks.workload import jpegs
+from benchmarks.workload import jpegs
 from rayclip.config import CurateConfig
 from rayclip.data.curation.balance import count_pairs, keep_probability
 from rayclip.data.curation.decide import OUTCOMES, decide, letter_share
 from rayclip.data.curation.duplicates import HASH_SIDE, first_of_each, first_of_near, near_pairs, perceptual_hash
-from rayclip.data.curation.look import SCHEMA, Looked, look
 from rayclip.data.curation.queries import Matcher, Miner, read_queries
+from rayclip.data.curation.sample_stats import SCHEMA, Looked, look
 from rayclip.errors import UserError
 from tests.unit.curation_corpus import build_corpus
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jobs.benchmarks.coverage import coverage as coverage_of
-from jobs.fit import main
+from benchmarks.coverage import coverage as coverage_of
+from rayclip.cli.fit import main
 from rayclip.config import FitConfig
-from rayclip.config_file import load
+from rayclip.config.loader import load
 from rayclip.errors import UserError
 from rayclip.scaling.fit import NotEnoughError, fit_law, flags, misfit_p, selection_bias, why_no_limit
 from rayclip.scaling.flops import forward_gmacs

@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rayclip import s3 as s3_requests
-from rayclip import storage
 from rayclip.config import IndexConfig
 from rayclip.data.decode import CAUSES
 from rayclip.data.manifest import Manifest
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.errors import UserError
-from rayclip.orchestration.index import index
+from rayclip.io import s3 as s3_requests
+from rayclip.io import storage
+from rayclip.orchestration.batch.index import index
 
 NUM_PAIRS = 23
 CHUNK = 4
@@ -149,7 +149,7 @@ def joined(stream):
 @pytest.fixture
 def in_process(monkeypatch):
     """Tasks one after another in this process, in the place of a cluster's."""
-    monkeypatch.setattr("rayclip.orchestration.index._run_on_cluster", lambda tasks, work: map(work, tasks))
+    monkeypatch.setattr("rayclip.orchestration.batch.index._run_on_cluster", lambda tasks, work: map(work, tasks))
 
 
 @pytest.mark.parametrize("name", WRITERS)

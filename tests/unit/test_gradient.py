@@ -9,8 +9,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rayclip.collective import reduce_counts
 from rayclip.config import LossConfig, ModelConfig, TextConfig, VisionConfig
+from rayclip.distributed import reduce_counts
 from rayclip.models import transformer
 from rayclip.models.clip import CLIP
 from rayclip.models.presets import with_logit_bias

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from rayclip.collective import rank
 from rayclip.config import EmaConfig, GuardConfig, ModelConfig, OptimizerConfig
 from rayclip.data.decode import CAUSES
 from rayclip.data.manifest import Manifest
 from rayclip.data.stream import Stream, StreamSpec
+from rayclip.distributed import rank
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.training.checkpoint import RunState, restore, write_checkpoint

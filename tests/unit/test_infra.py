@@ -14,10 +14,10 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from rayclip.config_file import load
-from rayclip.orchestration.placement import MOST_LABELS, Capacity, demand, most_of, shortage
-from rayclip.orchestration.shipping import check_paths, pack
-from serve.config import ServeConfig
+from rayclip.config.loader import load
+from rayclip.orchestration.cluster.resources import MOST_LABELS, Capacity, demand, most_of, shortage
+from rayclip.orchestration.cluster.runtime_env import check_paths, pack
+from rayclip.serve.config import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CRDS = "RAYCLIP_KUBERAY_CRDS"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.benchmarks.workload import jpegs
+from benchmarks.workload import jpegs
 from rayclip.data.decode import BadSampleError, crop_picture, crop_to_array, open_image, random_box
 from rayclip.data.jpeg import crop_jpeg, jpeg_size, resize
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jobs.benchmarks.fast_path import ReferenceStream, reference_crop
-from jobs.benchmarks.loader import _gaps
-from jobs.benchmarks.loader_data import Data
+from benchmarks.fast_path import ReferenceStream, reference_crop
+from benchmarks.loader import _gaps
+from benchmarks.loader_data import Data
 from rayclip.data.decode import open_image
 from rayclip.data.stream import Stream
 

@@ -10,8 +10,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rayclip.collective import all_gather_rows, gather_counts, reduce_counts
 from rayclip.config import LossConfig
+from rayclip.distributed import all_gather_rows, gather_counts, reduce_counts
 from rayclip.training.loss import contrastive_loss, info_nce, sigmoid_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")

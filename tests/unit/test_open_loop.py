@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from jobs.benchmarks.open_loop import Load, Outcome, arrivals, percentile, send
+from benchmarks.open_loop import Load, Outcome, arrivals, percentile, send
 
 SERVICE_S = 0.05
 

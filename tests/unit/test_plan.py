@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from jobs.fit import main as fit
-from jobs.plan import main
+from rayclip.cli.fit import main as fit
+from rayclip.cli.plan import main
 from rayclip.config import FitConfig, PlanConfig
-from rayclip.config_file import load
+from rayclip.config.loader import load
 from rayclip.errors import UserError
 
 SPEED = {"flops_per_gpu_s": 1e14, "num_gpus": 8}
@@ -38,7 +38,7 @@ def law(tmp_path_factory):
 
 
 def test_the_papers_vit_l14_takes_12_days():
-    config = load(PlanConfig, "jobs/configs/plan_vit_l14.yaml", [])
+    config = load(PlanConfig, "platform/rayclip/recipes/plan_vit_l14.yaml", [])
     summary = main(config)
     assert summary["days"]["value"] == pytest.approx(12, rel=0.15)
     assert summary["epochs"] == 32 and summary["batch_size"] == 32_768

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
-from jobs import compare as compare_job
-from jobs.cli import run_job
+from rayclip.cli import compare as compare_job
+from rayclip.cli.command import run_job
 from rayclip.config import CompareConfig
 from rayclip.errors import UserError
 from rayclip.evaluation.page import Cell, table

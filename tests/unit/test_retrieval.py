@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from rayclip.collective import all_gather_rows, reduce_counts, row_offset
+from rayclip.distributed import all_gather_rows, reduce_counts, row_offset
 from rayclip.errors import UserError
 from rayclip.evaluation.retrieval import caption_ids, recall_at_k, recall_on_all_workers
 from rayclip.evaluation.zero_shot import ZeroShotCounts

@@ -12,22 +12,22 @@ import torch
 from pyarrow.fs import FileSelector, FileType, PyFileSystem
 from safetensors.torch import load_file
 
-from jobs import convert
-from rayclip import s3 as s3_requests
-from rayclip import storage
+from rayclip.cli import convert
 from rayclip.config import ConvertConfig, IngestConfig
 from rayclip.data import ingest
 from rayclip.data.manifest import Manifest
 from rayclip.data.sources import SOURCES
 from rayclip.errors import UserError
-from rayclip.files import whole_file, write_json
+from rayclip.io import s3 as s3_requests
+from rayclip.io import storage
+from rayclip.io.files import whole_file, write_json
+from rayclip.io.latency import Pace
+from rayclip.io.paths import S3Path, append, local_copy, matching, place_of, remove_tree, staged
 from rayclip.models.clip import CLIP
-from rayclip.orchestration.cluster import s3_environment
-from rayclip.orchestration.filesystem import S3Handler, ray_storage, train_result, upload_checkpoint
-from rayclip.orchestration.parts import Part, PartFolder, open_complete
-from rayclip.orchestration.run_folder import RunFolder
-from rayclip.pace import Pace
-from rayclip.places import S3Path, append, local_copy, matching, place_of, remove_tree, staged
+from rayclip.orchestration.batch.partitioned_output import Part, PartFolder, open_complete
+from rayclip.orchestration.cluster.connection import s3_environment
+from rayclip.orchestration.cluster.ray_storage import S3Handler, ray_storage, train_result, upload_checkpoint
+from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.registry import resolve_model
 from rayclip.training.checkpoint import RunState, load_model, read_state, write_checkpoint

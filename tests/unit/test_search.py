@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rayclip.config import Choices, Range, SearchPlan, SweepConfig, TrainConfig
-from rayclip.config_file import validate
+from rayclip.config.loader import validate
 from rayclip.errors import UserError
 from rayclip.scaling.flops import forward_gmacs, num_parameters, training_flops
 from rayclip.scaling.points import read_csv

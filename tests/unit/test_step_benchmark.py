@@ -5,10 +5,10 @@ import os
 import numpy as np
 import pytest
 
-from jobs.benchmarks import step
-from jobs.benchmarks.captions import captions
-from jobs.benchmarks.memory import extra_bytes
-from rayclip.config import BenchmarkConfig
+from benchmarks import step
+from benchmarks.captions import captions
+from benchmarks.config import BenchmarkConfig
+from benchmarks.memory import extra_bytes
 from rayclip.errors import UserError
 
 

@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rayclip.config
-from jobs import submit
-from rayclip.config import BenchmarkConfig, Config, EmbedConfig, FitConfig, IndexConfig, TrainConfig
+from benchmarks.config import BenchmarkConfig
+from rayclip.cli import submit
+from rayclip.config import Config, EmbedConfig, FitConfig, IndexConfig, TrainConfig
 from rayclip.errors import UserError
-from rayclip.orchestration import shipping
-from rayclip.orchestration.placement import Capacity, demand, most_of, shortage
-from rayclip.orchestration.shipping import check_config, check_paths, pack
+from rayclip.orchestration.cluster.connection import runtime_env as shipping
+from rayclip.orchestration.cluster.resources import Capacity, demand, most_of, shortage
+from rayclip.orchestration.cluster.runtime_env import check_config, check_paths, pack
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,8 +48,8 @@ def test_what_is_shipped_runs_by_itself(shipment, tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target)
     code = (
-        "import rayclip, jobs.cli, serve.config; from rayclip.data.tokenizer import get_tokenizer;"
-        "print(len(get_tokenizer(16)(['a dog'])), rayclip.__file__, jobs.cli.__file__, sep='\\n')"
+        "import rayclip, rayclip.cli.command, rayclip.serve.config; from rayclip.data.tokenizer import get_tokenizer;"
+        "print(len(get_tokenizer(16)(['a dog'])), rayclip.__file__, rayclip.cli.command.__file__, sep='\\n')"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "modules")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -80,7 +81,10 @@ def check(config, shipment, summary="/shared/summary.json"):
 def test_what_lies_on_shared_storage_is_named(shipment):
     tasks = {"one": {"kind": "retrieval", "path": "s3://bucket/data"}}
     assert check(make_train(evaluation={"tasks": tasks}), shipment) == ["/shared/data", "/shared/runs"]
-    assert check(make_train(weights="jobs/configs"), shipment) == ["/shared/data", "/shared/runs"]  # it is shipped
+    assert check(make_train(weights="platform/rayclip/recipes"), shipment) == [
+        "/shared/data",
+        "/shared/runs",
+    ]  # it is shipped
     assert check(make_train(weights="models:/clip@champion"), shipment) == ["/shared/data", "/shared/runs"]
     assert check(make_train(tracking={"uri": "sqlite:////shared/mlflow.db"}), shipment)
 
@@ -114,7 +118,7 @@ def test_what_would_go_with_the_job_s_folder_is_refused(shipment):
 
 
 def test_a_config_outside_the_tree_is_refused(shipment):
-    check_config(["jobs/configs/demo.yaml", "name=x.yaml"], shipment)
+    check_config(["platform/rayclip/recipes/demo.yaml", "name=x.yaml"], shipment)
     for path in ("/tmp/mine.yaml", "runs/mine.yaml"):
         with pytest.raises(UserError, match=f"config '{path}' is not in the tree"):
             check_config([path], shipment)

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
-from jobs.cli import run_job
+from rayclip.cli.command import run_job
 from rayclip.config import DataSetConfig, SuiteConfig
-from rayclip.config_file import load
+from rayclip.config.loader import load
 from rayclip.data.formats.tar import read_samples
 from rayclip.errors import UserError
 from rayclip.evaluation import scoring
@@ -68,7 +68,7 @@ def shards(tmp_path, write_dataset, make_samples):
 def test_every_data_set_of_the_paper_has_an_entry():
     assert {*PAPER, *SHIFTS, "mscoco_captions", "flickr30k"} <= set(entries())
     assert len(PAPER) == 27
-    suite = load(SuiteConfig, "jobs/configs/suite_paper.yaml", ["model=m"])
+    suite = load(SuiteConfig, "platform/rayclip/recipes/suite_paper.yaml", ["model=m"])
     assert set(suite.datasets) == {*PAPER, *SHIFTS, "mscoco_captions", "flickr30k"}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs import convert
+from rayclip.cli import convert
 from rayclip.config import ConvertConfig, ModelConfig, ResNetConfig, TextConfig, VisionConfig
 from rayclip.errors import UserError
 from rayclip.models.architecture import fit, infer

@@ -1,7 +1,6 @@
 """Every job's settings: pydantic, frozen, unknown keys refused, each key described once, here."""
 
 from rayclip.config.base import Config
-from rayclip.config.benchmark import BenchmarkConfig
 from rayclip.config.data import (
     CurateConfig,
     DataConfig,
@@ -53,7 +52,6 @@ from rayclip.config.training import (
 )
 
 __all__ = [
-    "BenchmarkConfig",
     "CheckpointConfig",
     "Choices",
     "ClassifyConfig",

@@ -14,8 +14,8 @@ from rayclip.data.formats.folder import LISTING, PICTURES, make_listing
 from rayclip.data.manifest import FILE_NAME, Chunks, Manifest
 from rayclip.data.sources.table import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
 from rayclip.errors import UserError
-from rayclip.s3 import File
-from rayclip.storage import absolute, find_file, is_remote, join, list_files, split, write_bytes
+from rayclip.io.s3 import File
+from rayclip.io.storage import absolute, find_file, is_remote, join, list_files, split, write_bytes
 
 PARTIAL = "manifest.partial.parquet"
 """What an index that was interrupted has found."""

@@ -21,8 +21,8 @@ from rayclip.data.manifest import FILE_NAME, Manifest
 from rayclip.data.order import mix64
 from rayclip.data.sources import SOURCES, Split
 from rayclip.errors import UserError
-from rayclip.files import whole_file, write_json, write_text
-from rayclip.places import Place, matching, place_of, remove_tree
+from rayclip.io.files import whole_file, write_json, write_text
+from rayclip.io.paths import Place, matching, place_of, remove_tree
 
 SETTINGS = "ingest.json"
 SKIPPED = "skipped.jsonl"

@@ -23,7 +23,7 @@ from rayclip.data.captions import choose_caption
 from rayclip.data.formats import FORMATS, Layout, Sample, Shard, Span
 from rayclip.data.order import mix64
 from rayclip.errors import UserError
-from rayclip.storage import find_file, find_files, is_remote, join, list_files, read_bytes, read_range, write_bytes
+from rayclip.io.storage import find_file, find_files, is_remote, join, list_files, read_bytes, read_range, write_bytes
 
 FILE_NAME = "manifest.parquet"
 _KEY = b"rayclip"

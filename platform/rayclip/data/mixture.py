@@ -17,7 +17,7 @@ import numpy as np
 from rayclip.data.formats import Sample
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
-from rayclip.storage import join
+from rayclip.io.storage import join
 
 
 class Part(NamedTuple):

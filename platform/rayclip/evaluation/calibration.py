@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rayclip.errors import UserError
 from rayclip.evaluation.metrics import wilson_interval
-from rayclip.files import whole_file
-from rayclip.places import Place
+from rayclip.io.files import whole_file
+from rayclip.io.paths import Place
 
 _INK, _FAINT, _RIGHT, _WRONG = "#1f2328", "#8c959f", "#0969da", "#cf222e"
 _NAME_LETTERS = 28

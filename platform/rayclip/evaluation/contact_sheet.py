@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rayclip.errors import UserError
-from rayclip.files import whole_file
+from rayclip.io.files import whole_file
 
 # The parts of a sheet, in pixels.
 _PICTURE = 216

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rayclip.places import Place, matching, to_read
+from rayclip.io.paths import Place, matching, to_read
 
 
 class Pictures(NamedTuple):

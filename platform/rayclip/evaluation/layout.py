@@ -22,10 +22,10 @@ from rayclip.data.formats.tar import write_shard
 from rayclip.data.index import index_shard
 from rayclip.data.manifest import FILE_NAME, Chunks, Manifest
 from rayclip.errors import UserError, nearest
-from rayclip.files import whole_file
 from rayclip.inference.prompts import PLACEHOLDER
-from rayclip.places import Place, matching, size_of
-from rayclip.storage import find_files, join
+from rayclip.io.files import whole_file
+from rayclip.io.paths import Place, matching, size_of
+from rayclip.io.storage import find_files, join
 
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"

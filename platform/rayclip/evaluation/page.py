@@ -7,8 +7,8 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from rayclip.files import write_text
-from rayclip.places import Place
+from rayclip.io.files import write_text
+from rayclip.io.paths import Place
 
 _SHOWN_CHARACTERS = 120
 

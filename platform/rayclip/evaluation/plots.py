@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from scipy.special import expit, logit
 
 from rayclip.evaluation.robustness import BaselineLine
-from rayclip.files import whole_file
-from rayclip.places import Place
+from rayclip.io.files import whole_file
+from rayclip.io.paths import Place
 
 _COLOURS = ("#0969da", "#bf8700", "#1a7f37", "#cf222e", "#8250df", "#57606a", "#bf3989")
 _LEAST_AXES = 3  # of a radar

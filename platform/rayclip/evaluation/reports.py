@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rayclip.errors import UserError
 from rayclip.evaluation.scoring import mean_difference
-from rayclip.places import Place, matching, place_of, to_read
+from rayclip.io.paths import Place, matching, place_of, to_read
 
 ANSWERS = "answers.parquet"
 SUMMARY = "summary.json"

@@ -10,7 +10,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from rayclip.collective import all_gather_rows, row_offset
+from rayclip.distributed import all_gather_rows, row_offset
 from rayclip.errors import UserError
 
 

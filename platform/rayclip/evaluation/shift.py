@@ -13,7 +13,7 @@ from rayclip.errors import UserError
 from rayclip.evaluation.plots import Point, write_robustness
 from rayclip.evaluation.reports import find_reports
 from rayclip.evaluation.robustness import BaselineLine, effective_robustness, fit_baseline
-from rayclip.places import Place, place_of
+from rayclip.io.paths import Place, place_of
 
 Accuracies = Mapping[str, Mapping[str, float]]
 """Of other models by name, on data sets by name."""

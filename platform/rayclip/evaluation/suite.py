@@ -13,13 +13,13 @@ from typing import Any
 import yaml
 
 from rayclip.config import DataSetConfig, SuiteConfig
-from rayclip.config_file import validate
+from rayclip.config.loader import validate
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError, nearest
 from rayclip.evaluation.layout import open_split, read_class_names, read_templates, split_folder
 from rayclip.inference.prompts import resolve_templates
 from rayclip.inference.zero_shot import check_class_names
-from rayclip.places import Place, place_of
+from rayclip.io.paths import Place, place_of
 
 
 @dataclass(frozen=True)

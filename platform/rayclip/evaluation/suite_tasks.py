@@ -29,9 +29,9 @@ from rayclip.evaluation.reports import ANSWERS
 from rayclip.evaluation.retrieval import recall_at_k
 from rayclip.evaluation.robustness import mean_corruption_error
 from rayclip.evaluation.suite import DataSet
-from rayclip.files import whole_file
 from rayclip.inference.zero_shot import class_prompts, mean_of_prompts
-from rayclip.places import Place
+from rayclip.io.files import whole_file
+from rayclip.io.paths import Place
 
 Result = dict[str, Any]
 

@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from rayclip.collective import fail_together, rank, world_size
 from rayclip.config import RetrievalTask, Task, ZeroShotTask
 from rayclip.data.decode import BadSampleError, eval_array, read_captions, read_image
 from rayclip.data.formats import Sample
 from rayclip.data.manifest import Manifest
+from rayclip.distributed import fail_together, rank, world_size
 from rayclip.errors import UserError
 from rayclip.evaluation.contact_sheet import write_contact_sheet
 from rayclip.evaluation.retrieval import caption_ids, recall_on_all_workers
 from rayclip.evaluation.zero_shot import ZeroShotCounts
 from rayclip.inference.encoder import Encoder
 from rayclip.inference.zero_shot import class_matrix, zero_shot_probabilities
-from rayclip.storage import find_file, join, read_bytes
+from rayclip.io.storage import find_file, join, read_bytes
 
 Metrics = dict[str, Any]
 

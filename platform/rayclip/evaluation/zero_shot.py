@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rayclip.collective import reduce_counts
+from rayclip.distributed import reduce_counts
 from rayclip.errors import UserError
 
 # Pictures scored at once: with a thousand classes the scores take 16 MB.

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from rayclip.config import ModelConfig
 from rayclip.errors import UserError
-from rayclip.files import SETTINGS_BESIDE, find_weights, whole_folder
+from rayclip.io.files import SETTINGS_BESIDE, find_weights, whole_folder
+from rayclip.io.paths import Place
 from rayclip.models import huggingface, open_clip
 from rayclip.models.architecture import Tensors, check_fit, fit, infer
 from rayclip.models.clip import CLIP
 from rayclip.models.torchscript import is_archive, read_archive
-from rayclip.places import Place
 
 _OPENAI_ONLY = ("input_resolution", "context_length", "vocab_size")
 """Numbers in OpenAI's state dicts that are no weights."""

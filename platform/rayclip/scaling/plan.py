@@ -12,8 +12,8 @@ import numpy as np
 
 from rayclip.config import FitConfig, PlanConfig
 from rayclip.errors import UserError, nearest
+from rayclip.io.paths import Place
 from rayclip.models.presets import PRESETS, preset
-from rayclip.places import Place
 from rayclip.scaling.fit import Estimate, Law, NotEnoughError, fit_law
 from rayclip.scaling.flops import forward_gmacs, num_parameters, training_flops
 from rayclip.scaling.points import Point, read_csv

@@ -7,8 +7,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from rayclip.files import whole_file
-from rayclip.places import Place
+from rayclip.io.files import whole_file
+from rayclip.io.paths import Place
 from rayclip.scaling.fit import Estimate, Law
 from rayclip.scaling.report import Report
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from rayclip.errors import UserError
-from rayclip.files import write_text
-from rayclip.places import Place
+from rayclip.io.files import write_text
+from rayclip.io.paths import Place
 
 COLUMNS = ("name", "gmacs", "samples", "error")
 """What a row must have. `dataset` and `unique_samples` it may have; whatever else there is, is left alone."""

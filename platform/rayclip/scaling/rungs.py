@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any
 
 from rayclip.config import ModelConfig, TrainConfig
-from rayclip.files import write_text
-from rayclip.places import Place
+from rayclip.io.files import write_text
+from rayclip.io.paths import Place
 from rayclip.scaling.flops import forward_gmacs, num_parameters, training_flops
 
 Row = dict[str, Any]

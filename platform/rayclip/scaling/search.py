@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rayclip.config import Choices, Range, SearchPlan, TrainConfig
-from rayclip.config_file import changed
+from rayclip.config.loader import changed
 from rayclip.data.order import uniform
 from rayclip.errors import UserError
 

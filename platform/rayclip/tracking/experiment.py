@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from rayclip.errors import UserError, nearest
-from rayclip.places import Place, local_copy
+from rayclip.io.paths import Place, local_copy
 from rayclip.tracking.mlflow import close_run, connect, open_run, resolve_uri
 
 _KIND = "kind"

@@ -22,7 +22,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from rayclip.errors import UserError
-from rayclip.storage import is_remote, join
+from rayclip.io.storage import is_remote, join
 
 STEP_METRIC = "train/loss"
 _SERVER_TIMEOUT_S = 5

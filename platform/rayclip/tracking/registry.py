@@ -23,9 +23,9 @@ from mlflow.exceptions import MlflowException
 from safetensors import SafetensorError, safe_open
 
 from rayclip.errors import UserError, nearest
-from rayclip.files import SETTINGS_BESIDE, find_weights
-from rayclip.places import Place
-from rayclip.storage import download, is_remote, join, list_files, split
+from rayclip.io.files import SETTINGS_BESIDE, find_weights
+from rayclip.io.paths import Place
+from rayclip.io.storage import download, is_remote, join, list_files, split
 from rayclip.tracking.mlflow import connect_existing, flatten, log_once, resolve_uri
 
 MODEL_FILES = ("model.safetensors", "config.json", "metrics.json")

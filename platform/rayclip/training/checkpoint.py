@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rayclip.errors import UserError
+from rayclip.io.paths import Place
 from rayclip.models.clip import CLIP
 from rayclip.models.weights import read_tensors, read_weights
-from rayclip.places import Place
 from rayclip.training.ema import Ema
 
 _RANDOM_STATE = "torch_random_state"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rayclip.collective import world_size
 from rayclip.config import LossConfig
+from rayclip.distributed import world_size
 from rayclip.training.loss import contrastive_loss
 
 Inputs = tuple[Tensor, Tensor, Tensor]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from rayclip.collective import rank
 from rayclip.config import LossConfig
-from rayclip.training.exchange import Sums, tour
+from rayclip.distributed import rank
+from rayclip.training.all_pairs import Sums, tour
 from rayclip.training.tiles import full_precision, inner_product, tiles, wide, wide_dtype
 
 

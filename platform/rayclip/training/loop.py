@@ -16,11 +16,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from rayclip.collective import all_gather_rows, world_size
 from rayclip.config import GuardConfig, LossConfig, OptimizerConfig, Precision
 from rayclip.data.decode import CAUSES, GUARD_CAUSES
 from rayclip.data.ledger import Ledger
 from rayclip.data.stream import Batch
+from rayclip.distributed import all_gather_rows, world_size
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.training.checkpoint import RunState

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from rayclip.collective import all_gather_rows, gather_counts, reduce_counts
 from rayclip.config import GuardConfig, LossConfig
 from rayclip.data.stream import Batch
+from rayclip.distributed import all_gather_rows, gather_counts, reduce_counts
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.training.gradient import Inputs, forward_backward

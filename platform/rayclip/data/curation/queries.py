@@ -14,7 +14,7 @@ from pathlib import Path
 import ahocorasick
 
 from rayclip.errors import UserError
-from rayclip.storage import read_bytes
+from rayclip.io.storage import read_bytes
 
 _WORD = re.compile(r"\w+")
 

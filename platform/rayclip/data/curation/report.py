@@ -8,8 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rayclip.data.curation.decide import Decision
-from rayclip.files import whole_file
-from rayclip.places import Place
+from rayclip.io.files import whole_file
+from rayclip.io.paths import Place
 
 _INK, _FAINT, _AFTER = "#1f2328", "#8c959f", "#0969da"
 

@@ -11,8 +11,8 @@ from pathlib import PurePosixPath
 from rayclip.data.formats import table
 from rayclip.data.formats.base import Layout, Sample, Shard, Span
 from rayclip.data.formats.members import add_pictures, read_many
-from rayclip.s3 import File
-from rayclip.storage import join, split
+from rayclip.io.s3 import File
+from rayclip.io.storage import join, split
 
 LISTING = "listing.tsv"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")

@@ -6,8 +6,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from rayclip.data.formats.base import IMAGE_EXTENSIONS, PICTURE, Sample
-from rayclip.s3 import requests
-from rayclip.storage import is_remote, join, read_bytes
+from rayclip.io.s3 import requests
+from rayclip.io.storage import is_remote, join, read_bytes
 
 
 def add_pictures(wanted: Sequence[tuple[Sample, str]], folder: str) -> None:

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from rayclip.data.formats.base import PICTURE, ChunkError, Layout, Sample, Shard, Span
 from rayclip.data.formats.members import add_pictures, caption_members
-from rayclip.s3 import RemoteFile
-from rayclip.storage import is_remote, split
+from rayclip.io.s3 import RemoteFile
+from rayclip.io.storage import is_remote, split
 
 _BUFFER_BYTES = 4 * 2**20
 _BATCH_ROWS = 64

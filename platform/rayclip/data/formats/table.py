@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from rayclip.data.formats.base import ChunkError, Layout, Sample, Shard, Span
 from rayclip.data.formats.members import add_pictures, caption_members
-from rayclip.storage import open_file, read_range, split
+from rayclip.io.storage import open_file, read_range, split
 
 Row = dict[str, str]
 

@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from rayclip.data.formats.base import ChunkError, Layout, Sample, Shard, Span
-from rayclip.storage import open_file, read_range
+from rayclip.io.storage import open_file, read_range
 
 BLOCK = tarfile.BLOCKSIZE
 

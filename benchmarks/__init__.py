@@ -1,0 +1,1 @@
+"""Measurements beside the peers, each in the same run; `python -m benchmarks NAME`."""

@@ -1,0 +1,58 @@
+"""Hold evaluated models against each other: python -m jobs.compare REPORT [REPORT ...] key=value ..."""
+
+from typing import Any, NoReturn
+
+from rayclip.cli.command import print_table, run_job
+from rayclip.config import CompareConfig
+from rayclip.evaluation.page import difference, score, write_comparison
+from rayclip.evaluation.plots import write_bars, write_radar
+from rayclip.evaluation.reports import compare, find_reports
+from rayclip.io.paths import Place, place_of
+from rayclip.io.storage import join, told
+from rayclip.tracking.experiment import log_result
+
+
+def main(config: CompareConfig) -> dict[str, Any]:
+    """Compare, draw and log; returns the comparison. Raises UserError for a path without a report."""
+    comparison = compare(find_reports(config.runs))
+    folder = place_of(config.output)
+    pictures = [folder / "scores.png"]
+    write_bars(pictures[0], comparison)
+    if write_radar(folder / "radar.png", comparison):
+        pictures.append(folder / "radar.png")
+    page = folder / "comparison.html"
+    write_comparison(page, comparison, pictures)
+    _print(comparison)
+    print_table([("written", f"{told(str(page))}, summary.json")])
+    _log(config, comparison, [page, *pictures])
+    return comparison
+
+
+def _print(comparison: dict[str, Any]) -> None:
+    rows = [("model", comparison["models"][0])]
+    for name, of_one in comparison["datasets"].items():
+        rows.append((name, f"{of_one['metric']} {score(of_one['scores'][0]).text}"))
+    for number, model in enumerate(comparison["models"][1:], 1):
+        rows.append(("model", f"{model}, less {comparison['models'][0]}, in points"))
+        for name, of_one in comparison["datasets"].items():
+            told = f"{score(of_one['scores'][number]).text}  {difference(of_one['difference'][number]).text}"
+            rows.append((name, told))
+    print_table(rows)
+
+
+def _log(config: CompareConfig, comparison: dict[str, Any], files: list[Place]) -> None:
+    if config.experiment is None:
+        return
+    metrics = {
+        f"compare/{name}/{model.replace('@', '-')}": found["value"]
+        for name, of_one in comparison["datasets"].items()
+        for model, found in zip(comparison["models"], of_one["scores"], strict=True)
+        if found is not None
+    }
+    settings = config.model_dump(mode="json")
+    log_result(config.tracking_uri, config.experiment, "comparison", "comparison", settings, metrics, files)
+
+
+def command() -> NoReturn:
+    """Run the command that `sys.argv` gives, and exit."""
+    run_job(main, CompareConfig, lambda config: join(config.output, "summary.json"), positional=("runs...",))

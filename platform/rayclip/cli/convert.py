@@ -1,0 +1,45 @@
+"""Convert weights between formats: python -m jobs.convert INPUT OUTPUT format=rayclip|open_clip|huggingface"""
+
+from typing import Any, NoReturn
+
+from rayclip.cli.command import print_table, run_job
+from rayclip.config import ConvertConfig
+from rayclip.io.paths import place_of
+from rayclip.io.storage import join, told
+from rayclip.models.presets import preset
+from rayclip.models.weights import read_weights, write_weights
+from rayclip.tracking.registry import resolve_model
+
+
+def main(config: ConvertConfig) -> dict[str, Any]:
+    """Write the model of the input in another format; returns what it is. Raises UserError."""
+    source = resolve_model(config.input, config.tracking_uri)
+    weights = read_weights(source.folder, like=preset(config.model) if config.model else None)
+    output = place_of(config.output)
+    write_weights(output, weights, config.format, source.name)
+    model = weights.config
+    num_parameters = sum(p.numel() for p in weights.model().parameters())
+    print_table(
+        [
+            ("model", source.version),
+            ("read from", weights.format),
+            ("parameters", f"{num_parameters:,}"),
+            ("pictures", f"{model.vision.kind}, {model.vision.image_size} pixels"),
+            ("activation", "QuickGELU" if model.quick_gelu else "GELU"),
+            ("written", f"{config.format}, to {told(str(output))}"),
+        ]
+    )
+    return {
+        "input": config.input,
+        "input_format": weights.format,
+        "model_version": source.version,
+        "output": str(output),
+        "format": config.format,
+        "parameters": num_parameters,
+        "model": model.model_dump(mode="json"),
+    }
+
+
+def command() -> NoReturn:
+    """Run the command that `sys.argv` gives, and exit."""
+    run_job(main, ConvertConfig, lambda config: join(config.output, "summary.json"), positional=("input", "output"))

@@ -1,0 +1,48 @@
+"""Measure a model with a suite of data sets: python -m jobs.evaluate MODEL CONFIG key=value ..."""
+
+from typing import Any, NoReturn
+
+from rayclip.cli.command import print_table, run_job
+from rayclip.config import SuiteConfig
+from rayclip.io.storage import told
+from rayclip.orchestration.batch.evaluate import evaluate, output_folder
+from rayclip.tracking.registry import resolve_model
+
+
+def main(config: SuiteConfig) -> dict[str, Any]:
+    """Measure, or what an interrupted run left of it; returns the summary. Raises UserError."""
+    summary = evaluate(config)
+    print()
+    print_table(
+        [
+            ("model", summary["model_version"]),
+            *[(name, _told(result)) for name, result in summary["datasets"].items()],
+            *[(name, f"not there: {why}") for name, why in summary["not_there"].items()],
+            ("features", _told_extraction(summary["extraction"])),
+            ("report", told(summary["output"])),
+        ]
+    )
+    return summary
+
+
+def _told(result: dict[str, Any]) -> str:
+    score = result["score"]
+    interval = "" if score["low"] is None else f" [{score['low']:.1%}, {score['high']:.1%}]"
+    among = f", {result['num_classes']:,} classes" if result["num_classes"] else ""
+    notes = "".join(f"; {note}" for note in result["notes"])
+    return f"{result['metric']} {score['value']:.1%}{interval}, {result['num_samples']:,} pictures{among}{notes}"
+
+
+def _told_extraction(done: dict[str, Any]) -> str:
+    rate = f", {done['samples_per_s']:,.0f}/s once started" if done["samples_per_s"] else ""
+    return f"{done['new_samples']:,} of {done['samples']:,} new, the others were there{rate}"
+
+
+def _summary_path(config: SuiteConfig) -> str:
+    version = resolve_model(config.model, config.tracking_uri).version
+    return str(output_folder(config, version) / "summary.json")
+
+
+def command() -> NoReturn:
+    """Run the command that `sys.argv` gives, and exit."""
+    run_job(main, SuiteConfig, _summary_path, positional=("model",), from_file=True)

@@ -1,0 +1,65 @@
+"""Fit a scaling law to runs: python -m jobs.fit SOURCE form=power key=value ..."""
+
+import re
+from pathlib import PurePath
+from typing import Any, NoReturn
+
+from rayclip.cli.command import print_table, run_job
+from rayclip.config import FitConfig
+from rayclip.errors import UserError
+from rayclip.io.paths import Place, place_of
+from rayclip.io.storage import find_file, told
+from rayclip.scaling.experiment import read_experiment
+from rayclip.scaling.plot import write_plot
+from rayclip.scaling.points import Run, read_csv, write_csv
+from rayclip.scaling.report import card, make_report, summarise
+from rayclip.tracking.experiment import log_result
+
+
+def main(config: FitConfig) -> dict[str, Any]:
+    """Fit the law, draw it, and log it; returns the summary. Raises UserError for a source that cannot be read."""
+    report = make_report(_read(config), config)
+    summary = summarise(report)
+    folder = output_folder(config)
+    table, picture = folder / "points.csv", folder / "law.png"
+    write_csv(table, report.runs)
+    write_plot(picture, report)
+    _log(config, summary, [table, picture])
+    print_table([*card(summary), ("written", f"{told(str(folder))}: law.png, points.csv, summary.json")])
+    return summary
+
+
+def output_folder(config: FitConfig) -> Place:
+    """Where the fit is written."""
+    name = PurePath(config.source).stem if _is_table(config) else config.source
+    return place_of(config.output or f"runs/fits/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}")
+
+
+def _is_table(config: FitConfig) -> bool:
+    return config.source.lower().endswith(".csv") or find_file(config.source) is not None
+
+
+def _read(config: FitConfig) -> list[Run]:
+    if _is_table(config):
+        if config.metric is not None:
+            raise UserError("metric is for an MLflow experiment; a CSV has its column error")
+        return read_csv(place_of(config.source), config.dataset)
+    if config.dataset is not None:
+        raise UserError("dataset is for a CSV that has that column; an experiment has metric")
+    return read_experiment(config.tracking_uri, config.source, config.metric)
+
+
+def _log(config: FitConfig, summary: dict[str, Any], files: list[Place]) -> None:
+    experiment = config.log_to or (None if _is_table(config) else config.source)
+    if experiment is None:
+        return
+    figures = {key: value["value"] for key, value in summary.items() if isinstance(value, dict) and "value" in value}
+    metrics = {f"fit/{key}": value for key, value in figures.items() if value is not None}
+    log_result(
+        config.tracking_uri, experiment, "fit", f"fit {config.form}", config.model_dump(mode="json"), metrics, files
+    )
+
+
+def command() -> NoReturn:
+    """Run the command that `sys.argv` gives, and exit."""
+    run_job(main, FitConfig, lambda config: str(output_folder(config) / "summary.json"), positional=("source",))

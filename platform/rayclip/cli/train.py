@@ -1,0 +1,62 @@
+"""Train a CLIP, evaluate it, register the best checkpoint; the same command goes on with a run that was interrupted."""
+
+from typing import Any, NoReturn
+
+from rayclip.cli.command import print_table, run_job
+from rayclip.config import TrainConfig
+from rayclip.io.paths import place_of
+from rayclip.io.storage import told
+from rayclip.orchestration.train.driver import run_training
+from rayclip.orchestration.train.run_folder import RunFolder
+
+
+def main(config: TrainConfig) -> dict[str, Any]:
+    """Run the job. Returns the summary. Raises UserError."""
+    folder = RunFolder(place_of(config.runs) / config.name)
+    summary = run_training(config)
+    print_summary(summary, folder)
+    return summary
+
+
+def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
+    """The short table at the end, and what to do next."""
+    print()
+    print_table(list(_rows(summary)))
+    print("\nnext:")
+    then = [("make ui", "the run in MLflow"), ("python -m jobs.train --help", "every setting")]
+    if folder.pictures.is_dir():
+        then.insert(1, (told(str(folder.pictures)), "right and wrong answers, as pictures"))
+    print_table(then)
+
+
+def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name, m in summary.get("zero_shot", {}).items():
+        among = f"{m['num_classes']:,} classes (chance {m['chance_top1']:.2%})"
+        rows.append((name, f"top-1 {m['top1']:.1%}, top-5 {m['top5']:.1%} among {among}"))
+    for name, m in summary.get("retrieval", {}).items():
+        recalls = ", ".join(f"{m[f'image_to_text.recall_at_{k}']:.1%}" for k in (1, 5, 10))
+        rows.append((name, f"recall@1, 5, 10 of captions: {recalls} among {m['num_texts']:,}"))
+    rows += [
+        (
+            "samples seen",
+            f"{_seen(summary)} in {summary['train_time_s']:.0f} s, {summary['samples_per_s']:,.0f}/s",
+        ),
+        ("data wait", f"{summary['data_wait_share']:.1%} of the time"),
+        ("skipped", ", ".join(f"{cause} {count:,}" for cause, count in summary["skipped"].items()) or "none"),
+        ("checkpoint", told(summary["checkpoint"])),
+    ]
+    if summary["model_version"] is not None:
+        rows.append(("model version", f"{summary['registered_model']} version {summary['model_version']}"))
+    return rows
+
+
+def _seen(summary: dict[str, Any]) -> str:
+    seen = summary["samples_seen"]
+    trained = summary.get("samples_trained", seen)  # a summary of an older version does not have it
+    return f"{seen:,}" if trained == seen else f"{seen - trained:,} before the branch, {trained:,}"
+
+
+def command() -> NoReturn:
+    """Run the command that `sys.argv` gives, and exit."""
+    run_job(main, TrainConfig, lambda config: str(RunFolder(place_of(config.runs) / config.name).summary))

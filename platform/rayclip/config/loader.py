@@ -1,0 +1,150 @@
+"""From a YAML file and `dotted.key=value` overrides to settings, with one clear line for every mistake."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from rayclip.config import Config
+from rayclip.errors import UserError, nearest
+
+Schema = TypeVar("Schema", bound=Config)
+
+
+def load(schema: type[Schema], path: str | Path | None, overrides: list[str]) -> Schema:
+    """The settings: defaults, then the YAML file where one is given, then the overrides in order.
+
+    Raises UserError for a file that is missing or no YAML mapping, an unknown key (with the nearest one that exists),
+    and a value of the wrong type.
+    """
+    values = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{override}' is not of the form key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"'{override}': the value is not YAML: {' '.join(str(error).split())}") from None
+        _set(values, key.split("."), value, override)
+    return validate(schema, values, str(path or "command line"))
+
+
+def validate(schema: type[Schema], values: dict[str, Any], source: str) -> Schema:
+    """The settings from plain values. Raises UserError that names the first wrong key in `source`."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        # Where a name or a whole mapping is allowed, a mapping also fails to be a name: that is not the news.
+        errors = [e for e in error.errors() if e["type"] != "string_type"] or error.errors()
+        raise UserError(f"{source}: {_explain(schema, errors[0])}") from None
+
+
+def changed(config: Schema, values: Mapping[str, Any], source: str) -> Schema:
+    """The settings with other values at dotted keys, checked. What was not set stays unset. Raises UserError."""
+    plain = config.model_dump(exclude_unset=True)
+    for key, value in values.items():
+        _set(plain, key.split("."), value, f"{key}={value}")
+    return validate(type(config), plain, source)
+
+
+def describe(schema: type[Config]) -> str:
+    """Every key with its default and meaning, a line each."""
+    lines = list(_keys(schema, ""))
+    width = min(40, max(len(key) for key, _, _ in lines))
+    return "\n".join(f"  {key:<{width}}  {default:<14}  {meaning}" for key, default, meaning in lines)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        configs = sorted(str(p) for p in Path("platform/rayclip/recipes").glob("*.yaml"))
+        raise UserError(f"no config at '{path}': {nearest(str(path), configs) if configs else 'give a YAML file'}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"'{path}' must hold keys and values, not {type(values).__name__}")
+    return values
+
+
+def _set(values: dict[str, Any], path: list[str], value: object, override: str) -> None:
+    for part in path[:-1]:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"'{override}' reaches into '{part}', which holds {inner!r} and no keys")
+        values = inner
+    values[path[-1]] = value
+
+
+def _explain(schema: type[Config], error: ErrorDetails) -> str:
+    owner, key = _locate(schema, error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key '{key}': {nearest(str(error['loc'][-1]), list(owner.model_fields))}"
+    if error["type"] == "union_tag_not_found":
+        return f"the key '{key}.kind' is missing"
+    if error["type"] == "missing":
+        return f"the key '{key}' is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"'{key}' is {error['input']!r}: {message}"
+
+
+def _locate(schema: type[Config], location: tuple[int | str, ...]) -> tuple[type[Config], str]:
+    """The model that holds the key at `location`, and the key as people write it.
+
+    Pydantic's locations also name the member of a union that was tried, which is no key.
+    """
+    candidates, key, named = [schema], [], False
+    for depth, part in enumerate(location):
+        if named:  # what people chose as a name is no field and no tag, even where it is spelled like one
+            key.append(str(part))
+            named = False
+            continue
+        fields = [model.model_fields[str(part)] for model in candidates if str(part) in model.model_fields]
+        named = any(get_origin(field.annotation) is dict for field in fields)
+        chosen = [model for model in candidates if part == model.__name__ or part in _tags(model)]
+        if fields and depth < len(location) - 1:
+            candidates = [model for field in fields for model in _models(field.annotation)] or candidates
+        elif chosen and not fields:
+            candidates = chosen
+            continue
+        elif str(part).startswith("tuple["):  # as where a list or a single value is allowed
+            continue
+        key.append(str(part))
+    return candidates[0], ".".join(key)
+
+
+def _tags(model: type[Config]) -> tuple[Any, ...]:
+    kind = model.model_fields.get("kind")
+    return get_args(kind.annotation) if kind else ()
+
+
+def _models(annotation: Any) -> list[type[Config]]:
+    """The settings classes that a field's type may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]
+
+
+def _keys(schema: type[Config], prefix: str) -> Iterator[tuple[str, str, str]]:
+    for name, field in schema.model_fields.items():
+        models = _models(field.annotation)
+        yield prefix + name, _default(field, bool(models)), field.description or ""
+        container = "NAME." if get_origin(field.annotation) is dict else ""
+        for model in models:
+            yield from _keys(model, f"{prefix}{name}.{container}")
+
+
+def _default(field: FieldInfo, nested: bool) -> str:
+    if field.is_required():
+        return "(required)"
+    if field.default is PydanticUndefined or (nested and field.default is not None):
+        return ""
+    return "none" if field.default is None else str(field.default)

@@ -1,0 +1,239 @@
+"""Curation of a data set in three steps, of which the first and the last are spread over the cluster:
+
+looked/part-*.parquet    what there is to know of every sample (`curation.look`), whatever the rules say
+outcomes.npy             what becomes of every sample, an index into OUTCOMES (`curation.decide`), in one process
+*.tar                    the samples of a part that stay, with all their files, as a shard
+outcomes/part-*.parquet  the outcome of each of a part's samples: nothing is dropped in silence
+
+The new data set's manifest and the summary come last. A run that is started again makes what is missing.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayclip.config import CurateConfig
+from rayclip.data.curation.decide import OUTCOMES, Decision, decide
+from rayclip.data.curation.report import write_queries, write_query_plot
+from rayclip.data.curation.sample_stats import Looked, look, to_table
+from rayclip.data.formats import Layout, Sample, Shard
+from rayclip.data.formats.tar import write_shard
+from rayclip.data.index import index_shard
+from rayclip.data.manifest import Manifest
+from rayclip.errors import UserError
+from rayclip.io.files import whole_file
+from rayclip.io.paths import Place, place_of, size_of, to_read
+from rayclip.io.storage import absolute, join, read_bytes
+from rayclip.orchestration.batch.partitioned_output import Part, PartFolder, open_complete, plan_parts
+from rayclip.orchestration.batch.task_runner import run_parts, start
+
+_OUTCOMES = "outcomes.npy"
+_FREE_KEYS = {"output", "cluster", "max_bad_fraction", "queries", "scores"}
+"""Settings that do not decide what is written; for files it is their content that does."""
+
+
+def curate(config: CurateConfig) -> dict[str, Any]:
+    """Write the data set of the pairs that stay, or the rest of it; a complete one is only reported.
+
+    Returns the summary. Raises UserError for an output that holds something else, and for all that cannot be read.
+    """
+    data, output = absolute(config.data), place_of(config.output)
+    manifest = Manifest.load(data)
+    manifest.check_shards()
+    parts = plan_parts(manifest, config.part_samples)
+    identity: dict[str, Any] = {
+        "kind": "curate", "format": 1, "source": data, "source_digest": manifest.digest,
+        "part_samples": config.part_samples,
+    }  # fmt: skip
+    settings = config.model_dump(mode="json", exclude=_FREE_KEYS) | {
+        name: _content(path) for name, path in (("queries", config.queries), ("scores", _summary_of(config.scores)))
+    }
+    # It has no parts of its own: it is complete once its summary is there.
+    folder = PartFolder(output, identity | {"settings": settings}, 0)
+    done = start(folder, config.cluster)
+    if done is not None:
+        return done
+
+    looked = PartFolder(output / "looked", identity, len(parts))
+    score_N = read_scores(place_of(config.scores), manifest) if config.scores else None
+    if start(looked, config.cluster) is None:
+        make_looker = partial(Looker, data, manifest.digest, config.part_samples)
+        run_parts(looked, make_looker, config.cluster, manifest.total_samples, config.max_bad_fraction)
+    seen = pa.concat_tables(pq.read_table(to_read(looked.file(part))) for part in range(len(parts)))
+    decision = decide(seen, config, score_N)
+    if not (decision.outcome_N == 0).any():
+        raise UserError(f"no pair of '{data}' stays: {decision.counts()}")
+    with whole_file(output / _OUTCOMES) as target:
+        np.save(target, decision.outcome_N)
+    write_queries(output / "queries.parquet", decision)
+    write_query_plot(output / "queries.png", decision, config.pairs_per_query)
+
+    written = PartFolder(output / "outcomes", folder.identity, len(parts))
+    if start(written, config.cluster) is None:
+        make_writer = partial(Writer, data, manifest.digest, config, str(output))
+        run_parts(written, make_writer, config.cluster, manifest.total_samples, 1.0)
+    summary = {"output": str(output), "source": data, "samples": manifest.total_samples}
+    summary |= _summed_up(decision, _index(output, len(parts), config.chunk_samples))
+    folder.write_summary(summary)
+    return summary
+
+
+class Looker:
+    """Looks at the samples of a part."""
+
+    def __init__(self, folder: str, digest: str, part_samples: int) -> None:
+        self._reader = Reader(folder, digest, part_samples)
+
+    def __call__(self, part: int) -> Part:
+        """The part as a table of `look.SCHEMA`."""
+        places, looked = [], []
+        for place, sample in self._reader.samples(part):
+            places.append(place)
+            looked.append(look(sample) if not isinstance(sample, str) else Looked(sample))
+        causes = Counter(seen.cause for seen in looked if seen.cause)
+        rows = {"samples": len(looked), "bad": causes.total()}
+        return Part(to_table(places, looked), {"rows": rows, "causes": dict(causes)})
+
+
+class Writer:
+    """Writes the samples of a part that stay."""
+
+    def __init__(self, folder: str, digest: str, config: CurateConfig, output: str) -> None:
+        self._reader = Reader(folder, digest, config.part_samples)
+        self._chunk_samples, self._output = config.chunk_samples, place_of(output)
+        self._outcome_N = _load(self._output / _OUTCOMES)
+
+    def __call__(self, part: int) -> Part:
+        """The shard is written; the part is the outcome of every sample."""
+        first = self._reader.first_sample(part)
+        num_samples = self._reader.first_sample(part + 1) - first
+        outcomes = self._outcome_N[first : first + num_samples]
+        places: list[tuple[str, int, int]] = []
+
+        def kept() -> Iterator[Sample]:
+            for (place, sample), outcome in zip(self._reader.samples(part), outcomes, strict=True):
+                places.append(place)
+                if outcome == 0:
+                    assert isinstance(sample, dict)
+                    # Two shards may use one key; a name of its own keeps neighbours apart.
+                    yield sample | {"__key__": f"{place[1]:09}{place[2]:05}".encode()}
+
+        with whole_file(shard_path(self._output, part)) as target:
+            write_shard(target, kept(), self._chunk_samples)
+        names = [OUTCOMES[outcome] for outcome in outcomes.tolist()]
+        causes = Counter(names)
+        kept_samples = causes.pop("kept", 0)
+        columns = zip(*places, strict=True)
+        table = pa.table([*map(list, columns), names], names=["id", "chunk", "row", "outcome"])
+        rows = {"samples": len(names), "bad": 0, "kept": kept_samples}
+        return Part(table, {"rows": rows, "causes": dict(causes)})
+
+
+class Reader:
+    """The samples of a part, each with its place."""
+
+    def __init__(self, folder: str, digest: str, part_samples: int) -> None:
+        self.manifest = Manifest.load(folder)
+        if self.manifest.digest != digest:
+            raise UserError(f"the data set in '{folder}' has changed since the run began")
+        self.parts = plan_parts(self.manifest, part_samples)
+
+    def first_sample(self, part: int) -> int:
+        """How many samples stand before a part."""
+        first_chunk = self.parts[part].start if part < len(self.parts) else len(self.manifest)
+        return int(self.manifest.num_samples[:first_chunk].sum())
+
+    def samples(self, part: int) -> Iterator[tuple[tuple[str, int, int], Sample | str]]:
+        """(id, chunk, row) and the files of each sample, or why they cannot be read."""
+        for chunk in self.parts[part]:
+            count, shard = int(self.manifest.num_samples[chunk]), self.manifest.shards[self.manifest.shard[chunk]]
+            samples: list[Sample | str]
+            try:
+                samples = [*self.manifest.read_samples(chunk)]
+                samples += ["sample_missing"] * (count - len(samples))
+            except OSError:
+                samples = ["chunk_unreadable"] * count
+            for row, sample in enumerate(samples):
+                key = f"#{chunk}.{row}" if isinstance(sample, str) else sample["__key__"].decode()
+                yield (f"{shard}/{key}", chunk, row), sample
+
+
+def read_scores(path: Place, manifest: Manifest) -> np.ndarray:
+    """Cosine of picture and caption of every sample, float32 [N]; NaN where one is missing. Raises UserError."""
+    folder, _ = open_complete(path, "embed")
+    if folder.identity["source_digest"] != manifest.digest:
+        raise UserError(f"scores '{path}' were made from another data set, '{folder.identity['source']}'")
+    if folder.identity["what"] != "both":
+        raise UserError(f"scores '{path}' holds {folder.identity['what']} only: run jobs.embed with what=both")
+    score_N = np.full(manifest.total_samples, np.nan, dtype=np.float32)
+    first = 0
+    for part in range(folder.num_parts):
+        table = pq.read_table(to_read(folder.file(part)), columns=["image_embedding", "text_embedding"])
+        both = np.flatnonzero(
+            table["image_embedding"].is_valid().to_numpy() & table["text_embedding"].is_valid().to_numpy()
+        )
+        image_ME, text_ME = (_vectors(table[name].take(both)) for name in table.column_names)
+        score_N[first + both] = (image_ME * text_ME).sum(axis=1)
+        first += len(table)
+    return score_N
+
+
+def shard_path(output: Place, part: int) -> Place:
+    """Where the samples of a part that stay go."""
+    return output / f"{part:06}.tar"
+
+
+def _vectors(column: pa.ChunkedArray) -> np.ndarray:
+    return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
+
+
+def _load(file: Place) -> np.ndarray:
+    return np.load(file, mmap_mode="r") if isinstance(file, Path) else np.load(to_read(file))
+
+
+def _index(output: Place, num_parts: int, chunk_samples: int) -> Manifest:
+    """The new manifest, of the shards that hold anything."""
+    shards = []
+    for path in (shard_path(output, part) for part in range(num_parts)):
+        size = size_of(path)
+        chunks, _ = index_shard(Shard(str(path), size), chunk_samples, Layout())
+        if len(chunks):
+            shards.append((path.name, size, chunks))
+    manifest = Manifest.from_spans(str(output), shards)
+    manifest.save()
+    return manifest
+
+
+def _summed_up(decision: Decision, new: Manifest) -> dict[str, Any]:
+    return {
+        "kept": new.total_samples,
+        "outcomes": decision.counts(),
+        "queries": len(decision.queries),
+        "queries_found": int((decision.before_Q > 0).sum()),
+        "most_pairs_of_a_query": {
+            name: int(counts_Q.max(initial=0))
+            for name, counts_Q in (("before", decision.before_Q), ("after", decision.after_Q))
+        },
+        "digest": new.digest,
+    }
+
+
+def _summary_of(scores: str | None) -> str | None:
+    return join(scores, "embed.json") if scores else None
+
+
+def _content(path: str | None) -> str | None:
+    """The digest of a file. Raises UserError where there is none."""
+    if path is None:
+        return None
+    try:
+        return blake2b(read_bytes(path), digest_size=16).hexdigest()
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None

@@ -1,0 +1,97 @@
+"""Measuring a model with a suite: features of all its data sets by the whole cluster, then task by task from them."""
+
+import re
+from itertools import product
+from typing import Any
+
+from rayclip.config import SuiteConfig
+from rayclip.evaluation.corruptions import STRENGTHS
+from rayclip.evaluation.page import write_report
+from rayclip.evaluation.plots import write_bars
+from rayclip.evaluation.reports import SUMMARY, Report, compare
+from rayclip.evaluation.shift import has_accuracy, read_baselines, shift_report
+from rayclip.evaluation.suite import DataSet, open_suite
+from rayclip.evaluation.suite_tasks import TASKS, Measured, corrupted, measure
+from rayclip.inference.zero_shot import class_prompts
+from rayclip.io.files import write_json
+from rayclip.io.paths import Place, matching, place_of
+from rayclip.orchestration.batch.embed import Model, open_model
+from rayclip.orchestration.batch.features import Extraction, extract, pictures_of, prompts_of
+from rayclip.tracking.experiment import log_result
+
+
+def evaluate(config: SuiteConfig) -> dict[str, Any]:
+    """Measure the model on all data sets of the suite, and write the report. Returns its summary. Raises UserError."""
+    suite, baselines = open_suite(config), read_baselines(config.baselines)
+    model = open_model(config.model, config.tracking_uri)
+    output = output_folder(config, model.source.version)
+    wanted = {dataset.name: _extractions(dataset, model, config) for dataset in suite.datasets}
+    # Data sets of the same classes and templates have the same prompts.
+    distinct = {needed.job.folder.path: needed for of_one in wanted.values() for needed in of_one.values()}
+    extracted = extract(list(distinct.values()), config.cluster)
+    results = {}
+    for dataset in suite.datasets:
+        features = {name: needed.features for name, needed in wanted[dataset.name].items()}
+        folder = output / dataset.name
+        results[dataset.name] = measure(Measured(dataset, config, model.logit_scale, features, folder))
+    for dataset in suite.datasets:
+        folder, of = output / dataset.name, dataset.config.shift_of
+        if of is not None and has_accuracy(results, of) and has_accuracy(results, dataset.name):
+            picture = folder / "effective_robustness.png"
+            told = shift_report(dataset.name, of, results, model.source.version, baselines, picture)
+            results[dataset.name]["shift"] = told
+        write_json(folder / SUMMARY, results[dataset.name])
+    summary = {
+        "suite": config.name,
+        "model": config.model,
+        "model_name": model.source.name,
+        "model_version": model.source.version,
+        "weights_sha256": model.weights_sha256,
+        "datasets": results,
+        "not_there": suite.not_there,
+        "extraction": extracted,
+        "output": str(output),
+    }
+    write_json(output / SUMMARY, summary)
+    bars, page = output / "scores.png", output / "report.html"
+    write_bars(bars, compare([Report(output, summary)]))
+    write_report(page, summary, bars, {name: matching(output / name, "*.png") for name in results})
+    _log(config, summary, page)
+    return summary
+
+
+def output_folder(config: SuiteConfig, version: str) -> Place:
+    """Where the report goes: each version of a model has one of its own."""
+    name = re.sub(r"[^A-Za-z0-9._@-]+", "-", version)
+    return place_of(config.output or f"runs/evaluations/{config.name}/{name}")
+
+
+def _extractions(dataset: DataSet, model: Model, config: SuiteConfig) -> dict[str, Extraction]:
+    """What features the data set's tasks need."""
+    needed = {"pictures": pictures_of(dataset, model, config)}
+    if dataset.class_names:
+        prompts, _ = class_prompts(dataset.class_names, dataset.templates)
+        needed["prompts"] = prompts_of(prompts, model, config)
+    if "corruptions" in dataset.config.tasks:
+        for worse in product(dataset.config.corruptions, STRENGTHS):
+            needed[corrupted(*worse)] = pictures_of(dataset, model, config, corruption=worse)
+    if {"linear_probe", "few_shot"} & set(dataset.config.tasks):
+        needed["train"] = pictures_of(dataset, model, config, dataset.config.train_split)
+        if dataset.config.validation_split is not None:
+            needed["validation"] = pictures_of(dataset, model, config, dataset.config.validation_split)
+    return needed
+
+
+def _log(config: SuiteConfig, summary: dict[str, Any], page: Place) -> None:
+    if config.experiment is None:
+        return
+    metrics = {
+        f"{config.name}/{name}/{task}/{figure}": value["value"]
+        for name, result in summary["datasets"].items()
+        for task in TASKS
+        if task in result
+        for figure, value in result[task]["figures"].items()
+    }
+    settings = {**config.model_dump(mode="json"), "model_version": summary["model_version"]}
+    name = f"{config.name} {summary['model_version']}"
+    log_result(config.tracking_uri, config.experiment, "evaluation", name, settings, metrics, [page])

@@ -1,0 +1,104 @@
+"""Starting Ray, or joining it, without noise; and asking what it has before something waits for it forever."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray.data import DataContext  # sets log levels as it is imported: before _quieten does
+
+from rayclip.errors import UserError
+from rayclip.orchestration.cluster.resources import Bundle, most_of, num_times_placed, told, total
+
+_LEAST_LOGICAL_CPUS = 4  # two workers, a reader, and one to spare
+_S3_NAMES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL")
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for what a submitted job runs
+_ROOT = Path(__file__).resolve().parents[4]
+
+
+def connect(local_cpus: int = 0) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; do nothing where that is done.
+
+    A Ray of our own gets `local_cpus` logical cores where that is within reason: workers that wait for each other must
+    all be placed, also on a laptop with fewer cores. Ray's own messages go to its log files.
+    """
+    _quieten()
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        # A submitted job's processes have its environment already.
+        environment = None if _JOB_CONFIG in os.environ else {"env_vars": s3_environment()}
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
+        return
+    cores = os.cpu_count() or 1
+    with _environment(_worker_environment()):
+        ray.init(
+            address="local",
+            num_cpus=max(cores, min(local_cpus, max(_LEAST_LOGICAL_CPUS, 2 * cores))),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+def check_resources(bundles: list[Bundle], what: str) -> None:
+    """Raise UserError where the cluster could never have what the bundles come to, however far it grows."""
+    needed = {name: amount for name, amount in total(bundles).items() if amount}
+    has = ray.cluster_resources()
+    most = most_of([node["Labels"] for node in ray.nodes() if node["Alive"]])
+    short = {name for name, amount in needed.items() if max(has.get(name, 0), most.get(name, 0)) < amount}
+    if short:
+        holds = told({name: has.get(name, 0) for name in needed})
+        raise UserError(f"{what} needs {told(needed)}; the cluster has {holds} in all")
+
+
+def s3_environment() -> dict[str, str]:
+    """Where S3 is, as this process is told: what workers of a cluster that was joined are told too.
+
+    Credentials are not in it: who may look at the cluster's jobs sees their environment. Each node has its own, from
+    its machine's role, a mounted secret or a profile.
+    """
+    return {name: os.environ[name] for name in _S3_NAMES if name in os.environ}
+
+
+def num_that_fit(bundles: list[Bundle]) -> int:
+    """How many times the cluster, with nothing else on it, could place all of these together; each on one node."""
+    return num_times_placed(bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """The environment that a Ray of our own inherits: what asks for none of its own gets a process that waits."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _worker_environment() -> dict[str, str]:
+    # Workers import jobs/ from the repository root and the library from its source.
+    paths = [str(_ROOT), str(_ROOT / "platform"), os.environ.get("PYTHONPATH", "")]
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        # Workers wait for the controller's next look at every checkpoint, and a dead one is found at the next look.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away; it is one process less a run
+    }
+
+
+def _quieten() -> None:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else every worker warns that this will change
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False

@@ -1,0 +1,273 @@
+"""Sweeps: many trainings under Ray Tune, for a scaling law or for the best settings.
+
+What has to be done is a function of the config, and what has been done is in the folders of the runs: a sweep that is
+started again trains what is missing. Only the decisions of a search are kept beside (sweep_search.py).
+"""
+
+import os
+import threading
+from typing import Any
+
+import ray
+import yaml
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rayclip.config import SearchPlan, SweepConfig, TrainConfig
+from rayclip.errors import UserError
+from rayclip.io.files import write_text
+from rayclip.io.paths import Place, place_of
+from rayclip.orchestration.cluster.connection import check_resources, connect, num_that_fit
+from rayclip.orchestration.cluster.resources import demand, total
+from rayclip.orchestration.sweep.search import Asha, Journal, suggest
+from rayclip.orchestration.sweep.table import FAILED, FINISHED, STARTING, STOPPED, WAITING, SweepTable, TrialLine
+from rayclip.orchestration.sweep.trial import Task
+from rayclip.orchestration.sweep.trials import Outcomes, Planned, Planner, with_parent
+from rayclip.orchestration.sweep.tuner import run_trials
+from rayclip.orchestration.train.driver import code_version, resolve
+from rayclip.orchestration.train.run_folder import RunFolder
+from rayclip.orchestration.train.status import Board
+from rayclip.scaling.rungs import Row, write_rows
+from rayclip.scaling.search import trial_config, trial_name
+from rayclip.tracking import mlflow as tracking
+from rayclip.tracking.experiment import log_files, open_group
+
+_LOOK_EVERY_S = 0.5
+
+
+def run_sweep(config: SweepConfig) -> dict[str, Any]:
+    """Train what the sweep lacks, and return what all of it came to. Raises UserError for what a user can mend.
+
+    Trials that fail are named in the summary, and do not keep the others from being trained.
+    """
+    sweep = Sweep(config)
+    succeeded = False
+    try:
+        sweep.train()
+        summary = sweep.finish()
+        succeeded = not summary["failed"]
+    finally:
+        tracking.close_run(sweep.uri, sweep.parent_run_id, succeeded)
+    return summary
+
+
+def sweep_folder(config: SweepConfig) -> RunFolder:
+    """Where the sweep keeps its runs, its table and its summary."""
+    return RunFolder(place_of(config.sweeps) / config.name)
+
+
+class Sweep:
+    """The driver's side of a sweep. All is checked as it is made, before anything is started."""
+
+    def __init__(self, config: SweepConfig) -> None:
+        self.config, self.plan = config, config.plan
+        self.folder = sweep_folder(config)
+        self.uri = tracking.resolve_uri(config.base.tracking.uri)
+        self.journal = Journal(self.folder.path / "journal.jsonl")
+        self.planner = Planner(config, self._base(), self.folder.path, self.journal)
+        trials = self.planner.trials()
+        for planned in trials:
+            planned.check_same()
+        self.parent_run_id = self._open_parent()
+        self.trials = {planned.name: with_parent(planned, self.parent_run_id) for planned in trials}
+        self.lines = {name: planned.line(self.journal, config.metric) for name, planned in self.trials.items()}
+        self.outcomes = Outcomes(config.metric, tracking.connect(self.uri))
+        self.table = SweepTable(list(self.lines.values()))
+
+    def train(self) -> None:
+        """Run all trials that have not ended, as many at a time as there is room for."""
+        num_left = sum(line.state == WAITING for line in self.lines.values()) + self._num_to_suggest()
+        if not num_left:
+            self.table.note(f"sweep '{self.config.name}' is complete already")
+            return
+        at_once = self._connect()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self.table.note(f"sweep '{self.config.name}': {num_left} trials to train, {at_once} at a time")
+        done = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(done,), daemon=True)
+        watcher.start()
+        try:
+            run_trials(self, self._asha(), num_left, at_once, self.config.max_failures, self.folder.path / "tune")
+        finally:
+            done.set()
+            watcher.join()
+            self.table.refresh(at_once=True)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the table and what the sweep came to, and log both to the parent run; returns the summary."""
+        rows, totals = self.write_rows(), self._totals()
+        files = [self.rows_path]
+        summary = {"name": self.config.name, "kind": self.plan.kind, "metric": self.config.metric, **totals}
+        summary["failed"] = {line.name: line.reason for line in self.lines.values() if line.state == FAILED}
+        if isinstance(self.plan, SearchPlan):
+            summary |= {"algorithm": self.plan.algorithm, "best": self._best()}
+            if summary["best"]:
+                files.append(self._write_best(self.trials[summary["best"]["trial"]]))
+        summary |= {"mlflow_run_id": self.parent_run_id, "rows": rows}
+        log_files(self.uri, self.parent_run_id, totals, files)
+        self.folder.write_summary(summary)
+        return summary
+
+    @property
+    def rows_path(self) -> Place:
+        """The table of runs."""
+        return self.folder.path / ("trials.csv" if isinstance(self.plan, SearchPlan) else "rungs.csv")
+
+    def write_rows(self) -> list[Row]:
+        """Write the table of runs as they are now."""
+        lines = self.lines
+        rows = [row for name, planned in self.trials.items() for row in planned.rows(lines[name], self.outcomes)]
+        write_rows(self.rows_path, rows)
+        return rows
+
+    # What Ray Tune asks and tells
+
+    def next_task(self) -> Task | None:
+        """The next trial to begin, the dearest first: one that is begun last keeps all waiting. None after all."""
+        waiting = [line for line in self.lines.values() if line.state == WAITING]
+        name = max(waiting, key=lambda line: line.total * line.cost).name if waiting else self._suggested()
+        if name is None:
+            return None
+        self.table.change(name, state=STARTING)
+        planned = self.trials[name]
+        judged = isinstance(self.plan, SearchPlan) and self.plan.algorithm == "asha"
+        return Task(name, planned.trial.runs, planned.starts, judged, self._board)
+
+    def heard(self, name: str, result: dict[str, Any]) -> None:
+        """A result of a trial."""
+        metric = result.get(self.config.metric)
+        if metric is not None:
+            self.table.change(name, metric=metric)
+        if "finished" in result:
+            self.write_rows()
+            told = "" if metric is None else f": {self.config.metric} {metric:.1%}"
+            self.table.note(f"{result['finished']} finished at {result['samples_seen']:,} samples{told}")
+
+    def ended(self, name: str, failure: str | None) -> None:
+        """A trial has ended: it failed, was stopped or is finished."""
+        stopped = self.journal.stopped_at(name)
+        if failure is not None:
+            self.table.change(name, state=FAILED, reason=failure)
+            self.table.note(f"{name} failed: {failure}")
+        elif stopped:
+            self.table.change(name, state=STOPPED, samples=stopped["samples_seen"])
+        else:
+            self.table.change(name, state=FINISHED, samples=self.lines[name].total)
+        self.write_rows()
+
+    def restarted(self, name: str, reason: str) -> None:
+        """A trial's processes died, and it goes on from its checkpoint."""
+        self.table.note(f"{name} is begun again where it was: {reason}")
+        self.table.change(name, state=STARTING)
+
+    # What is done
+
+    def _base(self) -> TrainConfig:
+        base = self.config.base
+        return resolve(
+            base.model_copy(
+                update={
+                    "tracking": base.tracking.model_copy(update={"uri": self.uri, "register_as": None}),
+                    # The last look, where the rate has come down: not the best of several.
+                    "evaluation": base.evaluation.model_copy(update={"best": None}),
+                }
+            )
+        )
+
+    def _open_parent(self) -> str:
+        settings = self.config.model_dump(mode="json")
+        record = self.folder.read_record()
+        if record is not None and _decided(record["config"]) != _decided(settings):
+            raise UserError(
+                f"'{self.folder.path}' holds a sweep with another plan or metric: give this one another name, "
+                "or remove the folder"
+            )
+        known = record["mlflow_run_id"] if record else None
+        experiment = self.config.base.tracking.experiment
+        run_id = open_group(self.uri, experiment, "sweep", self.config.name, settings, code_version(), known)
+        self.folder.write_record(settings, run_id)
+        return run_id
+
+    def _connect(self) -> int:
+        """Join the cluster; how many trials it places at a time. Their drivers take nothing that workers need."""
+        workers, bundles = self.config.base.cluster, demand(self.config.base)
+        # A trial has about ten processes, most of them idle: Ray warns of so many on few cores.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+        connect(local_cpus=int(total(bundles)["CPU"] * (self.config.max_concurrent or 1)))
+        check_resources(bundles, "a trial")
+        fit = num_that_fit(bundles)
+        if not fit:
+            raise UserError(
+                f"no trial can be placed: no node has room for a worker with {workers.cpus_per_worker:g} CPU"
+            )
+        return min(fit, self.config.max_concurrent or fit)
+
+    def _asha(self) -> Asha | None:
+        if not (isinstance(self.plan, SearchPlan) and self.plan.algorithm == "asha"):
+            return None
+        longest = max(planned.totals[0] for planned in self.trials.values())
+        return Asha(self.journal, self.config.metric, self.plan, longest)
+
+    def _num_to_suggest(self) -> int:
+        return self.plan.num_trials - len(self.trials) if isinstance(self.plan, SearchPlan) else 0
+
+    def _suggested(self) -> str | None:
+        """The name of one more trial, with values that a searcher has thought of."""
+        if not self._num_to_suggest():
+            return None
+        assert isinstance(self.plan, SearchPlan)
+        index = len(self.trials)
+        known = [(self.trials[line.name].values, line.metric) for line in self.lines.values() if line.state == FINISHED]
+        values = suggest(self.plan, index, [(v, metric) for v, metric in known if metric is not None])
+        planned = with_parent(self.planner.search_trial(trial_name(index), values), self.parent_run_id)
+        self.journal.add(trial=planned.name, values=values)
+        self.trials[planned.name] = planned
+        self.lines[planned.name] = TrialLine(planned.name, planned.totals[0], planned.cost.training_flops)
+        self.table.add(self.lines[planned.name])
+        return planned.name
+
+    def _watch(self, done: threading.Event) -> None:
+        while not done.wait(_LOOK_EVERY_S):
+            for name, news in ray.get(self._board.take.remote()).items():
+                if self.lines[name].state in (FINISHED, STOPPED, FAILED):  # it was told before that
+                    continue
+                self.table.change(name, **news)
+            self.table.refresh()
+
+    def _totals(self) -> dict[str, Any]:
+        """Compute spent, and what all trials would have taken to their end."""
+        lines = self.lines.values()
+        spent, whole = sum(x.samples * x.cost for x in lines), sum(x.total * x.cost for x in lines)
+        return {
+            "num_trials": len(lines),
+            "num_finished": sum(line.state == FINISHED for line in lines),
+            "num_stopped": sum(line.state == STOPPED for line in lines),
+            "num_failed": sum(line.state == FAILED for line in lines),
+            "training_flops": spent,
+            "training_flops_of_all": whole,
+            "share_saved": 1 - spent / whole,
+        }
+
+    def _best(self) -> dict[str, Any] | None:
+        assert isinstance(self.plan, SearchPlan)
+        sign = 1 if self.plan.mode == "max" else -1
+        ended = [line for line in self.lines.values() if line.state == FINISHED and line.metric is not None]
+        if not ended:
+            return None
+        best = max(ended, key=lambda line: sign * (line.metric or 0.0))
+        return {"trial": best.name, self.config.metric: best.metric, "values": self.trials[best.name].values}
+
+    def _write_best(self, planned: Planned) -> Place:
+        """The recipe with the best trial's values, as a config that jobs.train takes."""
+        config = trial_config(self.config.base, f"{self.config.name}-best", planned.values)
+        path = self.folder.path / "best.yaml"
+        values = config.model_dump(mode="json", exclude_unset=True)
+        head = f"# The best of sweep {self.config.name}: {self.config.metric} {self.lines[planned.name].metric}\n"
+        write_text(path, head + yaml.safe_dump(values, sort_keys=False))
+        return path
+
+
+def _decided(settings: dict[str, Any]) -> dict[str, Any]:
+    """What must stay as it was when a sweep goes on: not how many trials a search has, nor how a ladder is read."""
+    plan = {key: value for key, value in settings["plan"].items() if key not in ("num_trials", "form", "frontier")}
+    return plan if plan["kind"] == "ladder" else plan | {"metric": settings["metric"]}

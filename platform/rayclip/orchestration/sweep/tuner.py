@@ -1,0 +1,111 @@
+"""Trials under Ray Tune, which keeps them going; what they are and what becomes of them is the sweep's matter."""
+
+import logging
+import os
+from typing import Any, Protocol
+
+import ray.tune
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from rayclip.io.paths import Place
+from rayclip.orchestration.cluster.ray_storage import ray_storage
+from rayclip.orchestration.sweep.search import InFolder
+from rayclip.orchestration.sweep.trial import Task, TrialActor
+
+_TUNE_SETTINGS = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a run that has ended is told without being measured again
+}
+
+
+class Trials(Protocol):
+    """What Ray Tune asks and tells."""
+
+    def next_task(self) -> Task | None:
+        """The next trial to begin; None where all have been begun."""
+
+    def heard(self, name: str, result: dict[str, Any]) -> None:
+        """A result of a trial."""
+
+    def ended(self, name: str, failure: str | None) -> None:
+        """A trial has ended: it failed, was stopped or is finished."""
+
+    def restarted(self, name: str, reason: str) -> None:
+        """A trial's processes died, and it goes on from its checkpoint."""
+
+
+def run_trials(
+    trials: Trials, scheduler: TrialScheduler | None, num_trials: int, at_once: int, max_failures: int, folder: Place
+) -> None:
+    """Run so many trials, some of them at a time, to their ends; `folder` is Ray Tune's own."""
+    os.environ.update(_TUNE_SETTINGS)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is in the table, and in its log
+    ray.tune.Tuner(
+        # Next to nothing, of a resource that nothing here waits for: all cores stay free for workers.
+        ray.tune.with_resources(TrialActor, ray.tune.PlacementGroupFactory([{"memory": 1}])),
+        tune_config=ray.tune.TuneConfig(
+            search_alg=_Source(trials),
+            scheduler=scheduler,
+            num_samples=num_trials,
+            max_concurrent_trials=at_once,
+            reuse_actors=True,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=ray.tune.RunConfig(
+            **ray_storage(folder),
+            failure_config=ray.tune.FailureConfig(max_failures=max_failures),
+            checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
+            callbacks=[_Listener(trials)],
+            verbose=0,
+        ),
+    ).fit()
+
+
+class _Source(InFolder, Searcher):
+    """Hands Ray Tune the next trial."""
+
+    def __init__(self, trials: Trials) -> None:
+        super().__init__()
+        self._trials = trials
+
+    def suggest(self, trial_id: str) -> Any:
+        task = self._trials.next_task()
+        return Searcher.FINISHED if task is None else {"task": task}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        pass
+
+
+class _Listener(InFolder, ray.tune.Callback):
+    """Hands on what Ray Tune tells of trials."""
+
+    def __init__(self, trials: Trials) -> None:
+        self._trials = trials
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._trials.heard(_name(trial), result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._trials.ended(_name(trial), trial.last_result.get("failed"))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._trials.restarted(_name(trial), _reason(trial))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._trials.ended(_name(trial), _reason(trial))
+
+
+def _name(trial: Any) -> str:
+    return trial.config["task"].name
+
+
+def _reason(trial: Any) -> str:
+    lines = [line for line in str(trial.get_error() or "its process died").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(trial.get_error()).__name__

@@ -1,0 +1,304 @@
+"""Training on a Ray cluster: the driver's side. `worker.py` is what runs on each worker.
+
+The driver checks everything that can be wrong before anything is started, opens the MLflow run, lets Ray Train keep
+the workers alive, shows how far they are, and registers the best checkpoint at the end.
+"""
+
+import json
+import math
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rayclip import __version__
+from rayclip.config import ModelConfig, TrainConfig
+from rayclip.data.augment import Augmentation
+from rayclip.data.mixture import Part, load_parts
+from rayclip.data.order import Order
+from rayclip.data.stream import Stream, StreamSpec
+from rayclip.errors import UserError
+from rayclip.evaluation.tasks import Evaluator
+from rayclip.io.paths import Place, place_of
+from rayclip.io.storage import absolute
+from rayclip.models.presets import preset, with_logit_bias
+from rayclip.models.weights import fit_weights
+from rayclip.orchestration.cluster.connection import check_resources, connect
+from rayclip.orchestration.cluster.progress import Line, ProgressLine
+from rayclip.orchestration.cluster.ray_storage import ray_storage
+from rayclip.orchestration.cluster.resources import demand, total
+from rayclip.orchestration.train.branch import branch_checkpoint, branch_tags
+from rayclip.orchestration.train.run_context import Job, StoppedError
+from rayclip.orchestration.train.run_folder import RunFolder
+from rayclip.orchestration.train.status import Monitor
+from rayclip.orchestration.train.stream import StreamConfig, latest_checkpoint
+from rayclip.orchestration.train.summary import sum_up
+from rayclip.orchestration.train.validation import measurements
+from rayclip.orchestration.train.worker import train_worker
+from rayclip.tracking import mlflow as tracking
+from rayclip.tracking.registry import is_registered, resolve_model
+from rayclip.training.checkpoint import read_metrics, read_state
+
+_POLL_S = 0.5
+
+
+Judge = Callable[[dict[str, float]], bool]
+"""Hears what an evaluation gave, `samples_seen` and each TASK.METRIC, and says whether the run goes on."""
+
+
+class CrashedError(UserError):
+    """Workers died more often than `cluster.max_failures` allows; another try may go better."""
+
+
+def run_training(
+    config: TrainConfig, new_line: Callable[..., Line] = ProgressLine, judge: Judge | None = None
+) -> dict[str, Any]:
+    """Train, or go on with a run that was interrupted, and return its summary. One that is complete is left as it is.
+
+    `new_line(total, start=samples_seen)` makes what shows the progress. Raises UserError for everything that a user can
+    mend, CrashedError among it, and StoppedError where the `judge` ends the run.
+    """
+    config = resolve(config)
+    folder = RunFolder(place_of(config.runs) / config.name)
+    record = folder.read_record()
+    if record is not None:
+        folder.check_same(record, config.model_dump(mode="json"))
+    complete = folder.read_summary()
+    if complete is not None:
+        new_line(complete["samples_seen"]).note(f"run '{config.name}' is complete already")
+        return complete
+    spec, total_samples = plan_stream(config, may_lack_shards=folder.has_checkpoints())
+    Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
+    uri = tracking.resolve_uri(config.tracking.uri)
+    tracking.connect(uri)
+    if config.weights is not None and record is None:
+        assert isinstance(config.model, ModelConfig)
+        fit_weights(resolve_model(config.weights, uri).folder, config.model)
+
+    workers, needed = config.cluster, demand(config)
+    most_to_come = (workers.max_workers - workers.min_workers) * workers.cpus_per_worker
+    connect(local_cpus=math.ceil(total(needed)["CPU"] + most_to_come))
+    check_resources(needed, _told_processes(config))
+
+    folder.repair_list()
+    found = latest_checkpoint(str(folder.checkpoints))
+    if found and read_state(found).manifest_digest != spec.digest:
+        raise UserError(f"the data set in '{spec.folder}' is not the one that run '{config.name}' began with")
+    origin = None if found or config.branch_from is None else branch_checkpoint(config, spec, total_samples)
+
+    version = code_version()
+    run_id = _open_mlflow_run(config, uri, folder, record, spec, version, origin)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    judged = judge is not None
+    job = Job(config, spec, total_samples, str(folder.path), uri, run_id, version, monitor, origin, judged)
+    succeeded = stopped = False
+    try:
+        _fit(job, folder, new_line, judge)
+        succeeded = True
+    except StoppedError:
+        stopped = True
+        raise
+    finally:
+        tracking.close_run(uri, run_id, succeeded, stopped)
+    summary = sum_up(config, folder, uri, run_id, Stream(spec).num_distinct())
+    folder.write_summary(summary)
+    return summary
+
+
+def _told_processes(config: TrainConfig) -> str:
+    workers = f"a run with {config.cluster.min_workers} workers"
+    if not config.evaluation.runs_beside:
+        return f"{workers} and a reader"
+    return f"{workers}, a reader and a process that measures beside them (evaluation.beside)"
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The config with its model in full, and paths that hold in any folder. Raises UserError for an unknown model."""
+    model = preset(config.model) if isinstance(config.model, str) else config.model
+    if config.loss.kind == "sigmoid":
+        model = with_logit_bias(model)
+    parts = tuple(part.model_copy(update={"path": absolute(part.path)}) for part in config.data.mixture)
+    data = config.data.model_copy(update={"path": config.data.path and absolute(config.data.path), "mixture": parts})
+    tasks = {
+        name: task.model_copy(update={"path": absolute(task.path)}) for name, task in config.evaluation.tasks.items()
+    }
+    evaluation = config.evaluation.model_copy(update={"tasks": tasks})
+    weights = config.weights
+    if weights is not None and not is_registered(weights):
+        weights = absolute(weights)
+    branch_from = config.branch_from and absolute(config.branch_from)
+    update = {"model": model, "weights": weights, "branch_from": branch_from, "data": data, "evaluation": evaluation}
+    return config.model_copy(update=update)
+
+
+def plan_stream(config: TrainConfig, may_lack_shards: bool = False) -> tuple[StreamSpec, int]:
+    """The stream of a run, and the number of samples in it. Raises UserError where the data does not fit the run.
+
+    Of a run that goes on shards may have gone since: their samples are counted, as they are while it runs.
+    """
+    spec = _stream_spec(config, may_lack_shards)
+    return spec, Stream(spec).num_remaining()
+
+
+def _stream_spec(config: TrainConfig, may_lack_shards: bool) -> StreamSpec:
+    model = config.model
+    assert isinstance(model, ModelConfig)
+    parts = tuple(Part(part.path, part.weight) for part in config.data.mixture)
+    folder = config.data.path or " + ".join(f"{part.weight:g} x {part.path}" for part in parts)
+    whole = load_parts(folder, parts)
+    whole.check_shards(may_lack_shards)
+    manifest = whole.subset(config.data.fraction, config.seed)
+    if config.batch_size > manifest.total_samples:
+        fraction = config.data.fraction
+        which = "which has" if fraction == 1 else f"of which data.fraction {fraction:g} has"
+        raise UserError(
+            f"batch_size {config.batch_size:,} is larger than the data set in '{folder}', "
+            f"{which} {manifest.total_samples:,} samples"
+        )
+    end = (config.epochs or 0) * Order(config.seed, manifest.shares).num_slots
+    return StreamSpec(
+        folder=folder,
+        digest=whole.digest,
+        seed=config.seed,
+        end=Stream.position_at(manifest, config.seed, config.samples) if config.samples else end,
+        window=config.data.shuffle_window,
+        image_size=model.vision.image_size,
+        context_length=model.text.context_length,
+        crop_scale=config.data.crop_scale,
+        crop_ratio=config.data.crop_ratio,
+        augmentation=Augmentation(
+            config.data.flip, config.data.colour_jitter, config.data.colour_jitter_share, config.data.grey
+        ),
+        fraction=config.data.fraction,
+        captions=config.data.captions,
+        mixture=parts,
+    )
+
+
+def code_version() -> str:
+    """The commit that the code is at, marked where it was changed since; the package's version outside git.
+
+    A submitted job runs outside git, and is told.
+    """
+    if told := os.environ.get("RAYCLIP_CODE_VERSION"):
+        return told
+    root = Path(__file__).parent
+    try:
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return __version__
+
+
+def _open_mlflow_run(
+    config: TrainConfig,
+    uri: str,
+    folder: RunFolder,
+    record: dict[str, Any] | None,
+    spec: StreamSpec,
+    version: str,
+    origin: Place | None,
+) -> str:
+    resolved = config.model_dump(mode="json")
+    parts = Stream(spec).manifest.parts()
+    tags = {"code_version": version, "manifest_digest": spec.digest, "data": spec.folder}
+    tags |= {"data_parts": json.dumps(parts)}
+    tags |= branch_tags(origin) if origin else {}
+    known: str | None = record["mlflow_run_id"] if record else None
+    section = config.tracking
+    run_id = tracking.open_run(
+        uri, section.experiment, config.name, resolved, tags, known, section.parent_run_id, section.artifacts
+    )
+    folder.write_record(resolved, run_id, parts)
+    return run_id
+
+
+def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judge | None) -> None:
+    config = job.config
+    workers = config.cluster
+    checkpoint = latest_checkpoint(str(folder.checkpoints))
+    found = checkpoint or job.origin
+    start = read_state(found).samples_seen if found else 0
+    line = new_line(job.total_samples, start=start)
+    if job.origin:
+        line.note(f"branching off at {start:,} samples, from '{job.origin}'")
+    elif found:
+        line.note(f"going on with run '{config.name}' from {start:,} samples")
+    if judge and checkpoint and not _goes_on_from(checkpoint, job.total_samples, judge):
+        raise StoppedError
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        # mypy reads the class of Train's first version.
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
+            num_workers=workers.num_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=workers.resize_every_s,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            **ray_storage(folder.checkpoints),
+            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                # Those of `at_samples` have the highest scores, so that they are the last to go.
+                num_to_keep=config.checkpoint.keep + len(config.checkpoint.at_samples),
+                checkpoint_score_attribute="score",
+            ),
+        ),
+        datasets={"train": ray.data.range(1)},  # stands for the stream, which is made when the workers are known
+        validation_config=measurements(job) if job.measures_beside or folder.has_unmeasured() else None,
+        dataset_config=StreamConfig(job.spec, str(folder.checkpoints), job.origin),
+    )
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(job.monitor, line, judge, done), daemon=True)
+    watcher.start()
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise CrashedError(f"training failed after {workers.max_failures} restarts: {_last_line(error)}") from error
+    finally:
+        done.set()
+        watcher.join()
+        line.close()
+    mistake: Any = ray.get(job.monitor.error.remote())
+    if mistake:
+        raise UserError(mistake)
+    if ray.get(job.monitor.stopped.remote()):
+        raise StoppedError
+
+
+def _goes_on_from(found: Place, total_samples: int, judge: Judge) -> bool:
+    """Ask again what may have been asked, and not heard, when the crash came."""
+    state, tasks = read_state(found), read_metrics(found)["tasks"]
+    ended = state.num_given >= total_samples
+    return ended or not tasks or judge({"samples_seen": state.samples_seen, **tracking.flatten(tasks)})
+
+
+def _watch(monitor: Any, line: Line, judge: Judge | None, done: threading.Event) -> None:
+    last: dict[str, Any] = {}
+    finished = False
+    while not finished:
+        finished = done.wait(_POLL_S)  # one more look after the end
+        state = ray.get(monitor.state.remote())
+        for note in state.pop("notes"):
+            line.note(note)
+        for measured in state.pop("measured"):
+            assert judge
+            monitor.judge.remote(int(measured["samples_seen"]), judge(measured))
+        if state and state != last:
+            shown = {"loss": f"{state['loss']:.3f}", "data wait": f"{state['data_wait_share']:.0%}"}
+            line.update(state["samples_seen"], state["samples_per_s"], **shown)
+            last = state
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

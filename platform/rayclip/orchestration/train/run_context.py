@@ -1,0 +1,36 @@
+"""What the processes of a run are told: those that train, and the one that measures beside them."""
+
+from dataclasses import dataclass
+
+from ray.actor import ActorHandle
+
+from rayclip.config import TrainConfig
+from rayclip.data.stream import StreamSpec
+from rayclip.io.paths import Place
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know."""
+
+    config: TrainConfig
+    spec: StreamSpec
+    total_samples: int
+    folder: str
+    tracking_uri: str
+    mlflow_run_id: str
+    code_version: str
+    monitor: ActorHandle
+    origin: Place | None = None
+    """The checkpoint of another run that a branch begins with."""
+    judged: bool = False
+    """Whether the run waits after each evaluation to hear if it goes on."""
+
+    @property
+    def measures_beside(self) -> bool:
+        """Whether evaluations during training are made in a process of their own; a judged run waits for them."""
+        return self.config.evaluation.runs_beside and not self.judged
+
+
+class StoppedError(Exception):
+    """The run was judged and does not go on; what it has trained is in its last checkpoint."""

@@ -1,0 +1,279 @@
+"""Training on a Ray cluster: what runs on each worker. It adapts Ray Train's stream and reports to the pure loop."""
+
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from rayclip.config import ModelConfig
+from rayclip.data.decode import CAUSES
+from rayclip.data.stream import Batch, Stream
+from rayclip.errors import UserError
+from rayclip.io.files import write_text
+from rayclip.io.paths import Place, S3Path, append, local_copy, place_of, staged
+from rayclip.models.clip import CLIP
+from rayclip.models.transformer import checkpoint_activations, compile_blocks
+from rayclip.models.weights import fit_weights
+from rayclip.orchestration.cluster.ray_storage import upload_checkpoint
+from rayclip.orchestration.train.checkpoint_metrics import checkpoint_metrics, measure, points, told, with_average
+from rayclip.orchestration.train.run_context import Job, StoppedError
+from rayclip.orchestration.train.run_folder import RunFolder
+from rayclip.orchestration.train.validation import to_measure, wait_until_measured, waiting_checkpoints
+from rayclip.tracking.mlflow import MlflowTracker, connect, flatten
+from rayclip.tracking.registry import link_checkpoint, resolve_model
+from rayclip.training.checkpoint import RunState, read_metrics, restore, write_checkpoint
+from rayclip.training.ema import Ema
+from rayclip.training.loop import Hooks, Metrics, Plan, Trainer, passes
+from rayclip.training.optimizer import RowAdamW, build_optimizer
+
+_PROGRESS_EVERY_S = 0.5
+_VERDICT_POLL_S = 0.1
+_KEPT_SCORE = 1e18  # above any metric and any number of samples: Ray deletes what has the least
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Ray Train's entry point on each worker."""
+    job: Job = config["job"]
+    worker = Worker(job)
+    try:
+        worker.run()
+    except StoppedError:
+        pass
+    except UserError as error:
+        # Raised on all workers alike; an exception here would only make Ray try the same again.
+        if worker.is_first:
+            ray.get(job.monitor.stop.remote(str(error)))
+    finally:
+        worker.close()
+
+
+class Worker:
+    """One process of the run: model, optimizer and hooks around the pure loop."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.config = job, job.config
+        self.folder = RunFolder(place_of(job.folder))
+        context = ray.train.get_context()
+        self.is_first = context.get_world_rank() == 0
+        self.world_size = context.get_world_size()
+        self._told_at = 0.0
+        # First of all: what reads the stream starts while this process gets ready.
+        self.batches = ray.train.get_dataset_shard("train").batches(self._local_batch)
+        self.tracker = MlflowTracker(job.tracking_uri, job.mlflow_run_id) if self.is_first else None
+
+    def run(self) -> None:
+        """Train from the latest checkpoint to the end of the stream."""
+        assert isinstance(self.config.model, ModelConfig)
+        torch.manual_seed(self.config.seed)
+        self.model = self._new_model(self.config.model).to(ray.train.torch.get_device())
+        if self.config.activation_checkpointing:
+            checkpoint_activations(self.model)
+        if self.config.compile:
+            compile_blocks(self.model)
+        self.optimizer: RowAdamW = build_optimizer(self.model, self.config.optimizer)
+        self.ema = Ema(self.model, self.config.ema) if self.config.ema else None
+        state = self._restore()
+        ledger = Stream(self.job.spec, state.ledger).ledger()
+        hooks = Hooks(
+            self._step,
+            self._log,
+            self._evaluate,
+            self._save,
+            self._notice,
+            self._replay,
+            Stream(self.job.spec).shard_at,
+        )
+        trainer = Trainer(self._plan(), self.model, self.optimizer, state, ledger, hooks, self.ema)
+        if not isinstance(self.config.cluster.num_workers, int):
+            self._notice(f"training on {self.world_size} workers, {self.world_size * self._local_batch} pairs a step")
+        trainer.run(self.batches)
+
+    @property
+    def _local_batch(self) -> int:
+        """Pairs of this worker a step. Where the workers do not divide the batch it is a little smaller."""
+        return self.config.batch_size // self.world_size
+
+    def close(self) -> None:
+        """Send what is left to MLflow."""
+        if self.tracker:
+            self.tracker.close()
+
+    def _plan(self) -> Plan:
+        config = self.config
+        return Plan(
+            optimizer=config.optimizer,
+            total_samples=self.job.total_samples,
+            log_every=config.tracking.log_every_samples,
+            checkpoint_every=config.checkpoint.every_samples,
+            evaluate_every=config.evaluation.every_samples,
+            max_bad_fraction=config.data.max_bad_fraction,
+            loss=config.loss,
+            micro_batch_size=config.micro_batch_size,
+            precision=config.precision,
+            guard=config.guard,
+            checkpoint_at=config.checkpoint.at_samples,
+            evaluate_beside=self.job.measures_beside,
+        )
+
+    def _new_model(self, settings: ModelConfig) -> CLIP:
+        """Fresh, or with the weights that a run starts from; a checkpoint, where there is one, is restored later."""
+        model = CLIP(settings)
+        if self.config.weights is not None and ray.train.get_checkpoint() is None:
+            source = resolve_model(self.config.weights, self.job.tracking_uri)
+            model.load_state_dict(fit_weights(source.folder, settings))
+        if self.config.lock != "none":
+            model.lock(self.config.lock)
+        return model
+
+    def _restore(self) -> RunState:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None and self.job.origin:
+            with local_copy(self.job.origin) as path:
+                state = restore(path, self.model, self.optimizer, self.ema).branch()
+        elif checkpoint is None:
+            state = RunState(manifest_digest=self.job.spec.digest)
+        else:
+            with checkpoint.as_directory() as path:
+                state = restore(Path(path), self.model, self.optimizer, self.ema)
+            name = Path(checkpoint.path).name
+            if self.is_first and name not in waiting_checkpoints():
+                self._link(self.folder.checkpoints / name, state.samples_seen)
+        if state.manifest_digest != self.job.spec.digest:
+            raise UserError(f"the data set in '{self.job.spec.folder}' is not the one this run began with")
+        state.code_version, state.device = self.job.code_version, _device_name()
+        if self.is_first:
+            _forget_quarantined_after(self.folder.quarantine, state.samples_seen)
+        return state
+
+    def _step(self, metrics: Metrics, state: RunState) -> None:
+        told_lately = time.monotonic() - self._told_at < _PROGRESS_EVERY_S
+        if not self.is_first or (told_lately and state.samples_seen < self.job.total_samples):
+            return
+        self._told_at = time.monotonic()
+        shown = {"samples_seen": state.samples_seen, "loss": metrics["loss"], **metrics["rates"]}
+        self.job.monitor.update.remote(shown)
+
+    def _log(self, metrics: Metrics, state: RunState) -> None:
+        if self.tracker:
+            self.tracker.log({f"train/{key}": value for key, value in metrics.items()}, state.samples_seen)
+
+    def _notice(self, line: str) -> None:
+        if self.is_first:
+            self.job.monitor.note.remote(line)
+
+    def _replay(self, samples: np.ndarray) -> Iterator[Batch]:
+        rank = ray.train.get_context().get_world_rank()
+        return Stream(self.job.spec).again(samples, self._local_batch, rank, self.world_size)
+
+    def _evaluate(self) -> Metrics:
+        self._wait_until_measured()
+        with staged(self.folder.pictures) as pictures:
+            metrics = measure(self.config, self.model, pictures if self.is_first else None)
+        if self.ema is None:
+            return metrics
+        with self.ema.in_place():
+            return with_average(metrics, measure(self.config, self.model))
+
+    def _wait_until_measured(self) -> None:
+        """Wait for what is measured beside training: it comes in order, and no more than one checkpoint is behind."""
+        if not self.job.measures_beside:
+            return
+        for name in waiting_checkpoints() if self.is_first else ():
+            self._notice(f"waiting for the evaluation at {int(name[-12:]):,} samples")
+        wait_until_measured()
+
+    def _save(self, state: RunState, metrics: Metrics | None, seen: np.ndarray) -> None:
+        """Metrics of None are measured beside training, from the checkpoint."""
+        name = f"samples-{state.samples_seen:012}"
+        if metrics is None:
+            self._wait_until_measured()
+        content = checkpoint_metrics(self.config, state.samples_seen, metrics or {})
+        is_kept = passes(self.config.checkpoint.at_samples, state.num_given - len(seen), state.num_given)
+        reported = {"score": _KEPT_SCORE if is_kept else content["score"]}
+        if not self.is_first:
+            ray.train.report(reported, checkpoint_dir_name=name)
+            self._wait_for_verdict(state, metrics)
+            return
+        validation = to_measure(state.samples_seen, is_kept) if metrics is None else False
+        self._quarantine(seen[seen[:, 2] > 0], state.samples_seen)
+        config = self.config.model_dump(mode="json")
+        with tempfile.TemporaryDirectory() as scratch:
+            write_checkpoint(Path(scratch) / name, self.model, self.optimizer, state, config, content, self.ema)
+            if self.config.checkpoint.record_samples:
+                np.save(Path(scratch) / name / "samples.npy", seen)
+            checkpoint = ray.train.Checkpoint.from_directory(str(Path(scratch) / name))
+            there = self.folder.checkpoints / name
+            upload = (lambda written, _: upload_checkpoint(written, there)) if isinstance(there, S3Path) else None
+            ray.train.report(
+                reported,
+                checkpoint=checkpoint,
+                checkpoint_dir_name=name,
+                checkpoint_upload_fn=upload,
+                validation=validation,
+            )
+        if not (there / "state.json").is_file():
+            return  # Ray keeps nothing where another worker has died meanwhile; it is about to start all anew
+        self.folder.back_up_list()
+        assert self.tracker
+        self.tracker.log({f"skipped/{cause}": count for cause, count in state.skipped.items()}, state.samples_seen)
+        if metrics is not None:
+            self._link(there, state.samples_seen)
+        if metrics:
+            self._show(metrics, state)
+        self._wait_for_verdict(state, metrics)
+
+    def _wait_for_verdict(self, state: RunState, metrics: Metrics | None) -> None:
+        """Raise StoppedError, on all workers, where the run does not go on; one that has ended has nothing to ask."""
+        if not (self.job.judged and metrics) or state.num_given >= self.job.total_samples:
+            return
+        if self.is_first:
+            self.job.monitor.measure.remote({"samples_seen": state.samples_seen, **flatten(metrics)})
+        goes_on: Any = None
+        while (goes_on := ray.get(self.job.monitor.verdict.remote(state.samples_seen))) is None:
+            time.sleep(_VERDICT_POLL_S)
+        if not goes_on:
+            raise StoppedError
+
+    def _link(self, folder: Place, step: int) -> None:
+        link_checkpoint(
+            connect(self.job.tracking_uri), self.job.mlflow_run_id, folder, step, read_metrics(folder)["tasks"]
+        )
+
+    def _show(self, metrics: Metrics, state: RunState) -> None:
+        assert self.tracker
+        self.tracker.log(points(metrics), state.samples_seen)
+        with local_copy(self.folder.pictures) as pictures:
+            for picture in pictures.glob("*.png"):
+                self.tracker.log_picture(picture)
+        self._notice(told(state.samples_seen, metrics))
+
+    def _quarantine(self, skipped: np.ndarray, samples_seen: int) -> None:
+        stream = Stream(self.job.spec)
+        lines = []
+        for position, row, cause in skipped.tolist():
+            shard, offset = stream.place_at(position)
+            lines.append({"cause": CAUSES[cause], "shard": shard, "offset": offset,
+                          "row": row, "position": position, "samples_seen": samples_seen})  # fmt: skip
+        if lines:
+            append(self.folder.quarantine, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _device_name() -> str:
+    device = ray.train.torch.get_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+
+
+def _forget_quarantined_after(path: Place, samples_seen: int) -> None:
+    """Drop what was written for a checkpoint that was never finished; the stream meets those samples again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["samples_seen"] <= samples_seen]
+        write_text(path, "".join(line + "\n" for line in lines))

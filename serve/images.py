@@ -1,0 +1,192 @@
+"""A request's pictures: from base64 or a data: URI to bytes, and from bytes to the pixels that the model takes.
+
+Everything here reads what strangers send: whatever they send, the answer is pixels or a RequestError.
+"""
+
+import binascii
+import io
+import re
+import warnings
+
+import numpy as np
+from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from rayclip.data.decode import eval_array
+from rayclip.serve.schemas import Error
+
+READERS: dict[bytes, type[ImageFile]] = {
+    b"\xff\xd8\xff": JpegImageFile,
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"RIFF": WebPImageFile,
+    b"GIF8": GifImageFile,
+}
+"""The formats that are read, by how their files begin.
+
+They are what browsers show and other services take. Each further decoder could be attacked and has no such use: TIFF is
+a family of formats, BMP's runs are expanded in Python, EPS starts a program. The readers are called by name because
+Image.open has a limit of its own, below which it warns.
+"""
+
+MEDIA_TYPES = ("image/jpeg", "image/jpg", "image/png", "image/webp", "image/gif")
+
+MAX_ASPECT = 200
+"""Longer side over shorter. A picture is resized by its shorter side before its middle is cut out: 1 x 50,000 pixels
+would become 224 x 11,200,000. At this limit the resized picture has 200 times the pixels that are kept."""
+
+MAX_JPEG_SCANS = 100
+"""Encoders write about ten. A scan of some 70 bytes can make the decoder go over all pixels again."""
+
+TYPES = {401: "authentication_error", 403: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]{0,20}://", re.IGNORECASE)
+_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # those that a length follows, and the end
+_PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as warnings.filters holds it
+_SCAN, _END = b"\xda", b"\xd9"
+
+
+class RequestError(Exception):
+    """A request, or one picture of it, that cannot be answered. It keeps all it says when it is pickled.
+
+    `status` is the HTTP status, `message` one line for people, `code` one word for programs, and `param` the part of
+    the request that is meant, such as "images[3]".
+    """
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+        super().__init__(status, message, code, param)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
+
+    def to_error(self) -> Error:
+        """The error as it goes over the wire."""
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        # It may quote what a stranger wrote: line breaks, and what a terminal or a page would obey.
+        message = "".join(
+            character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in self.message
+        )
+        return Error(message=message, type=kind, param=self.param, code=self.code)
+
+
+def is_url(text: str) -> bool:
+    """Whether a picture is given as a URL, of whatever scheme. A data: URI is none, and base64 never looks like one."""
+    return _URL.match(text) is not None
+
+
+def picture_bytes(text: str, param: str, max_bytes: int) -> bytes:
+    """The file in base64 or in a base64 data: URI of a picture; line breaks are allowed, as encoders put them in.
+
+    Raises RequestError 422: image_media_type, image_not_base64, image_too_large (above max_bytes), image_empty.
+    """
+    if text[:5].lower() == "data:":
+        text = _data_of_uri(text, param)
+    text = text.replace("\r", "").replace("\n", "")
+    # Before decoding, and exactly: four characters hold three bytes, less one for each = at the end.
+    if len(text) // 4 * 3 - text[-2:].count("=") > max_bytes:
+        raise RequestError(422, f"the picture is longer than {max_bytes} bytes", "image_too_large", param)
+    try:
+        data = binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        raise _not_base64(text, param) from None
+    if not data:
+        raise RequestError(422, "the picture has no bytes", "image_empty", param)
+    return data
+
+
+def _data_of_uri(text: str, param: str) -> str:
+    header, comma, data = text[5:].partition(",")
+    media_type, *parameters = header.lower().split(";")
+    if media_type not in MEDIA_TYPES:
+        message = f"a data: URI must be of one of the types {', '.join(MEDIA_TYPES)}"
+        raise RequestError(422, message, "image_media_type", param)
+    if not comma or "base64" not in parameters[-1:]:
+        message = "a data: URI must be in base64: data:image/png;base64,..."
+        raise RequestError(422, message, "image_not_base64", param)
+    return data
+
+
+def _not_base64(text: str, param: str) -> RequestError:
+    """Names what is likely wrong, without repeating what may be a long text."""
+    if re.fullmatch(r"[A-Za-z0-9+/]+", text):
+        message = f"the base64 is cut off or lacks its = at the end: {len(text)} characters are no multiple of 4"
+    else:
+        message = "the picture must be base64: A-Z a-z 0-9 + / with = at the end, without spaces, or a data: URI of it"
+    return RequestError(422, message, "image_not_base64", param)
+
+
+def decode_picture(data: bytes, size: int, max_pixels: int) -> np.ndarray:
+    """The pixels of a file's (first) picture by CLIP's reference preprocess, uint8 [size, size, 3].
+
+    May be called from several threads. The header is read first: pictures of more than max_pixels are not decoded.
+    (Pillow has a limit for canvases of WebP and GIF, 179 million pixels, which a larger max_pixels does not lift.)
+
+    Raises RequestError 422 and nothing else: image_empty, image_undecodable, image_too_large, image_too_thin.
+    """
+    if not data:
+        raise RequestError(422, "the picture has no bytes", "image_empty")
+    _silence_pillow()
+    try:
+        with _open(data) as image:
+            _check_size(image.width, image.height, max_pixels)
+            return eval_array(image, size)
+    except RequestError:
+        raise
+    except (MemoryError, Image.DecompressionBombError):
+        raise RequestError(422, "the picture is too large to be decoded", "image_too_large") from None
+    # Mostly a BadSampleError, but damaged files make Pillow raise nearly anything: struct.error, EOFError, zlib.error.
+    except Exception:
+        raise _undecodable("it is damaged or cut off") from None
+
+
+def _silence_pillow() -> None:
+    """What Pillow warns of, such as a corrupt EXIF block, is written by strangers and is no business of the log.
+
+    For the process, as catch_warnings around each picture would not be safe in threads; and looked up each time, as
+    others' catch_warnings may have taken the filter away, while adding it anew makes Python forget what it has shown.
+    """
+    if _PILLOW_WARNINGS not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_PILLOW_WARNINGS[3].pattern)
+
+
+def _open(data: bytes) -> ImageFile:
+    """The picture with its header read. Raises RequestError, or what the reader raises."""
+    reader = next((reader for start, reader in READERS.items() if data.startswith(start)), None)
+    if reader is None:
+        raise _undecodable("it is not a JPEG, PNG, WebP or GIF file")
+    # The plain count takes no time and is enough for nearly all; videos that phones append have the bytes by chance.
+    if reader is JpegImageFile and data.count(b"\xff" + _SCAN) > MAX_JPEG_SCANS and _has_too_many_scans(data):
+        raise _undecodable(f"it has more than {MAX_JPEG_SCANS} scans")
+    return reader(io.BytesIO(data))
+
+
+def _has_too_many_scans(data: bytes) -> bool:
+    """Whether a JPEG has more than MAX_JPEG_SCANS, found by going from marker to marker as the decoder does."""
+    position, num_scans = 2, 0
+    while num_scans <= MAX_JPEG_SCANS:
+        marker = _JPEG_MARKER.search(data, position)
+        if marker is None or marker[1] == _END:
+            return False
+        num_scans += marker[1] == _SCAN
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
+    return True
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        message = f"the picture has {width} x {height} pixels; at most {max_pixels} are allowed"
+        raise RequestError(422, message, "image_too_large")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        message = f"the picture has {width} x {height} pixels; a side may be at most {MAX_ASPECT} times the other"
+        raise RequestError(422, message, "image_too_thin")
+
+
+def _undecodable(why: str) -> RequestError:
+    return RequestError(422, f"the picture cannot be decoded: {why}", "image_undecodable")
