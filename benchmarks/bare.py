@@ -59,12 +59,12 @@ class BareModel:
         rates = {layout: self.images_per_s(layout, seconds) for layout in layouts}
         return max(layouts, key=rates.__getitem__), {str(layout): round(rates[layout], 1) for layout in layouts}
 
-    def request_ms(self, pictures: Sequence[bytes], threads: int, count: int, rate: float) -> dict[str, list[float]]:
+    def request_ms(self, images: Sequence[bytes], threads: int, count: int, rate: float) -> dict[str, list[float]]:
         """Milliseconds of what a request needs at the least: decode a picture, run the tower, score the labels.
 
         At `rate` a second, as a service gets them: without a rest between them everything would be in the caches.
         """
-        self._workers[0].send(("request", threads, list(pictures), count, rate))
+        self._workers[0].send(("request", threads, list(images), count, rate))
         answer: dict[str, list[float]] = self._workers[0].recv()
         return answer
 
@@ -112,14 +112,14 @@ def _run_tower(model: CLIP, batch_size: int, seconds: float) -> float:
     return done / elapsed
 
 
-def _run_requests(model: CLIP, pictures: list[bytes], count: int, rate: float) -> dict[str, list[float]]:
+def _run_requests(model: CLIP, images: list[bytes], count: int, rate: float) -> dict[str, list[float]]:
     matrix = class_matrix(Encoder(model, get_tokenizer(model.context_length), "cpu"), labels(), TEMPLATE)
     logit_scale = model.logit_scale.exp().item()
     times: dict[str, list[float]] = {"decode": [], "tower": [], "score": [], "total": []}
     for index in range(-3, count):  # the first few are not counted
         time.sleep(1 / rate)
         marks = [time.perf_counter()]
-        array = eval_array(Image.open(io.BytesIO(pictures[index % len(pictures)])), model.visual.image_size)
+        array = eval_array(Image.open(io.BytesIO(images[index % len(images)])), model.visual.image_size)
         marks.append(time.perf_counter())
         features: Tensor = model.encode_image(torch.from_numpy(array)[None])
         marks.append(time.perf_counter())

@@ -108,7 +108,7 @@ class Tower:
         torch.set_num_threads(1)
         self._model = load_model(folder).eval()
         side = self._model.visual.image_size
-        self._picture_HWC = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        self._image_HWC = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
         self._executor = ThreadPoolExecutor(1)
         self._sizes: list[int] = []
         self._queue: GatherQueue[np.ndarray, np.ndarray] = GatherQueue(
@@ -121,7 +121,7 @@ class Tower:
         for _ in range(7):
             started = time.perf_counter()
             await asyncio.get_running_loop().run_in_executor(
-                self._executor, self._encode, [self._picture_HWC] * _MAX_BATCH_SIZE
+                self._executor, self._encode, [self._image_HWC] * _MAX_BATCH_SIZE
             )
             times.append(time.perf_counter() - started)
         return sorted(times)[3]
@@ -131,11 +131,9 @@ class Tower:
         # Methods that Serve puts onto the decorated function; its types do not know of them.
         self._batched.set_batch_wait_timeout_s(wait_s)  # type: ignore[attr-defined]
         submit = self._gathered if variant == GATHER else self._batched
-        await asyncio.gather(*(submit(self._picture_HWC) for _ in range(_MAX_BATCH_SIZE)))
+        await asyncio.gather(*(submit(self._image_HWC) for _ in range(_MAX_BATCH_SIZE)))
         self._sizes.clear()
-        outcome = await _load(
-            lambda: submit(self._picture_HWC), arrivals(rate, seconds, even=False, seed=seed), seconds
-        )
+        outcome = await _load(lambda: submit(self._image_HWC), arrivals(rate, seconds, even=False, seed=seed), seconds)
         figures = outcome.summary()
         return {
             "rate_per_s": round(rate, 1),
@@ -144,17 +142,17 @@ class Tower:
             **{key: figures[key] for key in ("p50_ms", "p95_ms", "p99_ms", "unanswered", "growth_s_per_s")},
         }
 
-    async def _gathered(self, picture_HWC: np.ndarray) -> np.ndarray:
-        return (await self._queue.submit([picture_HWC]))[0]
+    async def _gathered(self, image_HWC: np.ndarray) -> np.ndarray:
+        return (await self._queue.submit([image_HWC]))[0]
 
     @serve.batch(max_batch_size=_MAX_BATCH_SIZE)
-    async def _batched(self, pictures: list[np.ndarray]) -> list[np.ndarray]:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._encode, pictures)
+    async def _batched(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._encode, images)
 
-    def _encode(self, pictures: list[np.ndarray]) -> list[np.ndarray]:
-        self._sizes.append(len(pictures))
+    def _encode(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        self._sizes.append(len(images))
         with torch.inference_mode():
-            features_BE = self._model.encode_image(torch.from_numpy(np.stack(pictures))).numpy()
+            features_BE = self._model.encode_image(torch.from_numpy(np.stack(images))).numpy()
         return list(features_BE)
 
 

@@ -59,13 +59,13 @@ _RUNS_AND_NOISE: dict[LawForm, list[tuple[int, float]]] = {
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Shares of the draws whose interval holds the figure, a row a case."""
-    told: dict[str, Any] = {"draws": config.draws, "resamples": _RESAMPLES}
+    covered: dict[str, Any] = {"draws": config.draws, "resamples": _RESAMPLES}
     for form, cases in _RUNS_AND_NOISE.items():
         for frontier in _FRONTIERS if form != "chinchilla" else _FRONTIERS[:1]:
             for count, noise in cases:
                 key = f"{form} frontier={frontier} runs={count} noise={noise:g}"
-                told[key] = coverage(form, frontier, count, noise, config.draws)
-    return told
+                covered[key] = coverage(form, frontier, count, noise, config.draws)
+    return covered
 
 
 def coverage(form: LawForm, frontier: Frontier, count: int, noise: float, draws: int) -> dict[str, float]:

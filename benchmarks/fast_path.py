@@ -20,7 +20,7 @@ from scipy import stats
 from benchmarks.config import BenchmarkConfig
 from benchmarks.workload import jpegs
 from rayclip.config import GlyphsConfig, IngestConfig, ModelConfig, OptimizerConfig, ZeroShotTask
-from rayclip.data.decode import Box, crop_picture, open_image, random_box, to_rgb
+from rayclip.data.decode import Box, crop_image, open_image, random_box, to_rgb
 from rayclip.data.encode import to_sample
 from rayclip.data.formats.tar import Sample, write_shard
 from rayclip.data.manifest import Manifest
@@ -32,7 +32,7 @@ from rayclip.evaluation.tasks import Evaluator
 from rayclip.inference.encoder import Encoder
 from rayclip.models.clip import CLIP
 from rayclip.training.checkpoint import RunState
-from rayclip.training.loop import Hooks, Plan, Trainer
+from rayclip.training.loop import Hooks, LoopPlan, Trainer
 from rayclip.training.optimizer import build_optimizer
 
 _PICTURES = 48
@@ -66,7 +66,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def reference_crop(data: bytes, choose_box: Callable[[int, int], Box], size: int) -> np.ndarray:
-    """`crop_picture` by PIL alone, from the whole picture."""
+    """`crop_image` by PIL alone, from the whole picture."""
     image = to_rgb(open_image(data))
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=choose_box(*image.size)))
 
@@ -83,7 +83,7 @@ def _pixels(side: int, size: int) -> dict[str, float]:
     differences = []
     for data, draws in zip(jpegs(side, _PICTURES), np.random.default_rng(0).random((_PICTURES, 4)), strict=True):
         box = random_box(side, side, _SCALE, _RATIO, draws)
-        fast, slow = (crop(data, lambda *_, box=box: box, size) for crop in (crop_picture, reference_crop))
+        fast, slow = (crop(data, lambda *_, box=box: box, size) for crop in (crop_image, reference_crop))
         differences.append(np.abs(fast.astype(int) - slow))
     return {
         "mean": round(float(np.mean(differences)), 3),
@@ -154,7 +154,9 @@ def _top1(stream: Stream, evaluator: Evaluator, seed: int) -> float:
     torch.manual_seed(seed)
     model = CLIP(_MODEL)
     total = stream.num_remaining()
-    plan = Plan(_OPTIMIZER, total, log_every=total, checkpoint_every=total, evaluate_every=None, max_bad_fraction=0.0)
+    plan = LoopPlan(
+        _OPTIMIZER, total, log_every=total, checkpoint_every=total, evaluate_every=None, max_bad_fraction=0.0
+    )
     hooks = Hooks(_nothing, _nothing, dict, _nothing)
     trainer = Trainer(plan, model, build_optimizer(model, _OPTIMIZER), RunState(), stream.ledger(), hooks)
     trainer.run(stream.batches(_BATCH))

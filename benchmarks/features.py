@@ -29,7 +29,7 @@ from rayclip.models.clip import CLIP
 from rayclip.models.presets import preset as preset_of
 from rayclip.models.weights import Weights, write_weights
 from rayclip.orchestration.batch.embed import open_model
-from rayclip.orchestration.batch.features import Extraction, pictures_of
+from rayclip.orchestration.batch.features import Extraction, images_of
 from rayclip.orchestration.batch.task_runner import connect_for, run_jobs
 
 _CLASSES = ("a", "b")
@@ -41,7 +41,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _write_model(folder / "model", config.preset)
-        _write_pictures(folder / "data" / "pictures", config.samples, config.batch_size)
+        _write_images(folder / "data" / "pictures", config.samples, config.batch_size)
         rates = [_measure(config, folder, repeat) for repeat in range(config.repeats)]
     tower, bare, through_ray = (statistics.median(column) for column in zip(*rates, strict=True))
     return {
@@ -71,7 +71,7 @@ def _measure(config: BenchmarkConfig, folder: Path, repeat: int) -> tuple[float,
         }
     )
     model = open_model(suite.model, None)
-    extraction = pictures_of(open_suite(suite).datasets[0], model, suite)
+    extraction = images_of(open_suite(suite).datasets[0], model, suite)
     with bare_model(folder / "model", config.workers) as bare:
         tower = bare.images_per_s(Layout(config.workers, 1, config.batch_size), config.window_s)
     return tower, _without_ray(extraction, config.workers), _through_ray(extraction, suite)
@@ -128,7 +128,7 @@ def _write_model(folder: Path, name: str) -> None:
     write_weights(folder, Weights(config, CLIP(config).state_dict(), "rayclip"), "rayclip", "benchmark")
 
 
-def _write_pictures(folder: Path, count: int, part_samples: int) -> None:
+def _write_images(folder: Path, count: int, part_samples: int) -> None:
     (folder / "test").mkdir(parents=True)
     shard = folder / "test" / "0.tar"
     with shard.open("wb") as file:

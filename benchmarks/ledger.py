@@ -124,7 +124,7 @@ def _restart(checkpoint: Path, spec: StreamSpec) -> dict[str, float]:
     timed("order_of_epoch_s", lambda: stream.order.chunks(np.array([cursor])))
     num_remaining = timed("count_remaining_s", stream.num_remaining)
     rows = timed("half_done_windows_s", lambda: _half_done(stream))
-    assert stream.samples_before(spec.end) - num_remaining == state.num_given
+    assert stream.samples_before(spec.end) - num_remaining == state.samples_consumed
     assert sum(map(len, rows)) > 0
     return seconds
 

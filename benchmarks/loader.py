@@ -27,7 +27,7 @@ from ray.train.torch import TorchTrainer
 from benchmarks.config import BenchmarkConfig
 from benchmarks.loader_data import CHUNK, IMAGE_SIZE, RATIO, SCALE, WINDOW, Data, s3_server
 from benchmarks.peers import load_open_clip, load_open_clip_data
-from rayclip.data.decode import crop_picture, random_box
+from rayclip.data.decode import crop_image, random_box
 from rayclip.data.stream import Batch, Stream
 from rayclip.orchestration.cluster.connection import connect
 from rayclip.orchestration.train.stream import StreamConfig
@@ -109,11 +109,11 @@ def _one_core(data: Data, repeats: int) -> dict[str, Any]:
 
 def _pause(data: Data) -> dict[str, Any]:
     """How long a batch is waited for at an epoch's end, and elsewhere."""
-    told: list[tuple[float, int, int]] = []
+    rows: list[tuple[float, int, int]] = []
     with _pinned():
         for batch in Stream(data.spec(_EPOCHS)).batches(_BATCH):
-            told.append(_note(batch))
-    return _gaps(np.array(told), data)
+            rows.append(_note(batch))
+    return _gaps(np.array(rows), data)
 
 
 def _from_s3(data: Data, config: BenchmarkConfig) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _count(source: Iterable[Batch]) -> int:
 def _bare(data: Data) -> int:
     draws = np.random.default_rng(0).random((len(data.files), 4))
     for file, draw in zip(data.files, draws, strict=True):
-        crop_picture(file, partial(random_box, scale=SCALE, ratio=RATIO, draws=draw), IMAGE_SIZE)
+        crop_image(file, partial(random_box, scale=SCALE, ratio=RATIO, draws=draw), IMAGE_SIZE)
     return len(data.files)
 
 
@@ -199,9 +199,9 @@ def _through_ray(data: Data) -> dict[str, Any]:
             dataset_config=StreamConfig(spec, f"{storage}/loader"),
         )
         trainer.fit()
-        told = np.load(f"{storage}/batches.npy")
-    counts = told[:, 1]
-    settled = told[np.searchsorted(counts.cumsum(), _SETTLED * counts.sum()) :]
+        rows = np.load(f"{storage}/batches.npy")
+    counts = rows[:, 1]
+    settled = rows[np.searchsorted(counts.cumsum(), _SETTLED * counts.sum()) :]
     rate = settled[1:, 1].sum() / (settled[-1, 0] - settled[0, 0])
     return {"ray_images_per_s": round(float(rate), 1)} | {f"ray_{k}": v for k, v in _gaps(settled, data).items()}
 
@@ -217,12 +217,12 @@ def _note(batch: Batch) -> tuple[float, int, int]:
     return time.perf_counter(), len(real), int(real.max(initial=0))
 
 
-def _gaps(told: np.ndarray, data: Data) -> dict[str, float]:
+def _gaps(rows: np.ndarray, data: Data) -> dict[str, float]:
     """The longest wait for a batch around an epoch's end, and in other windows: their median, and the longest of all.
 
     By windows, since their batches come in a burst.
     """
-    gaps, epochs = np.diff(told[:, 0]), told[:, 2] // len(data.manifest)
+    gaps, epochs = np.diff(rows[:, 0]), rows[:, 2] // len(data.manifest)
     burst = WINDOW * CHUNK // _BATCH
     ends = np.flatnonzero(np.diff(epochs) > 0)
     around = np.zeros(len(gaps), dtype=bool)

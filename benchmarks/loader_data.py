@@ -29,21 +29,21 @@ _BUCKET = "loader"
 _START_TIMEOUT_S = 60.0
 
 
-_pictures = cache(jpegs)
+_images = cache(jpegs)
 
 
 class Data:
     """A data set of square JPEGs, on disk and in memory."""
 
-    def __init__(self, folder: Path, side: int, pictures: int) -> None:
+    def __init__(self, folder: Path, side: int, images: int) -> None:
         folder.mkdir(exist_ok=True)
-        files = _pictures(side, _DIFFERENT)
-        self.files = [files[i % len(files)] for i in range(pictures)]
+        files = _images(side, _DIFFERENT)
+        self.files = [files[i % len(files)] for i in range(images)]
         self._shards: list[tuple[str, int, list[Span]]] = []
-        for first in range(0, pictures, _SHARD):
+        for first in range(0, images, _SHARD):
             path = folder / f"{len(self._shards):06}.tar"
             with path.open("wb") as target:
-                spans = write_shard(target, map(self._sample, range(first, min(first + _SHARD, pictures))), CHUNK)
+                spans = write_shard(target, map(self._sample, range(first, min(first + _SHARD, images))), CHUNK)
             self._shards.append((path.name, path.stat().st_size, spans))
         self.folder, self.side, self.num_shards = folder, side, len(self._shards)
         self.manifest = Manifest.from_spans(folder, self._shards)

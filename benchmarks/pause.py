@@ -99,7 +99,7 @@ def _write_data(folder: Path, count: int) -> None:
 
 
 def _samples(count: int) -> Iterator[Sample]:
-    pictures, names = pngs(_SIDE), labels()
+    images, names = pngs(_SIDE), labels()
     for i, label in enumerate(np.random.default_rng(0).integers(len(names), size=count).tolist()):
-        files = {"png": pictures[i % len(pictures)], "txt": names[label].encode(), "cls": str(label).encode()}
+        files = {"png": images[i % len(images)], "txt": names[label].encode(), "cls": str(label).encode()}
         yield {"__key__": f"{i:06}".encode(), **files}

@@ -72,8 +72,8 @@ def make_app() -> FastAPI:
     @app.post("/v1/zero-shot")
     def zero_shot(request: ZeroShot) -> dict[str, Any]:
         with torch.inference_mode():
-            picture = Image.open(io.BytesIO(base64.b64decode(request.image)))
-            image_features = model.encode_image(preprocess(picture).unsqueeze(0), normalize=True)
+            image = Image.open(io.BytesIO(base64.b64decode(request.image)))
+            image_features = model.encode_image(preprocess(image).unsqueeze(0), normalize=True)
             text_features = label_features(tuple(request.templates.format(label) for label in request.labels))
             logits = model.logit_scale.exp() * image_features @ text_features.T
             scores, indices = logits.softmax(dim=-1)[0].topk(min(request.top_k, len(request.labels)))

@@ -95,8 +95,8 @@ class Server:
     def set_rate(self, rate: float) -> tuple[int, dict[str, int]]:
         """Share of requests that go wrong from now on; (requests, faults by kind) since it was last set."""
         self.pipe.send(rate)
-        told: tuple[int, dict[str, int]] = self.pipe.recv()
-        return told
+        received: tuple[int, dict[str, int]] = self.pipe.recv()
+        return received
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from rayclip.orchestration.train.stream import StreamConfig
 
 _TIMES = (1, 10, 100)
 _CHUNK, _CHUNKS_A_SHARD, _WINDOW = 4, 160, 8
-_LEG_WINDOWS, _WINDOWS = 512, 640
+_SEGMENT_WINDOWS, _WINDOWS = 512, 640
 """Of a leg, and of those that are streamed."""
 _SIDE, _BATCH = 16, 64
 _EVERY_S = 0.2
@@ -49,7 +49,7 @@ _KINDS = {
 def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Megabytes of each kind of process and seconds to the first batch at each size; bytes a chunk from the ends."""
     connect(local_cpus=3)
-    report: dict[str, Any] = {"leg_windows": _LEG_WINDOWS, "windows": _WINDOWS}
+    report: dict[str, Any] = {"leg_windows": _SEGMENT_WINDOWS, "windows": _WINDOWS}
     sizes = [times * config.chunks for times in _TIMES]
     peaks = []
     for chunks in sizes:
@@ -65,20 +65,20 @@ def _streamed(folder: Path, chunks: int) -> tuple[dict[str, float], dict[str, in
     """(what is told, peak of each kind of process in bytes)."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # whose memory is none of the driver's
         spec, in_memory = pool.apply(_write, (folder / "data", chunks))
-    told = folder / "batches.npy"
+    file = folder / "batches.npy"
     with _peaks() as peak:
         Stream(spec).num_remaining()
         started = time.time()
-        data = StreamConfig(spec, str(folder / "stream"), leg_windows=_LEG_WINDOWS)
+        data = StreamConfig(spec, str(folder / "stream"), segment_windows=_SEGMENT_WINDOWS)
         TorchTrainer(
             _consume,
-            train_loop_config={"told": str(told), "spec": spec},
+            train_loop_config={"told": str(file), "spec": spec},
             scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
             run_config=ray.train.RunConfig(name="stream", storage_path=str(folder)),
             datasets={"train": ray.data.range(1)},  # stands for the stream
             dataset_config=data,
         ).fit()
-    times, waits = np.load(told), np.diff(np.load(told))
+    times, waits = np.load(file), np.diff(np.load(file))
     figures = {
         "manifest_mb": in_memory / 1e6,
         "first_batch_s": times[1] - times[0],
@@ -93,8 +93,8 @@ def _write(folder: Path, chunks: int) -> tuple[StreamSpec, int]:
     """The data set's stream, and the bytes of its manifest's arrays."""
     folder.mkdir()
     samples = [
-        {"__key__": f"{i:06}".encode(), "png": picture, "txt": f"picture {i}".encode()}
-        for i, picture in enumerate(pngs(_SIDE)[: 16 * _CHUNK])
+        {"__key__": f"{i:06}".encode(), "png": image, "txt": f"picture {i}".encode()}
+        for i, image in enumerate(pngs(_SIDE)[: 16 * _CHUNK])
     ]
     with (folder / "000000.tar").open("wb") as target:
         spans = write_shard(target, samples, _CHUNK)

@@ -19,10 +19,10 @@ from rayclip.serve.fetch import UrlFetcher
 from rayclip.serve.images import RequestError
 from rayclip.serve.middleware.auth import ApiKeys
 from rayclip.serve.middleware.body_limit import LimitBody
-from rayclip.serve.middleware.request_guard import Gate, error_headers
-from rayclip.serve.request_parser import Intake, invalid
+from rayclip.serve.middleware.request_guard import RequestGuard, error_headers
+from rayclip.serve.request_parser import RequestParser, invalid
 from rayclip.serve.responses import answer, json_response
-from rayclip.serve.routes import add_answers
+from rayclip.serve.routes import add_answer_routes
 from rayclip.serve.schemas import (
     ErrorResponse,
     LabelSetInfo,
@@ -78,12 +78,16 @@ def build_api(service: Service, keys: ApiKeys | None) -> FastAPI:
     # What is added last stands outermost: a browser's preflight has no key, a body is measured before it is read.
     api.add_middleware(LimitBody, max_bytes=config.limits.max_body_bytes)
     api.add_middleware(
-        Gate, keys=keys, max_running=config.max_waiting, timeout_s=config.request_timeout_s, metrics=service.metrics
+        RequestGuard,
+        keys=keys,
+        max_running=config.max_waiting,
+        timeout_s=config.request_timeout_s,
+        metrics=service.metrics,
     )
     if config.cors_origins:
         api.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     _add_errors(api)
-    add_answers(api, service, Intake(config.limits, fetcher))
+    add_answer_routes(api, service, RequestParser(config.limits, fetcher))
     _add_label_sets(api, service)
     _add_operations(api, service)
     _add_page(api)
@@ -118,7 +122,7 @@ def _add_label_sets(api: FastAPI, service: Service) -> None:
 
 
 def _add_operations(api: FastAPI, service: Service) -> None:
-    probe = _probe_picture()
+    probe = _probe_image()
 
     @api.get("/v1/models", response_model=ModelsResponse)
     async def models() -> Response:
@@ -185,7 +189,7 @@ def _check_name(name: str) -> None:
         raise RequestError(422, message, "text_too_long", "name")
 
 
-def _probe_picture() -> bytes:
+def _probe_image() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), "grey").save(file, "PNG")
     return file.getvalue()

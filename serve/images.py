@@ -81,7 +81,7 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
-def picture_bytes(text: str, param: str, max_bytes: int) -> bytes:
+def image_payload(text: str, param: str, max_bytes: int) -> bytes:
     """The file in base64 or in a base64 data: URI of a picture; line breaks are allowed, as encoders put them in.
 
     Raises RequestError 422: image_media_type, image_not_base64, image_too_large (above max_bytes), image_empty.
@@ -122,7 +122,7 @@ def _not_base64(text: str, param: str) -> RequestError:
     return RequestError(422, message, "image_not_base64", param)
 
 
-def decode_picture(data: bytes, size: int, max_pixels: int) -> np.ndarray:
+def decode_image(data: bytes, size: int, max_pixels: int) -> np.ndarray:
     """The pixels of a file's (first) picture by CLIP's reference preprocess, uint8 [size, size, 3].
 
     May be called from several threads. The header is read first: pictures of more than max_pixels are not decoded.

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from rayclip.errors import nearest
 from rayclip.serve.config import LimitsConfig
 from rayclip.serve.fetch import UrlFetcher
-from rayclip.serve.images import RequestError, is_url, picture_bytes
+from rayclip.serve.images import RequestError, image_payload, is_url
 from rayclip.serve.schemas import (
     EmbeddingsRequest,
     HuggingFaceInputs,
@@ -47,7 +47,7 @@ _KEYS = {key for schema in _SCHEMAS for key in schema.model_fields}
 
 
 @dataclass
-class Pictures:
+class RequestImages:
     """A request's pictures in their order; those that could not be had, by index. `single`: it asked for one answer."""
 
     data: list[bytes]
@@ -55,21 +55,21 @@ class Pictures:
     single: bool
 
 
-class Intake:
+class RequestParser:
     """Reads requests within the limits."""
 
     def __init__(self, limits: LimitsConfig, fetcher: UrlFetcher) -> None:
         self._limits = limits
         self._fetcher = fetcher
 
-    async def zero_shot(self, request: Request) -> tuple[Pictures, ZeroShotOptions]:
+    async def zero_shot(self, request: Request) -> tuple[RequestImages, ZeroShotOptions]:
         """The pictures and the options of a zero-shot request of any form. Raises RequestError."""
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind == "application/json":
             body = parse(ZeroShotRequest, await request.body())
             texts = [body.image] if body.image is not None else body.images or []
             param = "image" if body.image is not None else "images"
-            return await self.pictures(texts, param, single=body.image is not None), body
+            return await self.images(texts, param, single=body.image is not None), body
         if kind == "multipart/form-data":
             return await self._form(request)
         if kind.startswith("image/") or kind == "application/octet-stream":
@@ -78,7 +78,7 @@ class Intake:
             return self._given([data], single=True), options
         raise RequestError(415, f"'{kind[:100]}' is neither JSON, a form with files nor a picture", "unsupported_media")
 
-    async def pictures(self, texts: Sequence[str], param: str, single: bool) -> Pictures:
+    async def images(self, texts: Sequence[str], param: str, single: bool) -> RequestImages:
         """Pictures from base64, data URIs and, where that is switched on, URLs. One that fails, fails alone."""
         self._check_number(len(texts))
         names = [param if single else f"{param}[{index}]" for index in range(len(texts))]
@@ -86,17 +86,17 @@ class Intake:
         errors = {index: error for index, error in enumerate(found) if isinstance(error, RequestError)}
         if single and errors:
             raise errors[0]
-        return Pictures([data if isinstance(data, bytes) else b"" for data in found], errors, single)
+        return RequestImages([data if isinstance(data, bytes) else b"" for data in found], errors, single)
 
     async def _picture(self, text: str, param: str) -> bytes | RequestError:
         try:
             if is_url(text):
                 return await self._fetcher.fetch(text, param)
-            return picture_bytes(text, param, self._limits.max_body_bytes)
+            return image_payload(text, param, self._limits.max_body_bytes)
         except RequestError as error:
             return error
 
-    async def _form(self, request: Request) -> tuple[Pictures, ZeroShotOptions]:
+    async def _form(self, request: Request) -> tuple[RequestImages, ZeroShotOptions]:
         most = self._limits
         _check_charset(request.headers["content-type"])
         try:
@@ -121,15 +121,15 @@ class Intake:
             if isinstance(value, UploadFile) and _is_file(key):
                 data.append(await value.read())
             elif _is_file(key):
-                data.append(picture_bytes(str(value), key, self._limits.max_body_bytes))
+                data.append(image_payload(str(value), key, self._limits.max_body_bytes))
             elif isinstance(value, UploadFile):
                 message = f"'{key[:100]}' is a file; pictures go under image or images"
                 raise RequestError(422, message, "invalid_form")
         return data
 
-    def _given(self, data: list[bytes], single: bool) -> Pictures:
+    def _given(self, data: list[bytes], single: bool) -> RequestImages:
         self._check_number(len(data))
-        return Pictures(data, {}, single)
+        return RequestImages(data, {}, single)
 
     def _check_number(self, number: int) -> None:
         if not number:

@@ -11,15 +11,15 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from rayclip.serve.images import RequestError
-from rayclip.serve.request_parser import Intake, Pictures
+from rayclip.serve.request_parser import RequestImages, RequestParser
 from rayclip.serve.responses import answer, json_response, timing_headers
 from rayclip.serve.schemas import (
     Embedding,
     EmbeddingsRequest,
     EmbeddingsResponse,
     HuggingFaceRequest,
+    ImageResult,
     LabelScore,
-    PictureResult,
     Prediction,
     Ranked,
     RankItem,
@@ -33,7 +33,7 @@ from rayclip.serve.schemas import (
 from rayclip.serve.service import Scored, Service
 
 
-def add_answers(api: FastAPI, service: Service, intake: Intake) -> None:
+def add_answer_routes(api: FastAPI, service: Service, parser: RequestParser) -> None:
     """Zero-shot, the Hugging Face task, embeddings and ranks."""
 
     @api.post("/v1/zero-shot", openapi_extra=_zero_shot_bodies(), response_model=ZeroShotResponse)
@@ -44,14 +44,14 @@ def add_answers(api: FastAPI, service: Service, intake: Intake) -> None:
         several pictures, one that cannot be read has its error in place of predictions; a single one is a 422.
         """
         started = time.perf_counter()
-        pictures, options = await intake.zero_shot(request)
+        pictures, options = await parser.zero_shot(request)
         read = time.perf_counter() - started
         labels, templates = await _labels_and_templates(service, options)
         scored = await _score(service, pictures, labels, templates, options)
         results = [
-            PictureResult(index=i, error=scored.errors[i].to_error())
+            ImageResult(index=i, error=scored.errors[i].to_error())
             if i in scored.errors
-            else PictureResult(index=i, predictions=_best(row, labels, options.top_k))
+            else ImageResult(index=i, predictions=_best(row, labels, options.top_k))
             for i, row in enumerate(scored.scores)
         ]
         response = ZeroShotResponse(
@@ -66,7 +66,7 @@ def add_answers(api: FastAPI, service: Service, intake: Intake) -> None:
         template = asked.hypothesis_template
         options = ZeroShotOptions(labels=asked.candidate_labels, templates=None if template is None else [template])
         picture = body.inputs if isinstance(body.inputs, str) else body.inputs.image
-        pictures = await intake.pictures([picture], "inputs", single=True)
+        pictures = await parser.images([picture], "inputs", single=True)
         labels, templates = await _labels_and_templates(service, options)
         scored = await _score(service, pictures, labels, templates, options)
         best = [LabelScore(label=p.label, score=p.score) for p in _best(scored.scores[0], labels, None)]
@@ -77,7 +77,7 @@ def add_answers(api: FastAPI, service: Service, intake: Intake) -> None:
     async def embeddings(body: EmbeddingsRequest) -> Response:
         """Features of texts and pictures, of length 1, in OpenAI's form."""
         items = [body.input] if isinstance(body.input, str) else body.input
-        features, version, tokens = await _embed(service, intake, items, _modalities(body, items), body)
+        features, version, tokens = await _embed(service, parser, items, _modalities(body, items), body)
         if body.dimensions not in (None, features.shape[1]):
             message = f"dimensions must be {features.shape[1]}: a CLIP's features do not nest"
             raise RequestError(422, message, "invalid_dimensions", "dimensions")
@@ -91,7 +91,7 @@ def add_answers(api: FastAPI, service: Service, intake: Intake) -> None:
         items = [_rank_item(item) for item in [body.query, *body.candidates]]
         values = [item.text or item.image or "" for item in items]
         kinds = ["text" if item.text is not None else "image" for item in items]
-        features, version, _ = await _embed(service, intake, values, kinds, body)
+        features, version, _ = await _embed(service, parser, values, kinds, body)
         cosines = features[1:] @ features[0]
         scale = next((m.logit_scale for m in await service.models() if m.id == version), None) or 1.0
         probabilities = torch.from_numpy(scale * cosines).softmax(dim=0).numpy()
@@ -110,7 +110,11 @@ async def _labels_and_templates(service: Service, options: ZeroShotOptions) -> t
 
 
 async def _score(
-    service: Service, pictures: Pictures, labels: tuple[str, ...], templates: tuple[str, ...], options: ZeroShotOptions
+    service: Service,
+    pictures: RequestImages,
+    labels: tuple[str, ...],
+    templates: tuple[str, ...],
+    options: ZeroShotOptions,
 ) -> Scored:
     """Scores of the pictures that could be had, and the errors of the others. A single one's error is raised."""
     there = [i for i in range(len(pictures.data)) if i not in pictures.errors]
@@ -131,7 +135,7 @@ async def _score(
 
 async def _embed(
     service: Service,
-    intake: Intake,
+    parser: RequestParser,
     items: Sequence[str],
     modalities: Sequence[str],
     body: EmbeddingsRequest | RankRequest,
@@ -143,7 +147,7 @@ async def _embed(
     texts = [i for i, kind in enumerate(modalities) if kind == "text"]
     images = [i for i, kind in enumerate(modalities) if kind == "image"]
     service.check_texts([items[i] for i in texts], "input")
-    pictures = await intake.pictures([items[i] for i in images], "input", single=False) if images else None
+    pictures = await parser.images([items[i] for i in images], "input", single=False) if images else None
     if pictures is not None and pictures.errors:
         raise next(iter(pictures.errors.values()))
 

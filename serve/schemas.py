@@ -9,7 +9,7 @@ MAX_KEYS = 50
 MAX_CANDIDATES = 10_000
 """Whatever the settings allow: each costs some microseconds before they are looked at, and millions fit into a body."""
 
-Picture = Annotated[str, Field(min_length=1, description="base64, a data: URI, or, where that is switched on, a URL")]
+Image64 = Annotated[str, Field(min_length=1, description="base64, a data: URI, or, where that is switched on, a URL")]
 Text = Annotated[str, Field(min_length=1)]
 # The first wrong item is enough. An error for each of the five million that fit into a body took minutes and gigabytes.
 Texts = Annotated[list[Text], Field(fail_fast=True)]
@@ -60,8 +60,8 @@ class ZeroShotOptions(Request):
 class ZeroShotRequest(ZeroShotOptions):
     """POST /v1/zero-shot"""
 
-    image: Picture | None = Field(None, description="one picture")
-    images: Annotated[list[Picture], Field(fail_fast=True)] | None = Field(
+    image: Image64 | None = Field(None, description="one picture")
+    images: Annotated[list[Image64], Field(fail_fast=True)] | None = Field(
         None, min_length=1, description="several pictures"
     )
 
@@ -75,7 +75,7 @@ class ZeroShotRequest(ZeroShotOptions):
 class HuggingFaceInputs(Request):
     """The object form of `inputs`, which the JavaScript client sends."""
 
-    image: Picture
+    image: Image64
 
 
 class HuggingFaceParameters(Request):
@@ -88,7 +88,7 @@ class HuggingFaceParameters(Request):
 class HuggingFaceRequest(Request):
     """POST /v1/zero-shot-image-classification"""
 
-    inputs: Picture | HuggingFaceInputs
+    inputs: Image64 | HuggingFaceInputs
     parameters: HuggingFaceParameters
 
 
@@ -109,7 +109,7 @@ class RankItem(Request):
     """A text or a picture."""
 
     text: Text | None = None
-    image: Picture | None = None
+    image: Image64 | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "RankItem":
@@ -159,7 +159,7 @@ class Prediction(BaseModel):
     index: int
 
 
-class PictureResult(BaseModel):
+class ImageResult(BaseModel):
     """The best labels of one picture, or why it has none."""
 
     index: int
@@ -174,7 +174,7 @@ class ZeroShotResponse(BaseModel):
     model: str = Field(description="the version that gave the answer")
     templates: list[str]
     scores: Scores
-    results: list[PictureResult]
+    results: list[ImageResult]
 
 
 class LabelScore(BaseModel):
@@ -224,7 +224,7 @@ class RankResponse(BaseModel):
     results: list[Ranked]
 
 
-class Model(BaseModel):
+class ServedModel(BaseModel):
     """A loaded version."""
 
     id: str
@@ -243,7 +243,7 @@ class ModelsResponse(BaseModel):
     """GET /v1/models"""
 
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[ServedModel]
 
 
 class LabelSetInfo(BaseModel):

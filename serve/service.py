@@ -28,7 +28,7 @@ from rayclip.serve.images import RequestError
 from rayclip.serve.metrics import IngressMetrics, collect
 from rayclip.serve.schemas import LabelSetInfo, Scores
 from rayclip.serve.towers.encoders import ClassMatrix, Encoded
-from rayclip.serve.versions.routing_table import Report, Table
+from rayclip.serve.versions.routing_table import ReplicaReport, RoutingTable
 
 Result = TypeVar("Result")
 
@@ -63,7 +63,7 @@ class Service:
         self._image, self._text, self._coordinator = image, text, coordinator
         self._matrices: LruCache[ClassMatrix] = LruCache(config.cache_bytes, lambda matrix: matrix.num_bytes)
         self._computing: dict[Any, asyncio.Task[ClassMatrix]] = {}
-        self._table = Table({}, {})
+        self._table = RoutingTable({}, {})
         self._label_sets: dict[str, LabelSetInfo] = {}
         self._healthy_until = 0.0
 
@@ -89,7 +89,7 @@ class Service:
 
     async def zero_shot(
         self,
-        pictures: Sequence[bytes],
+        images: Sequence[bytes],
         labels: Sequence[str],
         templates: tuple[str, ...],
         kind: Scores,
@@ -100,7 +100,7 @@ class Service:
         async def ask(version: str) -> Scored:
             async with asyncio.TaskGroup() as group:
                 matrix = group.create_task(self.class_matrix(version, labels, templates))
-                encoded = group.create_task(self.encode_images(version, pictures))
+                encoded = group.create_task(self.encode_images(version, images))
             started = time.perf_counter()
             scores = score(encoded.result().features, matrix.result(), kind)
             seconds = encoded.result().seconds | {"score": time.perf_counter() - started}
@@ -138,10 +138,10 @@ class Service:
         finally:
             del self._computing[key]
 
-    async def encode_images(self, version: str, pictures: Sequence[bytes]) -> Encoded:
+    async def encode_images(self, version: str, images: Sequence[bytes]) -> Encoded:
         """Features of pictures, spread over the replicas."""
         started = time.perf_counter()
-        parts = [pictures[i : i + _PICTURES_A_CALL] for i in range(0, len(pictures), _PICTURES_A_CALL)]
+        parts = [images[i : i + _PICTURES_A_CALL] for i in range(0, len(images), _PICTURES_A_CALL)]
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._call(self._image.encode, version, part)) for part in parts]
         encoded = _joined([task.result() for task in tasks])
@@ -232,17 +232,17 @@ class Service:
         await self._refresh()
         return await self._call(self._coordinator.metrics)
 
-    async def check(self, picture: bytes) -> None:
+    async def check(self, image: bytes) -> None:
         """Run both towers of every version that has traffic. Raises what they raise; an answer holds for a second."""
         if time.monotonic() < self._healthy_until:
             return
-        await _unwrapped(self._probe(picture))
+        await _unwrapped(self._probe(image))
         self._healthy_until = time.monotonic() + 1
 
-    async def _probe(self, picture: bytes) -> None:
+    async def _probe(self, image: bytes) -> None:
         async with asyncio.TaskGroup() as group:
             for version in self._table.traffic:
-                group.create_task(self.encode_images(version, [picture]))
+                group.create_task(self.encode_images(version, [image]))
                 group.create_task(self.encode_texts(version, ["a probe"]))
 
     async def _call(self, method: Any, *args: Any) -> Any:
@@ -269,7 +269,7 @@ class Service:
         self.metrics.cache_hits.set(self._matrices.hits)
         self.metrics.cache_misses.set(self._matrices.misses)
         self.metrics.cache_bytes.set(self._matrices.num_bytes)
-        report = Report(self._replica, "ingress", metrics=collect(self.metrics.registry))
+        report = ReplicaReport(self._replica, "ingress", metrics=collect(self.metrics.registry))
         self._table = await self._call(self._coordinator.report, report)
         self._matrices.drop(lambda key: key[0] not in self._table.sources)  # type: ignore[index]  # a tuple
 

@@ -44,8 +44,8 @@ class Corpus:
 
 def build_corpus() -> Corpus:
     """Odd samples are spread over all shards but the two that are lost, where all count as unreadable."""
-    pictures = [soft_noise(seed) for seed in range(_NUM_PICTURES)]
-    plain = [encoded(pixels, "JPEG", quality=95, subsampling=0) for pixels in pictures]
+    images = [soft_noise(seed) for seed in range(_NUM_PICTURES)]
+    plain = [encoded(pixels, "JPEG", quality=95, subsampling=0) for pixels in images]
     # 25 samples of each that is bad, ten of each that is odd: with the lost ones they are a twentieth.
     todo = [(kind, *BAD[kind]) for kind in BAD for _ in range(25)]
     todo += [(kind, "fine", partial(_odd, ODD[kind])) for kind in ODD for _ in range(10)]
@@ -54,7 +54,7 @@ def build_corpus() -> Corpus:
     odd = dict(zip(chosen, todo, strict=True))
     corpus = Corpus([], [], [], [])
     for i in range(NUM_SAMPLES):
-        pixels = pictures[i % _NUM_PICTURES]
+        pixels = images[i % _NUM_PICTURES]
         files = {"jpg": plain[i % _NUM_PICTURES], "txt": f"picture number {i}".encode()}
         kind, cause, spoil = odd.get(i, ("plain", "fine", lambda files, pixels, i: files))
         lost = i // SHARD_SAMPLES == GONE or (i // SHARD_SAMPLES == HALF and i % SHARD_SAMPLES >= SHARD_SAMPLES // 2)

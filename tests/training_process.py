@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from rayclip.io.paths import place_of
+from rayclip.io.paths import storage_path
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 180
@@ -26,7 +26,7 @@ class TrainingProcess:
     def __init__(self, folder: Path, config: dict, address: str | None = None) -> None:
         path = folder / f"{config['name']}.yaml"
         path.write_text(json.dumps(config))
-        self.checkpoints = place_of(config.get("runs", folder / "runs")) / config["name"] / "checkpoints"
+        self.checkpoints = storage_path(config.get("runs", folder / "runs")) / config["name"] / "checkpoints"
         self.log = folder / f"{config['name']}.log"
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform"}
         environment.pop("RAY_ADDRESS", None)

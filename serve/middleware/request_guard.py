@@ -23,7 +23,7 @@ _HEADERS = [
 ]
 
 
-class Gate:
+class RequestGuard:
     """ASGI middleware; answers 401, 408, 429 and 504 by itself, and 500 without a word of what went wrong inside."""
 
     def __init__(

@@ -12,7 +12,7 @@ _READ = ("x_request_id", "traceparent", "tracestate")
 _MAX_READ = 200
 
 
-class DropHeaders:
+class StripRayHeaders:
     """ASGI middleware that lets no header through that Ray obeys, and of those that it reads only plain short ones.
 
     Ray decodes them as UTF-8 outside of everything that makes answers out of errors: one byte that is none was a 500.
@@ -37,4 +37,4 @@ def _may_pass(name: bytes, value: bytes) -> bool:
 
 def middlewares() -> list[Middleware]:
     """What Ray is to put before its own."""
-    return [Middleware(DropHeaders)]
+    return [Middleware(StripRayHeaders)]

@@ -24,10 +24,10 @@ from rayclip.inference.zero_shot import class_prompts, mean_of_prompts
 from rayclip.models.clip import CLIP
 from rayclip.serve.cache import LruCache
 from rayclip.serve.config import EncoderConfig, ServeConfig
-from rayclip.serve.images import RequestError, decode_picture
+from rayclip.serve.images import RequestError, decode_image
 from rayclip.serve.metrics import EncoderMetrics, collect
 from rayclip.serve.towers.batching import GatherQueue, QueueFullError
-from rayclip.serve.versions.routing_table import ModelInfo, Report, Source, Table
+from rayclip.serve.versions.routing_table import ModelInfo, ReplicaReport, RoutingTable, VersionSource
 from rayclip.training.checkpoint import load_model
 
 Item = TypeVar("Item")
@@ -121,7 +121,7 @@ class Tower(Generic[Item]):
         except UserError:
             raise RequestError(503, f"the model '{version}' cannot be loaded", "model_failed", "model") from None
 
-    async def _load_one(self, version: str, source: Source) -> None:
+    async def _load_one(self, version: str, source: VersionSource) -> None:
         try:
             model = await asyncio.to_thread(read_model, source, self._config.tracking_uri)
             self._models[version] = self._wrap(version, model)
@@ -172,10 +172,10 @@ class Tower(Generic[Item]):
         self._metrics.refused.labels(self.kind).inc()
         return RequestError(429, "the service is busy: try again in a second", "overloaded")
 
-    async def _report(self) -> Table:
+    async def _report(self) -> RoutingTable:
         self._metrics.waiting.labels(self.kind).set(sum(model.queue.waiting for model in self._models.values()))
         infos = {version: model.info for version, model in self._models.items()}
-        report = Report(self._replica, self.kind, infos, dict(self._failed), collect(self._metrics.registry))
+        report = ReplicaReport(self._replica, self.kind, infos, dict(self._failed), collect(self._metrics.registry))
         return await self._coordinator.report.remote(report)
 
     async def _report_forever(self) -> None:
@@ -211,42 +211,42 @@ class ImageEncoder(Tower[np.ndarray]):
         self._decoding = 0
         await self._start(config, config.image_encoder, coordinator)
 
-    async def encode(self, version: str, pictures: Sequence[bytes]) -> Encoded:
+    async def encode(self, version: str, images: Sequence[bytes]) -> Encoded:
         """Features of encoded pictures; one that cannot be read fails alone. Raises RequestError: 429 and 404."""
         loaded = await self._model(version)
         try:
-            loaded.queue.check_room(len(pictures) + self._decoding)
+            loaded.queue.check_room(len(images) + self._decoding)
         except QueueFullError:
             raise self._full() from None
         started = time.perf_counter()
-        decoded = await self._decode(pictures, loaded.info.image_size)
+        decoded = await self._decode(images, loaded.info.image_size)
         errors = {i: result for i, result in enumerate(decoded) if isinstance(result, RequestError)}
         for error in errors.values():
             self._metrics.broken.labels(error.code).inc()
         queued = time.perf_counter()
         rows = await self._submit(loaded, [result for result in decoded if isinstance(result, np.ndarray)])
-        features = np.zeros((len(pictures), loaded.info.embed_dim), np.float32)
-        readable = [i for i in range(len(pictures)) if i not in errors]
+        features = np.zeros((len(images), loaded.info.embed_dim), np.float32)
+        readable = [i for i in range(len(images)) if i not in errors]
         if readable:
             features[readable] = rows
         tower = self._last_run_s if readable else 0.0
         waited = time.perf_counter() - queued - tower
         return Encoded(features, errors, {"decode": queued - started, "queue": waited, "tower": tower})
 
-    async def _decode(self, pictures: Sequence[bytes], size: int) -> list[np.ndarray | RequestError]:
+    async def _decode(self, images: Sequence[bytes], size: int) -> list[np.ndarray | RequestError]:
         loop = asyncio.get_running_loop()
-        self._decoding += len(pictures)
+        self._decoding += len(images)
         try:
             jobs = [
                 loop.run_in_executor(self._decoders, decode_or_error, data, size, self._config.limits.max_pixels)
-                for data in pictures
+                for data in images
             ]
             return await asyncio.gather(*jobs)
         finally:
-            self._decoding -= len(pictures)
+            self._decoding -= len(images)
 
     def _runner(self, encoder: Encoder) -> Callable[[list[np.ndarray]], list[np.ndarray]]:
-        return lambda pictures: list(encoder.encode_images(np.stack(pictures)).cpu().numpy())
+        return lambda images: list(encoder.encode_images(np.stack(images)).cpu().numpy())
 
     def _probe(self, loaded: Loaded[np.ndarray]) -> np.ndarray:
         return np.zeros((loaded.info.image_size, loaded.info.image_size, 3), np.uint8)
@@ -303,12 +303,12 @@ class TextEncoder(Tower[str]):
 def decode_or_error(data: bytes, size: int, max_pixels: int) -> np.ndarray | RequestError:
     """The picture as the tower takes it, or why not."""
     try:
-        return decode_picture(data, size, max_pixels)
+        return decode_image(data, size, max_pixels)
     except RequestError as error:
         return error
 
 
-def read_model(source: Source, tracking_uri: str | None) -> CLIP:
+def read_model(source: VersionSource, tracking_uri: str | None) -> CLIP:
     """The model from the folder where that is on this machine too, else fetched by its URI. Raises UserError."""
     if Path(source.folder).exists():
         return load_model(source.folder)

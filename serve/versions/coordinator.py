@@ -8,13 +8,13 @@ from urllib.parse import quote
 
 from rayclip.errors import UserError
 from rayclip.io.files import write_text
-from rayclip.io.paths import Place, matching, place_of
+from rayclip.io.paths import StoragePath, matching, storage_path
 from rayclip.serve.config import ServeConfig
 from rayclip.serve.images import RequestError
 from rayclip.serve.metrics import render
-from rayclip.serve.schemas import LabelSetInfo, Model
+from rayclip.serve.schemas import LabelSetInfo, ServedModel
 from rayclip.serve.versions.rollout import Rollout
-from rayclip.serve.versions.routing_table import Report, Source, Table
+from rayclip.serve.versions.routing_table import ReplicaReport, RoutingTable, VersionSource
 from rayclip.tracking.registry import fetch, find_version, is_registered, resolve_model
 
 _logger = logging.getLogger("ray.serve")
@@ -37,13 +37,13 @@ class Coordinator:
             await self._look(role, uri)
         self._watching = asyncio.create_task(self._watch())
 
-    async def report(self, report: Report) -> Table:
+    async def report(self, report: ReplicaReport) -> RoutingTable:
         """A replica's word; the answer is what it is to do."""
         self._rollout.hear(report, time.monotonic())
         self._advance()
         return self._rollout.table()
 
-    async def models(self) -> list[Model]:
+    async def models(self) -> list[ServedModel]:
         """Every version that is loaded or being loaded."""
         table = self._rollout.table()
         return [self._describe(version, table.traffic.get(version, 0.0)) for version in table.sources]
@@ -97,15 +97,15 @@ class Coordinator:
                 return
             source = await asyncio.to_thread(fetch, version, tracking_uri)
             uri = f"models:/{version}"
-        self._rollout.want(role, source.version, Source(uri, str(source.folder)))
+        self._rollout.want(role, source.version, VersionSource(uri, str(source.folder)))
 
     def _advance(self) -> None:
         for role, old, new in self._rollout.advance(time.monotonic()):
             _logger.info("%s: %s takes over from %s", role, new, old)
 
-    def _describe(self, version: str, share: float) -> Model:
+    def _describe(self, version: str, share: float) -> ServedModel:
         info = self._rollout.info(version)
-        return Model(
+        return ServedModel(
             id=version,
             created=self._started,
             share=share,
@@ -122,7 +122,7 @@ def _read_label_sets(config: ServeConfig) -> dict[str, LabelSetInfo]:
         name: LabelSetInfo(name=name, labels=list(each.labels), templates=_plain(each.templates))
         for name, each in config.label_sets.items()
     }
-    for path in matching(place_of(config.state_folder), "label_sets/*.json") if config.state_folder else ():
+    for path in matching(storage_path(config.state_folder), "label_sets/*.json") if config.state_folder else ():
         kept = LabelSetInfo.model_validate(json.loads(path.read_text()))
         sets[kept.name] = kept
     return sets
@@ -132,5 +132,5 @@ def _plain(templates: str | tuple[str, ...] | None) -> str | list[str] | None:
     return list(templates) if isinstance(templates, tuple) else templates
 
 
-def _label_set_path(state_folder: str, name: str) -> Place:
-    return place_of(state_folder) / "label_sets" / f"{quote(name, safe='')}.json"
+def _label_set_path(state_folder: str, name: str) -> StoragePath:
+    return storage_path(state_folder) / "label_sets" / f"{quote(name, safe='')}.json"

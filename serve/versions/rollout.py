@@ -6,14 +6,14 @@ No Ray and no clock of its own in here: the coordinator feeds it with what the r
 from dataclasses import dataclass
 from typing import Literal
 
-from rayclip.serve.versions.routing_table import ModelInfo, Report, Source, Table
+from rayclip.serve.versions.routing_table import ModelInfo, ReplicaReport, RoutingTable, VersionSource
 
 _TOWERS = ("image", "text")
 
 
 @dataclass
 class _Seen:
-    report: Report
+    report: ReplicaReport
     at: float
 
 
@@ -32,11 +32,11 @@ class Rollout:
         self._retire_s = retire_s
         self._wanted: dict[str, str] = {}
         self._active: dict[str, str] = {}
-        self._sources: dict[str, Source] = {}
+        self._sources: dict[str, VersionSource] = {}
         self._retired_at: dict[str, float] = {}
         self._seen: dict[str, _Seen] = {}
 
-    def want(self, role: str, version: str, source: Source) -> None:
+    def want(self, role: str, version: str, source: VersionSource) -> None:
         """A role is to be filled by a version. The first is active at once: there is nothing to hold on to."""
         self._wanted[role] = version
         self._sources[version] = source
@@ -46,7 +46,7 @@ class Rollout:
         """The version that is to fill the role."""
         return self._wanted.get(role)
 
-    def hear(self, report: Report, now: float) -> None:
+    def hear(self, report: ReplicaReport, now: float) -> None:
         """Take a replica's word."""
         self._seen[report.replica] = _Seen(report, now)
 
@@ -69,12 +69,12 @@ class Rollout:
                 del self._sources[version], self._retired_at[version]
         return swaps
 
-    def table(self) -> Table:
+    def table(self) -> RoutingTable:
         """What replicas go by. Roles filled by one version add up."""
         traffic: dict[str, float] = {}
         for role, version in self._active.items():
             traffic[version] = traffic.get(version, 0.0) + self._shares[role]
-        return Table(traffic, dict(self._sources))
+        return RoutingTable(traffic, dict(self._sources))
 
     def state(self, version: str) -> Literal["serving", "loading", "retiring", "failed"]:
         """serving, loading, failed or retiring."""
@@ -92,7 +92,7 @@ class Rollout:
         """What the version is like, once a replica has it."""
         return next((s.report.loaded[version] for s in self._seen.values() if version in s.report.loaded), None)
 
-    def reports(self) -> list[Report]:
+    def reports(self) -> list[ReplicaReport]:
         """What the replicas said last."""
         return [seen.report for seen in self._seen.values()]
 

@@ -7,7 +7,7 @@ Kind = Literal["image", "text", "ingress"]
 
 
 @dataclass(frozen=True)
-class Source:
+class VersionSource:
     """Where a version's weights are: under `folder` on the coordinator's machine, by `uri` from everywhere."""
 
     uri: str
@@ -24,15 +24,15 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
-class Table:
+class RoutingTable:
     """Which versions take the traffic, with their shares, and which are to be loaded."""
 
     traffic: dict[str, float]
-    sources: dict[str, Source]
+    sources: dict[str, VersionSource]
 
 
 @dataclass(frozen=True)
-class Report:
+class ReplicaReport:
     """What a replica says of itself every `poll_s`: its versions, those it could not load and why, its metrics."""
 
     replica: str

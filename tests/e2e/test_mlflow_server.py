@@ -106,7 +106,7 @@ def test_a_run_goes_through_the_server_into_database_and_bucket(server, s3, tmp_
     tracker = tracking.MlflowTracker(server, run_id)
     tracker.log({tracking.STEP_METRIC: 0.5}, 10)
     (tmp_path / "sheet.png").write_bytes(b"a picture")
-    tracker.log_picture(tmp_path / "sheet.png")
+    tracker.log_image(tmp_path / "sheet.png")
     tracker.close()
     tracking.close_run(server, run_id, succeeded=True)
 

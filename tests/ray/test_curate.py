@@ -20,12 +20,12 @@ COPIES = {30: 3, 31: 3, 32: 7}
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, write_dataset):
-    pictures = jpegs(96, 40)
+    images = jpegs(96, 40)
     samples = []
     for i in range(40):
         caption = "a lighthouse by the sea" if i % 2 else "a teapot on the table"
-        picture = pictures[COPIES.get(i, i)]
-        samples.append({"__key__": f"{i:03}".encode(), "jpg": picture, "txt": caption.encode(), "json": b"{}"})
+        image = images[COPIES.get(i, i)]
+        samples.append({"__key__": f"{i:03}".encode(), "jpg": image, "txt": caption.encode(), "json": b"{}"})
     del samples[5]["txt"]
     samples[6]["jpg"] = samples[6]["jpg"][:200]
     samples[8]["txt"] = b"x"

@@ -31,7 +31,7 @@ from rayclip.inference.zero_shot import class_matrix, zero_shot_probabilities
 from rayclip.models.clip import CLIP
 from rayclip.orchestration.batch import task_runner as pool
 from rayclip.orchestration.batch.embed import Embedder, open_model, reading_of
-from rayclip.orchestration.batch.partitioned_output import Part, PartFolder, plan_parts
+from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, plan_parts
 from rayclip.training.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,7 +269,7 @@ def test_a_data_set_that_changes_meanwhile_is_said(checkpoint, data):
 
 def test_what_a_worker_finds_wrong_is_one_line_here(tmp_path, capfd):
     identity = {"kind": "embed", "model_version": "x", "source": "y"}
-    folder = PartFolder(tmp_path / "out", identity, 4)
+    folder = PartitionedOutput(tmp_path / "out", identity, 4)
     folder.begin()
 
     def make():
@@ -290,7 +290,7 @@ def test_what_a_worker_finds_wrong_is_one_line_here(tmp_path, capfd):
 @pytest.mark.chaos
 @pytest.mark.slow
 def test_a_part_that_kills_every_worker_ends_the_job(tmp_path):
-    folder = PartFolder(tmp_path / "out", {"kind": "embed", "model_version": "x", "source": "y"}, 2)
+    folder = PartitionedOutput(tmp_path / "out", {"kind": "embed", "model_version": "x", "source": "y"}, 2)
     folder.begin()
 
     def make():
@@ -320,13 +320,13 @@ def processes(parent, title):
 @pytest.mark.chaos
 @pytest.mark.slow
 def test_killed_midway_and_started_again_has_the_same_rows(checkpoint, write_dataset, tmp_path):
-    pictures = []
+    images = []
     for _ in range(4):
         file = io.BytesIO()
         Image.effect_noise((1600, 1600), 50).convert("RGB").save(file, "JPEG")
-        pictures.append(file.getvalue())
+        images.append(file.getvalue())
     samples = [
-        {"__key__": f"{i:06}".encode(), "jpg": pictures[i % 4] if i != 77 else b"no", "txt": f"noise {i}".encode()}
+        {"__key__": f"{i:06}".encode(), "jpg": images[i % 4] if i != 77 else b"no", "txt": f"noise {i}".encode()}
         for i in range(300)
     ]
     manifest = write_dataset(tmp_path / "data", samples, shard_samples=100)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rayclip.errors import UserError
-from rayclip.orchestration.cluster.connection import progress
+from rayclip.orchestration.cluster import progress
 from rayclip.orchestration.cluster.progress import ProgressLine
 from rayclip.orchestration.train.run_folder import RunFolder
 

@@ -14,7 +14,7 @@ import ray
 from rayclip.data.manifest import Manifest
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.errors import UserError
-from rayclip.orchestration.train.segments import Planner, Share
+from rayclip.orchestration.train.segments import SegmentCoordinator, WorkerStream
 from rayclip.orchestration.train.stream import remaining_stream
 
 BATCH = 7
@@ -37,18 +37,18 @@ def whole(spec):
     return list(Stream(spec).batches(BATCH))
 
 
-def shares(stream, num_workers, leg_windows):
+def shares(stream, num_workers, segment_windows):
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
-    planner = Planner.remote(leg_windows, context)
-    group = planner.begin.remote(lambda: stream, num_workers)
-    return [Share(planner, group, rank) for rank in range(num_workers)]
+    coordinator = SegmentCoordinator.remote(segment_windows, context)
+    group = coordinator.begin.remote(lambda: stream, num_workers)
+    return [WorkerStream(coordinator, group, rank) for rank in range(num_workers)]
 
 
-def consume(stream, num_workers, leg_windows=LEG):
+def consume(stream, num_workers, segment_windows=LEG):
     """What each worker gets."""
     with ThreadPoolExecutor(num_workers) as workers:
-        return list(workers.map(lambda share: list(share.batches(BATCH)), shares(stream, num_workers, leg_windows)))
+        return list(workers.map(lambda share: list(share.batches(BATCH)), shares(stream, num_workers, segment_windows)))
 
 
 def identities(batches):
@@ -104,7 +104,7 @@ def test_a_run_that_has_ended_gets_nothing(spec, whole):
 
 def test_workers_of_a_group_that_is_over_get_nothing_of_the_next(spec, whole):
     (former,) = shares(Stream(spec), 1, LEG)
-    share = replace(former, group=former.planner.begin.remote(lambda: Stream(spec), 1))
+    share = replace(former, group=former.coordinator.begin.remote(lambda: Stream(spec), 1))
     with pytest.raises(RuntimeError, match="shared out to other workers"):
         next(former.batches(BATCH))
     assert identities(share.batches(BATCH)) == identities(whole)
@@ -114,12 +114,12 @@ def test_a_planner_that_was_killed_is_there_for_the_next_group(spec, whole):
     others = processes("Planner")
     (former,) = shares(Stream(spec), 1, LEG)
     ray.get(former.group)
-    (planner,) = set(processes("Planner")) - set(others)
-    planner.kill()
-    planner.wait(10)
+    (coordinator,) = set(processes("Planner")) - set(others)
+    coordinator.kill()
+    coordinator.wait(10)
     # As in a run: whoever begins a group has not asked this planner before.
-    begin = ray.remote(num_cpus=0)(lambda planner: ray.get(planner.begin.remote(lambda: Stream(spec), 1)))
-    share = replace(former, group=begin.remote(former.planner))
+    begin = ray.remote(num_cpus=0)(lambda coordinator: ray.get(coordinator.begin.remote(lambda: Stream(spec), 1)))
+    share = replace(former, group=begin.remote(former.coordinator))
     assert identities(share.batches(BATCH)) == identities(whole)
     with pytest.raises(RuntimeError, match="shared out to other workers"):
         next(former.batches(BATCH))
@@ -127,11 +127,11 @@ def test_a_planner_that_was_killed_is_there_for_the_next_group(spec, whole):
 
 def test_every_worker_hears_that_a_checkpoint_is_damaged(spec, tmp_path):
     context = ray.data.DataContext.get_current().copy()
-    planner = Planner.remote(LEG, context)
-    group = planner.begin.remote(partial(remaining_stream, spec, str(tmp_path), tmp_path), 2)
+    coordinator = SegmentCoordinator.remote(LEG, context)
+    group = coordinator.begin.remote(partial(remaining_stream, spec, str(tmp_path), tmp_path), 2)
     for rank in range(2):
         with pytest.raises(UserError, match="is not a checkpoint"):
-            next(Share(planner, group, rank).batches(BATCH))
+            next(WorkerStream(coordinator, group, rank).batches(BATCH))
 
 
 def test_every_worker_hears_what_is_wrong_with_the_data(spec, tmp_path, make_samples, write_dataset):

@@ -18,7 +18,7 @@ from rayclip.cli import sweep as sweep_job
 from rayclip.config import SweepConfig, TrainConfig
 from rayclip.config.loader import load
 from rayclip.errors import UserError
-from rayclip.orchestration.sweep.driver import driver as sweep_module
+from rayclip.orchestration.sweep import driver as sweep_module
 
 pytestmark = pytest.mark.slow
 

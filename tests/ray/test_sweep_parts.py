@@ -8,7 +8,7 @@ import pytest
 
 from rayclip.config import Choices, Range, SearchPlan
 from rayclip.orchestration.cluster.resources import num_times_placed
-from rayclip.orchestration.sweep.driver import table as sweep_table
+from rayclip.orchestration.sweep import table as sweep_table
 from rayclip.orchestration.sweep.search import Journal, suggest
 from rayclip.orchestration.sweep.table import SweepTable, TrialLine
 from rayclip.scaling.search import draw

@@ -13,7 +13,7 @@ from rayclip.cli.command import run_job
 from rayclip.config import TrainConfig
 from rayclip.data.manifest import Manifest
 from rayclip.data.order import Order
-from rayclip.orchestration.train.driver import stream
+from rayclip.orchestration.train import stream
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.training.checkpoint import load_model
 
@@ -53,7 +53,7 @@ def data(tmp_path_factory, make_samples, write_dataset):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory, make_samples, write_dataset):
+def images(tmp_path_factory, make_samples, write_dataset):
     """A data set to evaluate on, for both tasks."""
     folder = tmp_path_factory.mktemp("pictures")
     write_dataset(folder, make_samples(40, seed=1))
@@ -62,10 +62,10 @@ def pictures(tmp_path_factory, make_samples, write_dataset):
 
 
 def test_a_run_with_bad_samples_from_data_to_a_registered_version(
-    tmp_path, data, pictures, make_config, monkeypatch, capsys
+    tmp_path, data, images, make_config, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stream, "LEG_WINDOWS", 5)  # of eight
+    monkeypatch.setattr(stream, "SEGMENT_WINDOWS", 5)  # of eight
     folder, bad = data
     config = make_config(
         "smoke",
@@ -75,8 +75,8 @@ def test_a_run_with_bad_samples_from_data_to_a_registered_version(
         evaluation={
             "best": "classes.top1",
             "tasks": {
-                "classes": {"kind": "zero_shot", "path": str(pictures)},
-                "captions": {"kind": "retrieval", "path": str(pictures)},
+                "classes": {"kind": "zero_shot", "path": str(images)},
+                "captions": {"kind": "retrieval", "path": str(images)},
             },
         },
         checkpoint={"every_samples": 250},
@@ -148,22 +148,22 @@ def test_too_many_bad_samples_end_the_run_with_one_line(tmp_path, data, make_con
 
 
 def test_two_workers_with_the_sigmoid_loss_around_a_ring_in_micro_batches_on_a_mixture(
-    tmp_path, pictures, make_samples, write_dataset, make_config, monkeypatch
+    tmp_path, images, make_samples, write_dataset, make_config, monkeypatch
 ):
     """And with activations computed anew; the bias that this loss needs comes by itself and is in the checkpoint."""
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "others", make_samples(20, seed=2), shard_samples=20)
-    mixture = [{"path": str(pictures)}, {"path": "others", "weight": 1.5}]
+    mixture = [{"path": str(images)}, {"path": "others", "weight": 1.5}]
     config = make_config(
         "sigmoid",
-        pictures,
+        images,
         data={"path": None, "mixture": mixture},
         epochs=2,
         batch_size=20,
         micro_batch_size=4,
         activation_checkpointing=True,
         loss={"kind": "sigmoid", "distribution": "ring"},
-        evaluation={"tasks": {"classes": {"kind": "zero_shot", "path": str(pictures)}}},
+        evaluation={"tasks": {"classes": {"kind": "zero_shot", "path": str(images)}}},
         checkpoint={"record_samples": True},
         cluster={"num_workers": 2},
     )

@@ -270,7 +270,7 @@ def test_what_was_to_be_measured_when_the_driver_was_killed_is_measured_once(mak
     gate.open()
     listed = json.loads((training.checkpoints / "checkpoint_manager_snapshot.json").read_text())
     waiting = [result["checkpoint_dir_name"] for result in listed["pending_training_results"]]
-    assert waiting == ["samples-000000000080"] and RunFolder(training.checkpoints.parent).has_unmeasured()
+    assert waiting == ["samples-000000000080"] and RunFolder(training.checkpoints.parent).has_pending_validation()
     assert not read_metrics(checkpoint_at("killed", 80))["measured"]
 
     notes = Notes()

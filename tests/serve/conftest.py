@@ -170,7 +170,7 @@ def service_url(service):
 
 
 @pytest.fixture(scope="session")
-def make_picture():
+def make_image():
     """Encoded pictures, each its own."""
 
     def make(seed: int = 0, kind: str = "PNG", size: tuple[int, int] = (40, 30)) -> bytes:
@@ -184,6 +184,6 @@ def make_picture():
 
 
 @pytest.fixture(scope="session")
-def encoded(make_picture):
+def encoded(make_image):
     """The same as base64 text."""
-    return lambda *args, **options: base64.b64encode(make_picture(*args, **options)).decode()
+    return lambda *args, **options: base64.b64encode(make_image(*args, **options)).decode()

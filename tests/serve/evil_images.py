@@ -11,7 +11,7 @@ from PIL import Image
 from tests.serve.wire import ANY, MEGABYTE
 
 
-def picture(kind: str = "PNG", size: tuple[int, int] = (24, 18), **options: object) -> bytes:
+def image(kind: str = "PNG", size: tuple[int, int] = (24, 18), **options: object) -> bytes:
     """An encoded picture."""
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -57,13 +57,13 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 def many_scans(number: int) -> bytes:
     """A progressive JPEG whose last scan comes again and again."""
-    data = picture("JPEG", (64, 64), progressive=True)
+    data = image("JPEG", (64, 64), progressive=True)
     last = data[data.rindex(b"\xff\xda") : -2]
     return data[:-2] + last * number + b"\xff\xd9"
 
 
 def _jpeg_of(width: int, height: int) -> bytes:
-    data = picture("JPEG")
+    data = image("JPEG")
     start = data.index(b"\xff\xc0") + 5
     return data[:start] + struct.pack(">HH", height, width) + data[start + 4 :]
 

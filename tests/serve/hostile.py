@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from tests.serve import evil_pictures
-from tests.serve.evil_images import picture, plain
+from tests.serve import evil_images
+from tests.serve.evil_images import image as image_file
+from tests.serve.evil_images import plain
 from tests.serve.wire import ANY, FORM, JSON, MEGABYTE, NOT_HTTP, PNG, REFUSED, Case, form, post, request
 
 FAMILIES: dict[str, Callable[[], Iterator["Case"]]] = {}
@@ -25,7 +26,7 @@ def family(cases: Callable[[], Iterator[Case]]) -> Callable[[], Iterator[Case]]:
 @functools.cache
 def good_bodies() -> dict[str, dict]:
     """A body that each route takes."""
-    text = base64.b64encode(picture()).decode()
+    text = base64.b64encode(image_file()).decode()
     return {
         "/v1/zero-shot": {
             "image": text,
@@ -157,7 +158,7 @@ def wrong_values() -> Iterator[Case]:
 @family
 def too_much() -> Iterator[Case]:
     """More than the limits allow, and as much as they do."""
-    text = base64.b64encode(picture()).decode()
+    text = base64.b64encode(image_file()).decode()
     shot, too_many = "/v1/zero-shot", frozenset({422})
     bodies = {
         "10,000 labels": {"image": text, "labels": [f"label {i}" for i in range(10_000)]},
@@ -218,7 +219,7 @@ def strange_texts() -> Iterator[Case]:
         "url": "http://example.org/",
         "bytes of a broken encoding": "Ã¢â‚¬â„¢" * 100,
     }
-    text = base64.b64encode(picture()).decode()
+    text = base64.b64encode(image_file()).decode()
     for name, value in texts.items():
         image = {"image": text, "labels": ["a"]}
         yield Case(f"label: {name}", post("/v1/zero-shot", {**image, "labels": [value, "b"]}))
@@ -238,7 +239,7 @@ def strange_texts() -> Iterator[Case]:
 @family
 def bombs() -> Iterator[Case]:
     """Pictures that are small as files and large as anything else."""
-    for name, data, allowed in evil_pictures.bombs():
+    for name, data, allowed in evil_images.bombs():
         kind = name.split()[0].lower()
         yield Case(name, post("/v1/zero-shot?labels=a", data, (("Content-Type", f"image/{kind}"),)), allowed)
         if "49 million" in name:  # which take a second
@@ -253,12 +254,12 @@ def bombs() -> Iterator[Case]:
 
 
 @family
-def broken_pictures() -> Iterator[Case]:
+def broken_images() -> Iterator[Case]:
     """Cut off, with bits turned, of other kinds, or no pictures at all."""
     path = "/v1/zero-shot?labels=a"
     random = np.random.default_rng(0)
     for kind in ("PNG", "JPEG", "WEBP", "GIF"):
-        data = picture(kind)
+        data = image_file(kind)
         for part in range(8):
             yield Case(f"{part}/8 of a {kind}", post(path, data[: len(data) * part // 8], PNG))
         for seed in range(12):
@@ -272,9 +273,9 @@ def broken_pictures() -> Iterator[Case]:
         "nothing": b"",
         "zeros": b"\0" * MEGABYTE,
         "noise": random.bytes(MEGABYTE),
-        "BMP": picture("BMP"),
-        "TIFF": picture("TIFF"),
-        "ICO": picture("ICO", (16, 16)),
+        "BMP": image_file("BMP"),
+        "TIFF": image_file("TIFF"),
+        "ICO": image_file("ICO", (16, 16)),
         "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(/etc/passwd) (r) file\n",
         "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
         "PDF": b"%PDF-1.7\n",
@@ -296,7 +297,7 @@ def broken_pictures() -> Iterator[Case]:
 def forms() -> Iterator[Case]:
     """Forms that are none, or too much of one."""
     path = "/v1/zero-shot"
-    whole = form(("labels", b"a"))[: -len(b"--B--\r\n")] + form(("image", picture()), is_file=True)
+    whole = form(("labels", b"a"))[: -len(b"--B--\r\n")] + form(("image", image_file()), is_file=True)
     head = b"--B\r\nContent-Disposition: form-data; "
     bodies = {
         "nothing": b"",
@@ -368,12 +369,12 @@ def content_types() -> Iterator[Case]:
         for coding in ("gzip", "deflate", "br", "zstd", "gzip, gzip", "x"):
             headers = (*JSON, ("Content-Encoding", coding))
             yield Case(f"{path}, bomb in {coding}", post(path, bomb, headers), REFUSED)
-    packed = post("/v1/zero-shot?labels=a", gzip.compress(picture()), (*PNG, ("Content-Encoding", "gzip")))
+    packed = post("/v1/zero-shot?labels=a", gzip.compress(image_file()), (*PNG, ("Content-Encoding", "gzip")))
     yield Case("a packed picture", packed, frozenset({422}))
     for query in ("labels", "labels=&labels=", "labels=" + "%5B" * 10_000, "&".join(["labels=a"] * 5_000), "%ff=%ff",
                   "labels=a&top_k=" + "9" * 5_000, "labels=a&multi_label=maybe", "labels=a&model=%00", "a=b", "=&=&;",
                   "labels=[%22%5Cud800%22]", "labels=a&image=x", "labels=" + "a" * 50_000):  # fmt: skip
-        yield Case(f"query {query[:20]}", post(f"/v1/zero-shot?{query}", picture(), PNG))
+        yield Case(f"query {query[:20]}", post(f"/v1/zero-shot?{query}", image_file(), PNG))
 
 
 @family

@@ -9,7 +9,7 @@ from rayclip.serve.api import build_api
 from rayclip.serve.config import ServeConfig
 from rayclip.serve.images import RequestError
 from rayclip.serve.service import Service
-from rayclip.serve.versions.routing_table import Table
+from rayclip.serve.versions.routing_table import RoutingTable
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from rayclip.serve.versions.routing_table import Table
 )
 def test_health(monkeypatch, raised, status):
     service = Service(ServeConfig(model="nothing"), None, None, None)
-    service._table = Table({"a/1": 0.5, "a/2": 0.5}, {})
+    service._table = RoutingTable({"a/1": 0.5, "a/2": 0.5}, {})
 
     async def answer(*_):
         if raised:

@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from rayclip.serve.middleware.auth import new_key
-from tests.serve.evil_images import picture, png
+from tests.serve.evil_images import image, png
 from tests.serve.hostile import FAMILIES, SSRF, good_bodies
 from tests.serve.wire import (
     JSON,
@@ -260,8 +260,8 @@ class Elsewhere(http.server.BaseHTTPRequestHandler):
     def nothing(self, _):
         self.answer(404, b"secret")
 
-    def picture(self, _):
-        self.answer(200, picture())
+    def image(self, _):
+        self.answer(200, image())
 
     def secret(self, _):
         self.answer(200, b"secret")
@@ -611,8 +611,8 @@ def answers_at_once(target, data, number):
 @pytest.mark.parametrize("queue", ["of the image tower", "of the ingress"])
 def test_a_full_queue_answers_429(strict, queue):
     if queue == "of the image tower":
-        pictures = [base64.b64encode(picture("JPEG", (100, 100), quality=10)).decode()] * 8
-        data = post("/v1/zero-shot", {"images": pictures, "labels": ["a"]}, (*JSON, *strict.headers))
+        images = [base64.b64encode(image("JPEG", (100, 100), quality=10)).decode()] * 8
+        data = post("/v1/zero-shot", {"images": images, "labels": ["a"]}, (*JSON, *strict.headers))
         answers, seconds = answers_at_once(strict, data, 24)
     else:
         texts = [f"{i}" for i in range(100)]
@@ -646,9 +646,9 @@ def test_rays_own_headers_do_nothing(target, name, value):
 
 
 def test_pictures_as_large_as_a_body_may_be(target):
-    photo = picture("PNG", (2000, 2000))  # of noise: 12 MB
+    photo = image("PNG", (2000, 2000))  # of noise: 12 MB
     nothing = base64.b64encode(b"\0" * 14 * MEGABYTE).decode()
-    several = [base64.b64encode(picture("PNG", (700, 700))).decode()] * 8
+    several = [base64.b64encode(image("PNG", (700, 700))).decode()] * 8
     cases = [
         Case("12 MB", post("/v1/zero-shot?labels=a", photo, PNG), frozenset({200})),
         Case("8 of 1.5 MB", post("/v1/zero-shot", {"images": several[:8], "labels": ["a"]}), frozenset({200})),

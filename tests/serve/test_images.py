@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from rayclip.serve import images as pictures
-from rayclip.serve.images import MAX_ASPECT, MAX_JPEG_SCANS, RequestError, decode_picture, is_url, picture_bytes
+from rayclip.serve import images as images
+from rayclip.serve.images import MAX_ASPECT, MAX_JPEG_SCANS, RequestError, decode_image, image_payload, is_url
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -43,7 +43,7 @@ def png_header(width, height, depth=8, colour=2):
 
 
 def decoded(data, size=16, max_pixels=MAX_PIXELS):
-    return decode_picture(data, size, max_pixels)
+    return decode_image(data, size, max_pixels)
 
 
 def refused(call, *args):
@@ -105,14 +105,14 @@ def test_a_param_that_is_set_later_travels_too():
 def test_base64_is_read_with_and_without_line_breaks_and_in_a_uri(data):
     text = base64.b64encode(data).decode()
     for given_text in (text, base64.encodebytes(data).decode(), text + "\r\n", f"data:image/png;base64,{text}"):
-        assert picture_bytes(given_text, "image", len(data)) == data
+        assert image_payload(given_text, "image", len(data)) == data
 
 
 @pytest.mark.parametrize(
     "header", ["data:image/jpeg;base64", "DATA:IMAGE/WEBP;BASE64", "data:image/gif;charset=utf-8;base64"]
 )
 def test_a_data_uri_of_a_picture_is_read(header):
-    assert picture_bytes(f"{header},QUJD", "image", 3) == b"ABC"
+    assert image_payload(f"{header},QUJD", "image", 3) == b"ABC"
 
 
 @pytest.mark.parametrize(
@@ -141,27 +141,27 @@ def test_a_data_uri_of_a_picture_is_read(header):
     ],
 )
 def test_what_is_no_base64_of_a_picture_says_what_is_wrong(text, code, message):
-    error = refused(picture_bytes, text, "images[2]", 1000)
+    error = refused(image_payload, text, "images[2]", 1000)
     assert (error.code, error.param) == (code, "images[2]")
     assert message in error.message
 
 
 def test_an_error_does_not_repeat_a_long_text():
     for text in ("x y" * 10_000, "data:" + "x" * 10_000, "data:image/png" + ";x" * 10_000):
-        assert len(refused(picture_bytes, text, "image", 100_000).message) < 200
+        assert len(refused(image_payload, text, "image", 100_000).message) < 200
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 100, 101])
 def test_the_longest_file_is_held_to_the_byte(length):
     text = base64.b64encode(bytes(length)).decode()
-    assert len(picture_bytes(text, "image", length)) == length
-    error = refused(picture_bytes, text, "image", length - 1)
+    assert len(image_payload(text, "image", length)) == length
+    error = refused(image_payload, text, "image", length - 1)
     assert (error.code, error.message) == ("image_too_large", f"the picture is longer than {length - 1} bytes")
 
 
 def test_a_text_that_is_too_long_is_not_decoded(monkeypatch):
     monkeypatch.setattr(binascii, "a2b_base64", lambda *args, **options: pytest.fail("decoded"))
-    assert refused(picture_bytes, "A" * 4000, "image", 2999).code == "image_too_large"
+    assert refused(image_payload, "A" * 4000, "image", 2999).code == "image_too_large"
 
 
 def test_urls_are_told_from_base64():
@@ -213,7 +213,7 @@ def test_a_progressive_jpeg_is_read():
 
 
 def test_the_bytes_decide_and_not_the_declared_type():
-    data = picture_bytes(
+    data = image_payload(
         "data:image/jpeg;base64," + base64.b64encode(encoded(noise(20, 20), "PNG")).decode(), "", 10**6
     )
     assert np.array_equal(decoded(data), reference(Image.fromarray(noise(20, 20)), 16))
@@ -319,7 +319,7 @@ def test_other_formats_are_named_undecodable(data):
     assert error.message == "the picture cannot be decoded: it is not a JPEG, PNG, WebP or GIF file"
 
 
-@pytest.mark.parametrize("start", [b"", *pictures.READERS, b"RIFF\x20\0\0\0WEBPVP8X", b"GIF89a\x01\0\x01\0\x80\0\0"])
+@pytest.mark.parametrize("start", [b"", *images.READERS, b"RIFF\x20\0\0\0WEBPVP8X", b"GIF89a\x01\0\x01\0\x80\0\0"])
 @settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_undecodable_and_nothing_else(start, tail):

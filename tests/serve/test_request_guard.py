@@ -9,8 +9,8 @@ from starlette.requests import ClientDisconnect
 
 from rayclip.serve.images import RequestError
 from rayclip.serve.metrics import IngressMetrics
-from rayclip.serve.middleware.request_guard import Gate
-from rayclip.serve.middleware.strip_ray_headers import DropHeaders
+from rayclip.serve.middleware.request_guard import RequestGuard
+from rayclip.serve.middleware.strip_ray_headers import StripRayHeaders
 
 
 class Exchange:
@@ -20,7 +20,7 @@ class Exchange:
         self.metrics = IngressMetrics()
         self._messages = list(messages)
         self._sent = []
-        self._gate = Gate(app, None, max_running=1, timeout_s=timeout_s, metrics=self.metrics)
+        self._gate = RequestGuard(app, None, max_running=1, timeout_s=timeout_s, metrics=self.metrics)
 
     async def pass_through(self):
         scope = {"type": "http", "method": "POST", "path": "/v1/rank", "headers": []}
@@ -164,5 +164,5 @@ def test_headers_that_ray_would_obey_are_dropped(name, value, passes):
     async def app(scope, receive, send):
         seen.extend(scope["headers"])
 
-    asyncio.run(DropHeaders(app)({"type": "http", "headers": [(b"host", b"a"), (name, value)]}, None, None))
+    asyncio.run(StripRayHeaders(app)({"type": "http", "headers": [(b"host", b"a"), (name, value)]}, None, None))
     assert seen == [(b"host", b"a"), (name, value)][: 2 if passes else 1]

@@ -3,17 +3,17 @@
 import pytest
 
 from rayclip.serve.versions.rollout import Rollout
-from rayclip.serve.versions.routing_table import ModelInfo, Report, Source
+from rayclip.serve.versions.routing_table import ModelInfo, ReplicaReport, VersionSource
 
 INFO = ModelInfo(embed_dim=16, image_size=16, logit_scale=14.0)
 
 
 def source(version):
-    return Source(f"models:/{version}", f"/models/{version}")
+    return VersionSource(f"models:/{version}", f"/models/{version}")
 
 
 def report(name, kind, *loaded, failed=None):
-    return Report(name, kind, dict.fromkeys(loaded, INFO), failed or {})
+    return ReplicaReport(name, kind, dict.fromkeys(loaded, INFO), failed or {})
 
 
 @pytest.fixture

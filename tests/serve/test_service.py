@@ -35,9 +35,9 @@ def offline(model_folder):
 def features(offline):
     """Offline features of encoded pictures."""
 
-    def compute(*pictures):
+    def compute(*images):
         size = offline.model.visual.image_size
-        return offline.encode_images(np.stack([eval_array(Image.open(io.BytesIO(data)), size) for data in pictures]))
+        return offline.encode_images(np.stack([eval_array(Image.open(io.BytesIO(data)), size) for data in images]))
 
     return compute
 
@@ -51,8 +51,8 @@ def scores_of(result, num_labels):
 
 @pytest.mark.parametrize("templates", [None, "photo", ["a {} here", "{} there"], "one {}"])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_scores_equal_offline_evaluation(service, offline, features, make_picture, templates, kind):
-    data = make_picture(3, kind, (61, 47))
+def test_scores_equal_offline_evaluation(service, offline, features, make_image, templates, kind):
+    data = make_image(3, kind, (61, 47))
     body = {"image": base64.b64encode(data).decode(), "labels": LABELS}
     answer = service.post("/v1/zero-shot", body if templates is None else {**body, "templates": templates})
     matrix = class_matrix(offline, LABELS, templates or "photo_ensemble")
@@ -65,11 +65,11 @@ def test_scores_equal_offline_evaluation(service, offline, features, make_pictur
     assert answer["model"].startswith("tiny@")
 
 
-def test_labels_may_be_independent_or_bare_cosines(service, offline, features, make_picture, encoded):
+def test_labels_may_be_independent_or_bare_cosines(service, offline, features, make_image, encoded):
     matrix = class_matrix(offline, LABELS, "photo_ensemble")
     prompts = offline.encode_texts([template.replace("{}", "") for template in TEMPLATES["photo_ensemble"]])
     background = torch.nn.functional.normalize(prompts.mean(dim=0), dim=-1)
-    image = features(make_picture(5))
+    image = features(make_image(5))
     independent = independent_scores(image, matrix, background, offline.logit_scale)[0]
     for body, expected in (
         ({"multi_label": True}, independent),
@@ -80,16 +80,16 @@ def test_labels_may_be_independent_or_bare_cosines(service, offline, features, m
         np.testing.assert_allclose(scores_of(answer["results"][0], 4), expected, atol=1e-5)
 
 
-def test_one_broken_picture_among_many_fails_alone(service, features, encoded, offline, make_picture):
-    pictures = [encoded(seed) for seed in range(32)]
-    pictures[7] = base64.b64encode(b"\xff\xd8\xff no picture").decode()
-    pictures[19] = "%%%"
-    answer = service.post("/v1/zero-shot", {"images": pictures, "labels": LABELS, "scores": "cosine"})
+def test_one_broken_picture_among_many_fails_alone(service, features, encoded, offline, make_image):
+    images = [encoded(seed) for seed in range(32)]
+    images[7] = base64.b64encode(b"\xff\xd8\xff no picture").decode()
+    images[19] = "%%%"
+    answer = service.post("/v1/zero-shot", {"images": images, "labels": LABELS, "scores": "cosine"})
     assert [result["index"] for result in answer["results"]] == list(range(32))
     broken = {i: r["error"]["code"] for i, r in enumerate(answer["results"]) if "error" in r}
     assert broken == {7: "image_undecodable", 19: "image_not_base64"}
     matrix = class_matrix(offline, LABELS, "photo_ensemble")
-    expected = features(*[make_picture(seed) for seed in range(32)]) @ matrix.T
+    expected = features(*[make_image(seed) for seed in range(32)]) @ matrix.T
     for i, result in enumerate(answer["results"]):
         if i not in broken:
             np.testing.assert_allclose(scores_of(result, 4), expected[i], atol=1e-5)
@@ -100,8 +100,8 @@ def test_a_single_broken_picture_is_a_422(service):
     assert (status, answer["error"]["code"]) == (422, "image_undecodable")
 
 
-def test_pictures_as_data_uri_form_and_raw_bytes(service, make_picture):
-    data = make_picture(11, "JPEG")
+def test_pictures_as_data_uri_form_and_raw_bytes(service, make_image):
+    data = make_image(11, "JPEG")
     wanted = service.post("/v1/zero-shot", {"image": base64.b64encode(data).decode(), "labels": ["a", "b"], "top_k": 1})
     uri = "data:image/jpeg;base64," + base64.b64encode(data).decode()
     assert service.post("/v1/zero-shot", {"image": uri, "labels": ["a", "b"], "top_k": 1}) == wanted
@@ -158,8 +158,8 @@ def test_label_sets_are_registered_once_and_used_by_name(service, encoded):
     assert service.ask("DELETE", path)[0] == 404
 
 
-def test_hugging_faces_client(service, offline, features, make_picture):
-    data = make_picture(21, "PNG")
+def test_hugging_faces_client(service, offline, features, make_image):
+    data = make_image(21, "PNG")
     client = InferenceClient(model=f"{service.url}/v1/zero-shot-image-classification")
     answer = client.zero_shot_image_classification(
         data, candidate_labels=["a cat", "a dog", "a bird"], hypothesis_template="This is a photo of {}."
@@ -172,7 +172,7 @@ def test_hugging_faces_client(service, offline, features, make_picture):
     assert [each.score for each in answer] == sorted((each.score for each in answer), reverse=True)
 
 
-def test_openais_client(service, offline, features, make_picture):
+def test_openais_client(service, offline, features, make_image):
     client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
     texts = ["a cat", "a much longer description of a dog that barks"]
     answer = client.embeddings.create(model="clip", input=texts)  # asks for base64 by itself
@@ -183,7 +183,7 @@ def test_openais_client(service, offline, features, make_picture):
     as_floats = client.embeddings.create(model=answer.model, input=texts, encoding_format="float")
     np.testing.assert_allclose([each.embedding for each in as_floats.data], got, atol=1e-7)
 
-    data = make_picture(4, "WEBP")
+    data = make_image(4, "WEBP")
     uri = "data:image/webp;base64," + base64.b64encode(data).decode()
     mixed = client.embeddings.create(model="clip", input=["a cat", uri])
     np.testing.assert_allclose(mixed.data[1].embedding, features(data)[0], atol=1e-5)
@@ -202,12 +202,12 @@ def test_base64_embeddings_are_little_endian_float32(service, offline):
     np.testing.assert_allclose(struct.unpack("<16f", raw), offline.encode_texts(["a cat"])[0], atol=1e-5)
 
 
-def test_rank_by_text_and_by_picture(service, offline, features, make_picture, encoded):
+def test_rank_by_text_and_by_picture(service, offline, features, make_image, encoded):
     candidates = ["a cat", {"image": encoded(8)}, {"text": "a dog"}]
-    rows = torch.cat([offline.encode_texts(["a cat"]), features(make_picture(8)), offline.encode_texts(["a dog"])])
+    rows = torch.cat([offline.encode_texts(["a cat"]), features(make_image(8)), offline.encode_texts(["a dog"])])
     for query, feature in (
         ("a bird", offline.encode_texts(["a bird"])),
-        ({"image": encoded(9)}, features(make_picture(9))),
+        ({"image": encoded(9)}, features(make_image(9))),
     ):
         answer = service.post("/v1/rank", {"query": query, "candidates": candidates})
         cosines = (rows @ feature[0]).numpy()

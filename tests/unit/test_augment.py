@@ -38,12 +38,12 @@ def test_colours_change_as_torchvisions_do(open_clip, which, draw):
 
 
 def test_a_turned_hue_keeps_the_luma_and_a_whole_turn_changes_nothing():
-    picture = pixels(100, 150)
-    half = jitter(picture, (0, 0, 0, 0.5), np.array([HALF, HALF, HALF, 1.0])).astype(float)
+    image = pixels(100, 150)
+    half = jitter(image, (0, 0, 0, 0.5), np.array([HALF, HALF, HALF, 1.0])).astype(float)
     weights = [0.299, 0.587, 0.114]
-    assert np.abs(half @ weights - picture @ weights).max() < 1.5
-    assert np.abs(half - picture).mean() > 10
-    assert np.abs(jitter(picture, (0, 0, 0, 1.0), np.array([HALF, HALF, HALF, 1.0])).astype(int) - picture).max() <= 1
+    assert np.abs(half @ weights - image @ weights).max() < 1.5
+    assert np.abs(half - image).mean() > 10
+    assert np.abs(jitter(image, (0, 0, 0, 1.0), np.array([HALF, HALF, HALF, 1.0])).astype(int) - image).max() <= 1
 
 
 def test_grey_is_pils_luma():
@@ -55,12 +55,12 @@ def test_grey_is_pils_luma():
 
 def test_draws_below_the_share_change_the_picture():
     every = Augmentation(flip=0.5, colour_jitter=(0.4, 0.4, 0.4, 0.1), colour_jitter_share=0.5, grey=0.5)
-    picture = pixels()
-    assert every.of(picture, draws()) is picture
-    assert (every.of(picture, draws(flip=0.4)) == picture[:, ::-1]).all()
-    assert (every.of(picture, draws(grey=0.4)) == to_grey(picture)).all()
-    changed = every.of(picture, draws(change=0.4, brightness=1.0))
-    assert changed.mean() > 1.2 * picture.mean()
+    image = pixels()
+    assert every.of(image, draws()) is image
+    assert (every.of(image, draws(flip=0.4)) == image[:, ::-1]).all()
+    assert (every.of(image, draws(grey=0.4)) == to_grey(image)).all()
+    changed = every.of(image, draws(change=0.4, brightness=1.0))
+    assert changed.mean() > 1.2 * image.mean()
     assert changed.dtype == np.uint8 and len(draws()) == NUM_DRAWS
 
 

@@ -19,7 +19,7 @@ from rayclip.evaluation.suite_tasks import Measured, measure
 from rayclip.inference.zero_shot import class_prompts
 from rayclip.models.weights import read_weights, write_weights
 from rayclip.orchestration.batch.embed import open_model
-from rayclip.orchestration.batch.features import pictures_of, prompts_of
+from rayclip.orchestration.batch.features import images_of, prompts_of
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("one_thread")]
 
@@ -34,9 +34,9 @@ NUM_CLASSES = 30
 COLOURS = ("red", "green", "blue", "black", "orange", "purple", "brown")
 
 
-def png(picture):
+def png(image):
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
@@ -94,9 +94,9 @@ def root(tmp_path_factory):
         captions = [f"{COLOURS[c]} noise number {i}, told the {n}th time" for n, c in enumerate(colours)]
         hot = np.zeros(len(COLOURS), dtype=np.int64)
         hot[colours] = 1
-        picture = png(Image.fromarray(pixels))
-        captioned.append({"png": picture, "txt": "\n".join(captions).encode()})
-        tagged.append({"png": picture, "npy": npy(hot)})
+        image = png(Image.fromarray(pixels))
+        captioned.append({"png": image, "txt": "\n".join(captions).encode()})
+        tagged.append({"png": image, "npy": npy(hot)})
     write_theirs(root / "flickr30k", captioned, dataset_type=["retrieval"])
     names = {"classnames": COLOURS, "zeroshot_classification_templates": TEMPLATES, "dataset_type": ["multilabel"]}
     write_theirs(root / "voc2007", tagged, **names)
@@ -152,7 +152,7 @@ def measured(root, their_model, tmp_path_factory):
     model = open_model(config.model, None)
     found = {}
     for dataset in open_suite(config).datasets:
-        wanted = {"pictures": pictures_of(dataset, model, config)}
+        wanted = {"pictures": images_of(dataset, model, config)}
         if dataset.class_names:
             prompts, _ = class_prompts(dataset.class_names, dataset.templates)
             wanted["prompts"] = prompts_of(prompts, model, config)
@@ -229,6 +229,6 @@ def test_a_data_set_that_cannot_be_measured_is_one_line(root, their_model, tmp_p
         task = {"tasks": ["retrieval"], "metric": "image_recall_at_1"} if name == "bare" else {}
         config = suite(tmp_path, their_model[1], tmp_path / "cache", {name: task})
         (dataset,) = open_suite(config).datasets
-        work = pictures_of(dataset, open_model(config.model, None), config).job.make()
+        work = images_of(dataset, open_model(config.model, None), config).job.make()
         with pytest.raises(UserError, match=rf"^data set '{name}': {line}"):
             work(0)

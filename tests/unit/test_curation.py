@@ -19,7 +19,7 @@ from rayclip.data.curation.balance import count_pairs, keep_probability
 from rayclip.data.curation.decide import OUTCOMES, decide, letter_share
 from rayclip.data.curation.duplicates import HASH_SIDE, first_of_each, first_of_near, near_pairs, perceptual_hash
 from rayclip.data.curation.queries import Matcher, Miner, read_queries
-from rayclip.data.curation.sample_stats import SCHEMA, Looked, look
+from rayclip.data.curation.sample_stats import SCHEMA, SampleStats, sample_stats
 from rayclip.errors import UserError
 from tests.unit.curation_corpus import build_corpus
 
@@ -135,11 +135,11 @@ def test_letters_of_any_script_count(text, share):
 
 def test_looking_at_a_sample():
     data = jpegs(256, 1)[0]
-    seen = look({"jpg": data, "txt": b" a caption "})
+    seen = sample_stats({"jpg": data, "txt": b" a caption "})
     assert (seen.cause, seen.caption, seen.width, seen.height) == (None, "a caption", 256, 256)
-    assert look({"jpg": data}).cause == "no_caption"
-    assert look({"jpg": data[:500], "txt": b"x"}) == Looked("image_undecodable")
-    assert look(None).cause == "sample_missing"
+    assert sample_stats({"jpg": data}).cause == "no_caption"
+    assert sample_stats({"jpg": data[:500], "txt": b"x"}) == SampleStats("image_undecodable")
+    assert sample_stats(None).cause == "sample_missing"
 
 
 def config(**changes):

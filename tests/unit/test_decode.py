@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from rayclip.data.decode import (
     CAUSES,
     BadSampleError,
-    crop_picture,
+    crop_image,
     crop_to_array,
     eval_array,
     open_image,
@@ -150,7 +150,7 @@ def test_damaged_exif_data_turn_nothing_and_lose_nothing(exif):
     plain, data = (encoded(noise(48, 32), "JPEG", **more) for more in ({}, {"exif": exif}))
     assert exif in data
     assert np.array_equal(eval_array(opened(data), 16), eval_array(opened(plain), 16))
-    assert np.array_equal(*(crop_picture(file, whole, 16) for file in (plain, data)))
+    assert np.array_equal(*(crop_image(file, whole, 16) for file in (plain, data)))
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "BMP", "DDS"])
@@ -169,7 +169,7 @@ def test_whatever_is_damaged_there_are_pixels_or_a_bad_sample(file_format, monke
         # Headers are where most can go wrong.
         places = generator.integers(0, min(len(data), generator.choice([64, 200, len(data)])), generator.integers(1, 7))
         damaged[places] = generator.choice([0, 1, 127, 128, 255, *generator.integers(0, 256, 3)], len(places))
-        for decode in (lambda data: eval_array(open_image(data), 8), lambda data: crop_picture(data, whole, 8)):
+        for decode in (lambda data: eval_array(open_image(data), 8), lambda data: crop_image(data, whole, 8)):
             try:
                 outcomes.add(decode(damaged.tobytes()).shape)
             except BadSampleError as error:

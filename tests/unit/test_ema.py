@@ -14,7 +14,7 @@ from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.training.checkpoint import RunState, load_model, restore, write_checkpoint
 from rayclip.training.ema import Ema
-from rayclip.training.loop import Hooks, Plan, Trainer
+from rayclip.training.loop import Hooks, LoopPlan, Trainer
 from rayclip.training.optimizer import build_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,7 +93,7 @@ class Run:
             state = restore(self.checkpoint, self.model, self.optimizer, self.ema)
         stream = Stream(self.spec, state.ledger)
         hooks = Hooks(lambda *_: None, lambda *_: None, lambda: {}, self._save)
-        plan = Plan(OptimizerConfig(lr=1e-2), NUM_SAMPLES, 100, 8, None, 0.0)
+        plan = LoopPlan(OptimizerConfig(lr=1e-2), NUM_SAMPLES, 100, 8, None, 0.0)
         trainer = Trainer(plan, self.model, self.optimizer, state, stream.ledger(), hooks, self.ema)
         trainer.run(self._batches(stream, crash_after))
 

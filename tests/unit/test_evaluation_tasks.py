@@ -222,9 +222,9 @@ def run_worker(rank, folder, data, config):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        pictures = f"{folder}/pictures"
+        images = f"{folder}/pictures"
         evaluator = make_evaluator(data["path"])
-        results = {"all": evaluator.run(make_encoder(config), type(folder)(pictures) if rank == 0 else None)}
+        results = {"all": evaluator.run(make_encoder(config), type(folder)(images) if rank == 0 else None)}
         results["errors"] = []
         for task in (ZeroShotTask(path=data["bad"]), RetrievalTask(path=data["bad"])):
             try:

@@ -43,8 +43,8 @@ PAIRS = [
 def write_webdataset(folder):
     wds = pytest.importorskip("webdataset")
     with wds.ShardWriter(str(folder / "%05d.tar"), maxcount=9, verbose=0) as writer:
-        for i, (extension, picture, caption) in enumerate(PAIRS):
-            writer.write({"__key__": f"{i:06}", extension: picture, "txt": caption, "npy": np.zeros(3), "cls": i})
+        for i, (extension, image, caption) in enumerate(PAIRS):
+            writer.write({"__key__": f"{i:06}", extension: image, "txt": caption, "npy": np.zeros(3), "cls": i})
 
 
 def write_img2dataset(folder):
@@ -52,10 +52,10 @@ def write_img2dataset(folder):
     for shard, first in enumerate(range(0, NUM_PAIRS, 10)):
         pairs = list(enumerate(PAIRS))[first : first + 10]
         with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
-            for i, (extension, picture, caption) in pairs:
+            for i, (extension, image, caption) in pairs:
                 meta = {"caption": caption, "url": f"http://x/{i}", "key": f"{i:09}", "status": "success"}
                 members = [
-                    (extension, picture),
+                    (extension, image),
                     ("json", json.dumps(meta, indent=4).encode()),
                     ("txt", caption.encode()),
                 ]
@@ -74,20 +74,20 @@ def write_parquet(folder, row_group_size=None):
         pq.write_table(table, folder / f"{shard}.parquet", row_group_size=row_group_size)
 
 
-def write_pictures(folder):
-    for i, (extension, picture, _) in enumerate(PAIRS):
+def write_images(folder):
+    for i, (extension, image, _) in enumerate(PAIRS):
         (folder / "pictures").mkdir(exist_ok=True)
-        (folder / f"pictures/{i:03}.{extension}").write_bytes(picture)
+        (folder / f"pictures/{i:03}.{extension}").write_bytes(image)
     return [f"pictures/{i:03}.{extension}" for i, (extension, _, _) in enumerate(PAIRS)]
 
 
 def write_parquet_paths(folder):
     captions = [caption for _, _, caption in PAIRS]
-    pq.write_table(pa.table({"image_path": write_pictures(folder), "title": captions}), folder / "t.parquet")
+    pq.write_table(pa.table({"image_path": write_images(folder), "title": captions}), folder / "t.parquet")
 
 
 def write_huggingface(folder):
-    images = [{"bytes": picture, "path": f"{i}.jpg"} for i, (_, picture, _) in enumerate(PAIRS)]
+    images = [{"bytes": image, "path": f"{i}.jpg"} for i, (_, image, _) in enumerate(PAIRS)]
     pq.write_table(
         pa.table({"image": images, "text": [c for _, _, c in PAIRS]}), folder / "t.parquet", row_group_size=5
     )
@@ -97,12 +97,12 @@ def write_table(folder, separator, name):
     with (folder / name).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter=separator)
         writer.writerow(["n", "filepath", "title"])
-        for i, path in enumerate(write_pictures(folder)):
+        for i, path in enumerate(write_images(folder)):
             writer.writerow([i, path, PAIRS[i][2]])
 
 
 def write_folder(folder):
-    for i, path in enumerate(write_pictures(folder)):
+    for i, path in enumerate(write_images(folder)):
         beside = (folder / path).with_suffix(".json" if i % 2 else ".txt")
         beside.write_text(json.dumps({"caption": PAIRS[i][2]}) if i % 2 else PAIRS[i][2])
 
@@ -130,8 +130,8 @@ def pairs_of(manifest):
     found = {}
     for chunk in range(len(manifest)):
         for row, sample in enumerate(manifest.read_samples(chunk)):
-            picture = next(sample[extension] for extension in KINDS if extension in sample)
-            found[chunk, row] = picture, sample["txt"].decode()
+            image = next(sample[extension] for extension in KINDS if extension in sample)
+            found[chunk, row] = image, sample["txt"].decode()
     return found
 
 
@@ -161,7 +161,7 @@ def test_a_format_gives_its_pairs_from_disk_and_from_s3(name, tmp_path, s3, in_p
     assert summary["samples"] == NUM_PAIRS
     local = Manifest.load(tmp_path)
     pairs = pairs_of(local)
-    assert list(pairs.values()) == [(picture, caption) for _, picture, caption in PAIRS]
+    assert list(pairs.values()) == [(image, caption) for _, image, caption in PAIRS]
     assert index(IndexConfig(path=address, chunk_samples=CHUNK))["digest"] == local.digest
     remote = Manifest.load(address)
     remote.check_shards()
@@ -223,9 +223,9 @@ def test_class_folders_are_captions_and_classes(tmp_path, in_process):
 
 
 def test_captions_are_drawn_by_weight_and_the_same_each_time(tmp_path, write_dataset):
-    picture = PAIRS[0][1]
+    image = PAIRS[0][1]
     meta = json.dumps({"short": "b", "many": ["c", {"text": "d", "weight": 3}], "none": None}).encode()
-    samples = [{"__key__": f"{i}".encode(), "jpg": picture, "txt": b"a", "json": meta} for i in range(2000)]
+    samples = [{"__key__": f"{i}".encode(), "jpg": image, "txt": b"a", "json": meta} for i in range(2000)]
     manifest = write_dataset(tmp_path, samples, shard_samples=2000, chunk_samples=500)
     weights = {"txt": 1.0, "short": 2.0, "many": 4.0, "none": 9.0, "missing": 9.0}
     stream = Stream(make_spec(manifest, end=2 * len(manifest), captions=weights))

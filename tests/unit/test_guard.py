@@ -22,7 +22,7 @@ from rayclip.models.clip import CLIP
 from rayclip.training.checkpoint import RunState, restore, write_checkpoint
 from rayclip.training.ema import Ema
 from rayclip.training.guard import Guard
-from rayclip.training.loop import Hooks, Plan, Trainer
+from rayclip.training.loop import Hooks, LoopPlan, Trainer
 from rayclip.training.optimizer import build_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,43 +39,43 @@ def guard(losses=(), **settings):
 
 
 def test_what_is_not_finite_is_trouble():
-    assert guard().judge(math.nan, math.nan).cause == "loss_not_finite"
-    assert guard().judge(math.inf, 1.0).cause == "loss_not_finite"
-    trouble = guard().judge(2.5, math.inf)
-    assert (trouble.cause, trouble.text) == ("gradient_not_finite", "the loss is 2.5 and the norm of its gradient inf")
-    assert guard().judge(2.5, 1e30) is None
+    assert guard().check(math.nan, math.nan).cause == "loss_not_finite"
+    assert guard().check(math.inf, 1.0).cause == "loss_not_finite"
+    anomaly = guard().check(2.5, math.inf)
+    assert (anomaly.cause, anomaly.text) == ("gradient_not_finite", "the loss is 2.5 and the norm of its gradient inf")
+    assert guard().check(2.5, 1e30) is None
 
 
 def test_a_spike_is_measured_in_deviations_of_recent_losses():
     losses = [2.0, 2.2] * 8  # median 2.1, median deviation 0.1
-    assert guard(losses).judge(2.1 + 5.9 * 0.14826, 1.0) is None
-    trouble = guard(losses).judge(2.1 + 6.1 * 0.14826, 1.0)
-    assert trouble.cause == "loss_spike"
-    assert trouble.text == "the loss is 3.004, 6.1 deviations above the median of the last steps, 2.1"
-    assert guard(losses).judge(0.1, 1.0) is None  # a fall is none
-    assert guard(losses, spike_threshold=None).judge(1e9, 1.0) is None
-    assert guard(losses[:7]).judge(1e9, 1.0) is None  # too few to know
+    assert guard(losses).check(2.1 + 5.9 * 0.14826, 1.0) is None
+    anomaly = guard(losses).check(2.1 + 6.1 * 0.14826, 1.0)
+    assert anomaly.cause == "loss_spike"
+    assert anomaly.text == "the loss is 3.004, 6.1 deviations above the median of the last steps, 2.1"
+    assert guard(losses).check(0.1, 1.0) is None  # a fall is none
+    assert guard(losses, spike_threshold=None).check(1e9, 1.0) is None
+    assert guard(losses[:7]).check(1e9, 1.0) is None  # too few to know
 
 
 def test_a_flat_loss_makes_no_spike_of_a_ripple():
-    assert guard([1.0] * 16).judge(1.05, 1.0) is None
-    assert guard([1.0] * 16).judge(1.07, 1.0).cause == "loss_spike"
+    assert guard([1.0] * 16).check(1.05, 1.0) is None
+    assert guard([1.0] * 16).check(1.07, 1.0).cause == "loss_spike"
 
 
 def test_only_losses_without_trouble_are_remembered_and_only_the_last():
     losses = [2.0, 2.2] * 8
     watched = Guard(GuardConfig(spike_threshold=6.0, window=16), losses)
     for loss in (math.nan, 99.0, 2.15):
-        watched.judge(loss, 1.0)
+        watched.check(loss, 1.0)
     assert losses == [*([2.0, 2.2] * 8)[1:], 2.15]
 
 
 def test_a_collapsed_scale_is_trouble_that_skipping_does_not_mend():
-    trouble = guard(min_logit_scale=2.0).judge_scale(1.9)
-    assert trouble.text == "the logit scale has collapsed to 1.9"
-    assert guard(min_logit_scale=2.0).judge_scale(2.1) is None
-    assert guard(min_logit_scale=None).judge_scale(1.0) is None
-    stops = {action: guard(action=action).stops_at(trouble) for action in ("stop", "skip", "roll_back")}
+    anomaly = guard(min_logit_scale=2.0).check_scale(1.9)
+    assert anomaly.text == "the logit scale has collapsed to 1.9"
+    assert guard(min_logit_scale=2.0).check_scale(2.1) is None
+    assert guard(min_logit_scale=None).check_scale(1.0) is None
+    stops = {action: guard(action=action).stops_at(anomaly) for action in ("stop", "skip", "roll_back")}
     assert stops == {"stop": True, "skip": True, "roll_back": False}
 
 
@@ -120,7 +120,7 @@ class Run:
             lambda metrics, state: self.losses.append(metrics["loss"]), lambda *_: None, lambda: {}, self._save,
             self.notices.append, lambda samples: map(self._mark, self._again(samples, shares)),
         )  # fmt: skip
-        plan = Plan(OptimizerConfig(lr=1e-3, max_grad_norm=1.0), TOTAL, 100, 15, None, 0.0, guard=self.guard)
+        plan = LoopPlan(OptimizerConfig(lr=1e-3, max_grad_norm=1.0), TOTAL, 100, 15, None, 0.0, guard=self.guard)
         self.trainer = Trainer(plan, self.model, self.optimizer, state, stream.ledger(), hooks, self.ema)
         batches = list(stream.batches(BATCH_SIZE // shares))[rank() :: shares]
         return self.trainer.run(self._batches(batches, crash_after))

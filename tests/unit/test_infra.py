@@ -15,7 +15,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from rayclip.config.loader import load
-from rayclip.orchestration.cluster.resources import MOST_LABELS, Capacity, demand, most_of, shortage
+from rayclip.orchestration.cluster.resources import MOST_LABELS, Capacity, most_of, resource_request, shortage
 from rayclip.orchestration.cluster.runtime_env import check_paths, pack
 from rayclip.serve.config import ServeConfig
 
@@ -228,7 +228,10 @@ def test_a_job_on_kubernetes_is_one_that_there_is(resource):
     assert all(path.startswith("/shared/") for path in check_paths(config.model_dump(), "/shared", pack(ROOT), ROOT))
     groups = spec["rayClusterSpec"]["workerGroupSpecs"]
     assert (
-        shortage(demand(config), Capacity([limits_of(g) for g in groups for _ in range(g["maxReplicas"])], {})) is None
+        shortage(
+            resource_request(config), Capacity([limits_of(g) for g in groups for _ in range(g["maxReplicas"])], {})
+        )
+        is None
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.workload import jpegs
-from rayclip.data.decode import BadSampleError, crop_picture, crop_to_array, open_image, random_box
+from rayclip.data.decode import BadSampleError, crop_image, crop_to_array, open_image, random_box
 from rayclip.data.jpeg import crop_jpeg, jpeg_size, resize
 
 
@@ -57,7 +57,7 @@ def test_the_mean_difference_to_pil_in_training_is_below_a_level():
     for data, draw in zip(photos(600, 8), np.random.default_rng(1).random((8, 4)), strict=True):
         box = random_box(600, 600, (0.9, 1.0), (3 / 4, 4 / 3), draw)
         slow = crop_to_array(open_image(data), box, 224).astype(int)
-        differences.append(np.abs(crop_picture(data, lambda *_, box=box: box, 224) - slow).mean())
+        differences.append(np.abs(crop_image(data, lambda *_, box=box: box, 224) - slow).mean())
     assert np.mean(differences) < 1
 
 
@@ -79,7 +79,7 @@ def test_a_crop_has_its_colours_side_by_side():
 def test_a_grey_jpeg_is_decoded_as_rgb():
     data = encoded(picture().convert("L"))
     assert jpeg_size(data) == (300, 200)
-    crop = crop_picture(data, whole, 32)
+    crop = crop_image(data, whole, 32)
     assert (crop == crop[..., :1]).all() and crop.shape == (32, 32, 3)
 
 
@@ -94,9 +94,9 @@ def test_a_rotated_picture_is_made_upright(orientation):
     data = turned(picture().transpose(back[orientation]), orientation)
     assert jpeg_size(data) is None
     seen = []
-    crop = crop_picture(data, lambda *size: seen.append(size) or whole(*size), 32).astype(int)
+    crop = crop_image(data, lambda *size: seen.append(size) or whole(*size), 32).astype(int)
     assert seen == [(300, 200)]
-    assert np.abs(crop - crop_picture(encoded(picture()), whole, 32)).mean() < 2
+    assert np.abs(crop - crop_image(encoded(picture()), whole, 32)).mean() < 2
 
 
 def test_exif_data_that_turn_nothing_cost_nothing():
@@ -106,7 +106,7 @@ def test_exif_data_that_turn_nothing_cost_nothing():
 def test_colours_for_print_are_left_to_pil():
     data = encoded(Image.new("CMYK", (40, 40)))
     assert jpeg_size(data) is None
-    assert (crop_picture(data, whole, 8) == 255).all()
+    assert (crop_image(data, whole, 8) == 255).all()
 
 
 def test_too_many_pixels_are_refused(monkeypatch):
@@ -114,7 +114,7 @@ def test_too_many_pixels_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
     assert jpeg_size(data) is None
     with pytest.raises(BadSampleError, match="image_undecodable"):
-        crop_picture(data, whole, 8)
+        crop_image(data, whole, 8)
 
 
 def test_damage_is_what_pil_calls_damage():
@@ -135,7 +135,7 @@ def test_damage_is_what_pil_calls_damage():
         except BadSampleError:
             slow = None
         try:
-            fast = crop_picture(bytes(damaged), whole, 32)
+            fast = crop_image(bytes(damaged), whole, 32)
         except BadSampleError:
             fast = None
         if slow is None:

@@ -21,7 +21,7 @@ from rayclip.models.presets import with_logit_bias
 from rayclip.training import loop as loop_module
 from rayclip.training import meter as meter_module
 from rayclip.training.checkpoint import RunState, restore, write_checkpoint
-from rayclip.training.loop import Hooks, Plan, Trainer
+from rayclip.training.loop import Hooks, LoopPlan, Trainer
 from rayclip.training.meter import Meter
 from rayclip.training.optimizer import build_optimizer
 from rayclip.training.schedule import learning_rate
@@ -61,7 +61,7 @@ def make_plan(**changes):
         "evaluate_every": None,
         "max_bad_fraction": 0.5,
     }
-    return Plan(**plan | changes)
+    return LoopPlan(**plan | changes)
 
 
 class Run:
@@ -232,7 +232,7 @@ def test_a_branch_counts_its_own_time():
     )
     branch = trunk.branch()
     assert asdict(branch) == asdict(trunk) | {"branched_at": 90, "train_time_s": 0, "data_wait_s": 0}
-    assert branch.num_given == 93
+    assert branch.samples_consumed == 93
 
 
 # Hooks
@@ -254,7 +254,7 @@ def test_hooks_are_called_where_they_are_due(tmp_path, data, tiny_config):
 def test_what_is_measured_beside_training_changes_nothing_but_who_measures(tmp_path, data, tiny_config):
     """All but the last; a checkpoint that is only saved is told from one that is still to be measured."""
     runs = [
-        Run(tmp_path / str(beside), data, tiny_config, make_plan(evaluate_every=35, evaluate_beside=beside))
+        Run(tmp_path / str(beside), data, tiny_config, make_plan(evaluate_every=35, evaluate_asynchronously=beside))
         for beside in (False, True)
     ]
     for run in runs:

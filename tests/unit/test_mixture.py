@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rayclip.data.manifest import Manifest
-from rayclip.data.mixture import Mixture, Part, load_parts
+from rayclip.data.mixture import Mixture, MixturePart, load_parts
 from rayclip.data.order import Order
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.errors import UserError
@@ -30,7 +30,7 @@ def folders(tmp_path_factory, make_samples, write_dataset):
 
 
 def make_stream(folders, weights, epochs, seed=SEED, fraction=1.0, ledger=None):
-    parts = tuple(Part(folders[name], weight) for name, weight in weights.items())
+    parts = tuple(MixturePart(folders[name], weight) for name, weight in weights.items())
     whole = load_parts("", parts)
     spec = StreamSpec(
         folder="the mixture", digest=whole.digest, seed=seed, window=3, image_size=8, context_length=12,
@@ -129,7 +129,7 @@ def test_a_mixture_of_one_is_in_the_order_of_that_data_set(folders):
 
 def test_the_digest_is_of_the_parts_and_their_weights(folders):
     def digest(*parts):
-        return Mixture.load([Part(folders[name], weight) for name, weight in parts]).digest
+        return Mixture.load([MixturePart(folders[name], weight) for name, weight in parts]).digest
 
     digests = [
         digest(("cats", 1), ("dogs", 1)),
@@ -144,13 +144,15 @@ def test_the_digest_is_of_the_parts_and_their_weights(folders):
 
 def test_what_is_missing_or_there_twice_is_one_line(folders, tmp_path):
     with pytest.raises(UserError, match=f"no data set at '{tmp_path}/none'"):
-        Mixture.load([Part(folders["cats"], 1), Part(f"{tmp_path}/none", 1)])
+        Mixture.load([MixturePart(folders["cats"], 1), MixturePart(f"{tmp_path}/none", 1)])
     with pytest.raises(UserError, match=f"'{folders['cats']}' is twice in data.mixture"):
-        Mixture.load([Part(folders["cats"], 1), Part(folders["dogs"], 1), Part(folders["cats"], 2)])
+        Mixture.load(
+            [MixturePart(folders["cats"], 1), MixturePart(folders["dogs"], 1), MixturePart(folders["cats"], 2)]
+        )
 
 
 def test_a_chunk_is_named_with_the_folder_of_its_part(folders):
-    mixture = Mixture.load([Part(folders["cats"], 1), Part(folders["dogs"], 1)])
+    mixture = Mixture.load([MixturePart(folders["cats"], 1), MixturePart(folders["dogs"], 1)])
     first = len(Manifest.load(folders["cats"]))
     assert mixture.place(first - 1)[0] == f"{folders['cats']}/000002.tar"
     assert mixture.place(first) == (f"{folders['dogs']}/000000.tar", 0)

@@ -14,12 +14,12 @@ from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 from rayclip.orchestration.batch.partitioned_output import (
     Part,
-    PartFolder,
+    PartitionedOutput,
     add,
     check_bad,
+    format_causes,
     open_complete,
     plan_parts,
-    told_causes,
 )
 
 IDENTITY = {
@@ -36,7 +36,7 @@ TALLY = {"rows": {"samples": 3, "bad": 1}, "causes": {"no_image": 1}}
 
 @pytest.fixture
 def folder(tmp_path):
-    return PartFolder(tmp_path / "out", IDENTITY, 3)
+    return PartitionedOutput(tmp_path / "out", IDENTITY, 3)
 
 
 def write(folder, number):
@@ -141,14 +141,14 @@ def test_a_part_that_costs_worker_after_worker_ends_the_job(folder):
 def test_an_output_of_something_else_is_left_alone(folder, change, said):
     folder.begin()
     with pytest.raises(UserError, match=said) as caught:
-        PartFolder(folder.path, {**IDENTITY, **change}, 3).check()
+        PartitionedOutput(folder.path, {**IDENTITY, **change}, 3).check()
     assert "\n" not in str(caught.value)
     assert "choose another output, or delete that folder" in str(caught.value)
 
 
 def test_a_data_set_that_was_moved_is_the_same(folder):
     folder.begin()
-    PartFolder(folder.path, {**IDENTITY, "source": "/moved"}, 3).check()
+    PartitionedOutput(folder.path, {**IDENTITY, "source": "/moved"}, 3).check()
 
 
 def test_a_folder_of_other_things_is_left_alone(folder):
@@ -158,7 +158,7 @@ def test_a_folder_of_other_things_is_left_alone(folder):
     with pytest.raises(UserError, match=r"is not empty and holds nothing of jobs\.embed"):
         folder.check()
     with pytest.raises(UserError, match="is a file, not a folder"):
-        PartFolder(folder.path / "thesis.txt", IDENTITY, 3).check()
+        PartitionedOutput(folder.path / "thesis.txt", IDENTITY, 3).check()
 
 
 # Counts
@@ -167,7 +167,7 @@ def test_a_folder_of_other_things_is_left_alone(folder):
 def test_tallies_are_summed_by_group_the_largest_first():
     total = add([TALLY, {"rows": {"samples": 2, "bad": 2, "pictures": 1}, "causes": {"no_caption": 2}}])
     assert total == {"rows": {"samples": 5, "bad": 3, "pictures": 1}, "causes": {"no_caption": 2, "no_image": 1}}
-    assert told_causes(total) == "2 no_caption, 1 no_image"
+    assert format_causes(total) == "2 no_caption, 1 no_image"
 
 
 def test_more_errors_than_allowed():

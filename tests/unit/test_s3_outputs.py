@@ -21,10 +21,10 @@ from rayclip.errors import UserError
 from rayclip.io import s3 as s3_requests
 from rayclip.io import storage
 from rayclip.io.files import whole_file, write_json
-from rayclip.io.latency import Pace
-from rayclip.io.paths import S3Path, append, local_copy, matching, place_of, remove_tree, staged
+from rayclip.io.latency import LatencyEstimator
+from rayclip.io.paths import S3Path, append, local_copy, matching, remove_tree, staged, storage_path
 from rayclip.models.clip import CLIP
-from rayclip.orchestration.batch.partitioned_output import Part, PartFolder, open_complete
+from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, open_complete
 from rayclip.orchestration.cluster.connection import s3_environment
 from rayclip.orchestration.cluster.ray_storage import S3Handler, ray_storage, train_result, upload_checkpoint
 from rayclip.orchestration.train.run_folder import RunFolder
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def folder(s3, request):
     """A folder in S3 of the test's own, whose requests go wrong now and then."""
     s3.rate, s3.slow_s, s3.commands = 0.1, 0.5, ("GET", "PUT", "POST")
-    return place_of(f"{BUCKET}/{request.node.name}")
+    return storage_path(f"{BUCKET}/{request.node.name}")
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_weights_go_to_s3_and_come_back_in_every_format(folder, checkpoint, tmp_
 def test_parts_of_an_output_go_on_in_s3(folder):
     identity = {"kind": "embed", "settings": 1}
     tally = {"rows": {"samples": 2, "bad": 0}, "causes": {}}
-    parts = PartFolder(folder, identity, 2)
+    parts = PartitionedOutput(folder, identity, 2)
     parts.check()
     parts.begin()
     parts.note_attempt(0)
@@ -176,7 +176,7 @@ def test_parts_of_an_output_go_on_in_s3(folder):
     parts.write_summary({"parts": 2})
     assert open_complete(folder, "embed")[1] == {"parts": 2}
     with pytest.raises(UserError, match="other settings"):
-        PartFolder(folder, {"kind": "embed", "settings": 2}, 2).check()
+        PartitionedOutput(folder, {"kind": "embed", "settings": 2}, 2).check()
 
 
 def test_a_data_set_is_ingested_to_s3_and_goes_on_after_a_crash(folder, tmp_path, monkeypatch):
@@ -223,15 +223,15 @@ def test_a_place_in_s3_is_refused_by_what_knows_disks_alone():
 
 
 def test_a_request_is_late_when_it_takes_longer_than_nearly_all():
-    pace = Pace()
-    assert pace.patience_s(100, 1.0) == 1.0, "nothing to go by"
+    pace = LatencyEstimator()
+    assert pace.timeout_s(100, 1.0) == 1.0, "nothing to go by"
     for _ in range(100):
         pace.add(0.2, 0)
-    assert pace.patience_s(0, 9.0) == pytest.approx(0.2, abs=0.01)
-    assert pace.patience_s(2**20, 9.0) == pytest.approx(0.4, abs=0.02)
-    assert pace.patience_s(0, 0.05) == 0.05
+    assert pace.timeout_s(0, 9.0) == pytest.approx(0.2, abs=0.01)
+    assert pace.timeout_s(2**20, 9.0) == pytest.approx(0.4, abs=0.02)
+    assert pace.timeout_s(0, 0.05) == 0.05
     pace.add(3.0, 0)
-    assert pace.patience_s(0, 9.0) > 1.0
+    assert pace.timeout_s(0, 9.0) > 1.0
 
 
 def test_no_setting_is_taken_for_a_path_on_disk_but_by_what_reads_disks_alone(s3):

@@ -8,9 +8,9 @@ import pytest
 from rayclip.data import order
 from rayclip.data import stream as data_stream
 from rayclip.data.manifest import Manifest
-from rayclip.data.mixture import Part, load_parts
+from rayclip.data.mixture import MixturePart, load_parts
 from rayclip.data.order import Order
-from rayclip.data.segment import Leg
+from rayclip.data.segment import StreamSegment
 from rayclip.data.stream import Stream, StreamSpec, cut
 
 WINDOW = 3
@@ -29,7 +29,7 @@ def specs(tmp_path_factory, make_samples, write_dataset):
     root = tmp_path_factory.mktemp("legs")
     first = write_dataset(root / "first", make_samples(47), shard_samples=15, chunk_samples=4)
     write_dataset(root / "second", make_samples(21, seed=1), shard_samples=10, chunk_samples=4)
-    parts = (Part(str(root / "first"), 1.0), Part(str(root / "second"), 1.5))
+    parts = (MixturePart(str(root / "first"), 1.0), MixturePart(str(root / "second"), 1.5))
     mixture = load_parts("", parts)
     return {
         "data set": make_spec(first.digest, first.shares, first.folder),
@@ -37,9 +37,9 @@ def specs(tmp_path_factory, make_samples, write_dataset):
     }
 
 
-def legs_of(stream, size):
+def segments_of(stream, size):
     windows = stream.windows()
-    return [Leg(stream, windows[at : at + size]) for at in range(0, len(windows), size)]
+    return [StreamSegment(stream, windows[at : at + size]) for at in range(0, len(windows), size)]
 
 
 @pytest.mark.parametrize("kind", ["data set", "mixture"])
@@ -53,17 +53,17 @@ def test_legs_read_what_the_stream_does(specs, kind, size):
     done[:25] = True
     ledger.add(*samples[done].T)
     rest = Stream(specs[kind], ledger.to_dict())
-    legs = pickle.loads(pickle.dumps(legs_of(rest, size)))
-    assert sum(leg.num_remaining() for leg in legs) == rest.num_remaining() == (~done).sum()
-    assert [window for leg in legs for window in leg.windows()] == list(rest.windows())
-    for leg in legs:
-        blocks = [leg.read(window) for window in leg.windows()]
-        assert sum(len(block["row"]) for block in blocks) == leg.num_remaining()
-        for window, block in zip(leg.windows(), blocks, strict=True):
+    segments = pickle.loads(pickle.dumps(segments_of(rest, size)))
+    assert sum(segment.num_remaining() for segment in segments) == rest.num_remaining() == (~done).sum()
+    assert [window for segment in segments for window in segment.windows()] == list(rest.windows())
+    for segment in segments:
+        blocks = [segment.read(window) for window in segment.windows()]
+        assert sum(len(block["row"]) for block in blocks) == segment.num_remaining()
+        for window, block in zip(segment.windows(), blocks, strict=True):
             expected = rest.read(window)
             assert all(np.array_equal(block[name], expected[name]) for name in expected)
             for position in set(block["position"].tolist()):
-                assert leg.place_at(position) == rest.place_at(position)
+                assert segment.place_at(position) == rest.place_at(position)
 
 
 def test_a_leg_is_as_large_as_its_windows_however_large_the_manifest_is(tmp_path):
@@ -75,7 +75,7 @@ def test_a_leg_is_as_large_as_its_windows_however_large_the_manifest_is(tmp_path
         manifest = Manifest(str(tmp_path), names, sizes_of, shard, ones, ones, ones.astype(np.int32))
         manifest.save()
         stream = Stream(make_spec(manifest.digest, manifest.shares, str(tmp_path)))
-        sizes.append(len(pickle.dumps(Leg(stream, range(5, 105)))))
+        sizes.append(len(pickle.dumps(StreamSegment(stream, range(5, 105)))))
     assert sizes[1] < 2 * sizes[0], "more shards of its own, but none of the hundredfold others"
 
 

@@ -257,8 +257,8 @@ def test_files_that_training_reads_keep_their_bytes(fmt, extension):
 def test_pictures_are_shrunk_and_never_enlarged():
     for side, size in ((15, (20, 15)), (30, (40, 30)), (64, (40, 30))):
         extension, data = encode_image(png(size=(40, 30)), config_with(shorter_side=side, image_format="jpg"))
-        picture = Image.open(io.BytesIO(data))
-        assert (extension, picture.format, picture.size) == ("jpg", "JPEG", size)
+        image = Image.open(io.BytesIO(data))
+        assert (extension, image.format, image.size) == ("jpg", "JPEG", size)
 
 
 def test_foreign_formats_transparency_and_orientation():

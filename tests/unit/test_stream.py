@@ -256,23 +256,23 @@ def test_the_data_set_may_not_change_under_a_run(manifest, tmp_path, make_sample
 # Bad samples
 
 
-def picture(file_format="PNG"):
+def image(file_format="PNG"):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(file, file_format)
     return file.getvalue()
 
 
 BAD_SAMPLES = {
-    "fine": {"png": picture(), "txt": b"fine"},
+    "fine": {"png": image(), "txt": b"fine"},
     "no_image": {"txt": b"words only", "gif": b"GIF89a"},
     "image_undecodable": {"png": b"this is no picture", "txt": b"fine"},
-    "image_undecodable, cut png": {"png": picture()[:1000], "txt": b"fine"},
-    "image_undecodable, cut jpg": {"jpg": picture("JPEG")[:600], "txt": b"fine"},
-    "image_undecodable, cut webp": {"webp": picture("WEBP")[:300], "txt": b"fine"},
+    "image_undecodable, cut png": {"png": image()[:1000], "txt": b"fine"},
+    "image_undecodable, cut jpg": {"jpg": image("JPEG")[:600], "txt": b"fine"},
+    "image_undecodable, cut webp": {"webp": image("WEBP")[:300], "txt": b"fine"},
     "image_undecodable, nothing": {"jpg": b"", "txt": b"fine"},
-    "no_caption": {"png": picture(), "json": b"{}"},
-    "caption_not_utf8": {"png": picture(), "txt": b"\xff\xfe caption"},
-    "caption_empty": {"png": picture(), "txt": b" \n\t "},
+    "no_caption": {"png": image(), "json": b"{}"},
+    "caption_not_utf8": {"png": image(), "txt": b"\xff\xfe caption"},
+    "caption_empty": {"png": image(), "txt": b" \n\t "},
 }
 
 

@@ -17,8 +17,8 @@ from benchmarks.config import BenchmarkConfig
 from rayclip.cli import submit
 from rayclip.config import Config, EmbedConfig, FitConfig, IndexConfig, TrainConfig
 from rayclip.errors import UserError
-from rayclip.orchestration.cluster.connection import runtime_env as shipping
-from rayclip.orchestration.cluster.resources import Capacity, demand, most_of, shortage
+from rayclip.orchestration.cluster import runtime_env as shipping
+from rayclip.orchestration.cluster.resources import Capacity, most_of, resource_request, shortage
 from rayclip.orchestration.cluster.runtime_env import check_config, check_paths, pack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,10 +174,10 @@ def test_a_cluster_is_asked_by_its_address_alone(monkeypatch):
 
 def test_what_a_job_takes():
     gpus = make_train(cluster={"num_workers": 2, "cpus_per_worker": 4, "use_gpu": True})
-    assert demand(gpus) == [{"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1}, {"CPU": 1}]
+    assert resource_request(gpus) == [{"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1}, {"CPU": 1}]
     embed = EmbedConfig(model="m", data="d", output="o", cluster={"num_workers": 3})
-    assert demand(embed) == [{"CPU": 1}] * 3
-    assert demand(FitConfig(source="points.csv")) == [{"CPU": 1}]
+    assert resource_request(embed) == [{"CPU": 1}] * 3
+    assert resource_request(FitConfig(source="points.csv")) == [{"CPU": 1}]
 
 
 def test_what_measures_beside_training_takes_its_own():
@@ -185,7 +185,7 @@ def test_what_measures_beside_training_takes_its_own():
 
     def beside(use_gpu=False, **changes):
         cluster = {"num_workers": 2, "cpus_per_worker": 4, "use_gpu": use_gpu}
-        return demand(make_train(cluster=cluster, evaluation=evaluation | changes))[3:]
+        return resource_request(make_train(cluster=cluster, evaluation=evaluation | changes))[3:]
 
     assert beside() == [{"CPU": 1}]
     assert beside(beside_cpus=3) == [{"CPU": 3}]
@@ -194,12 +194,12 @@ def test_what_measures_beside_training_takes_its_own():
     assert beside(beside_gpus=0.5) == [{"CPU": 1, "GPU": 0.5}]
     for nothing in ({"beside": False}, {"every_samples": None}, {"tasks": {}}):
         assert beside(**nothing) == []
-    job = demand(make_train(cluster={"num_workers": 2, "use_gpu": True}, evaluation=evaluation))
+    job = resource_request(make_train(cluster={"num_workers": 2, "use_gpu": True}, evaluation=evaluation))
     assert "it needs 4 CPU, 3 GPU" in shortage(job, Capacity([{"CPU": 8, "GPU": 2}], {}))
 
 
 def test_what_is_missing_is_said():
-    job = demand(make_train(cluster={"num_workers": 2, "cpus_per_worker": 4, "use_gpu": True}))
+    job = resource_request(make_train(cluster={"num_workers": 2, "cpus_per_worker": 4, "use_gpu": True}))
     gpu, cpu = {"CPU": 8, "GPU": 2}, {"CPU": 4}
     assert shortage(job, Capacity([gpu, cpu], {})) is None
     assert shortage(job, Capacity([gpu], {})) == (
@@ -207,11 +207,11 @@ def test_what_is_missing_is_said():
     )
     assert "the cluster has 16 CPU, 0 GPU on 4 nodes" in shortage(job, Capacity([cpu] * 4, {}))
     # Enough in all, and on no node.
-    assert shortage(demand(make_train(cluster={"cpus_per_worker": 4})), Capacity([{"CPU": 3}] * 4, {}))
+    assert shortage(resource_request(make_train(cluster={"cpus_per_worker": 4})), Capacity([{"CPU": 3}] * 4, {}))
 
 
 def test_a_cluster_that_grows_is_waited_for():
-    job = demand(make_train(cluster={"num_workers": 2, "use_gpu": True}))
+    job = resource_request(make_train(cluster={"num_workers": 2, "use_gpu": True}))
     most = most_of([{"ray.io/node-id": "a"}, {"rayclip/max-cpus": "320", "rayclip/max-gpus": "16"}])
     assert most == {"CPU": 320, "GPU": 16}
     assert shortage(job, Capacity([{"CPU": 0}], most)) is None
@@ -226,7 +226,9 @@ def test_a_cluster_that_grows_is_waited_for():
 )
 def test_room_is_found_where_trying_every_way_finds_it(nodes, workers, cpus, gpu):
     has = [{"CPU": float(c), "GPU": float(g)} for c, g in nodes]
-    job = demand(make_train(batch_size=6, cluster={"num_workers": workers, "cpus_per_worker": cpus, "use_gpu": gpu}))
+    job = resource_request(
+        make_train(batch_size=6, cluster={"num_workers": workers, "cpus_per_worker": cpus, "use_gpu": gpu})
+    )
     ways = itertools.product(range(len(has)), repeat=len(job))
     possible = any(
         all(

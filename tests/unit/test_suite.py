@@ -12,7 +12,7 @@ from rayclip.config.loader import load
 from rayclip.data.formats.tar import read_samples
 from rayclip.errors import UserError
 from rayclip.evaluation import scoring
-from rayclip.evaluation.features import Pictures
+from rayclip.evaluation.features import LabelledFeatures
 from rayclip.evaluation.layout import open_split
 from rayclip.evaluation.suite import entries, open_suite, resolve
 
@@ -220,7 +220,7 @@ def answered():
     ids = [f"{i}" for i in range(100)]
     one = torch.ones(100, dtype=torch.int64)
     cuts = (slice(0, 60), slice(60, 100))
-    parts = [Pictures(ids[cut], features[cut], labels[cut], one[cut]) for cut in cuts]
+    parts = [LabelledFeatures(ids[cut], features[cut], labels[cut], one[cut]) for cut in cuts]
     rows = [list(range(7)), list(range(7, 14))]
     return features, prompts, labels, scoring.answer(parts, prompts, rows, 10.0, keep_scores=True)
 

@@ -4,9 +4,9 @@ from typing import Any, NoReturn
 
 from rayclip.cli.command import print_table, run_job
 from rayclip.config import ClassifyConfig
-from rayclip.io.storage import join, told
+from rayclip.io.storage import format_path, join
 from rayclip.orchestration.batch.classify import classify
-from rayclip.orchestration.batch.partitioned_output import told_causes
+from rayclip.orchestration.batch.partitioned_output import format_causes
 
 _SHOWN_LABELS = 5
 
@@ -20,10 +20,10 @@ def main(config: ClassifyConfig) -> dict[str, Any]:
         [
             ("model", summary["model_version"]),
             ("samples", f"{summary['samples']:,} in {summary['parts']:,} parts"),
-            ("with an error", told_causes(summary) or "none"),
+            ("with an error", format_causes(summary) or "none"),
             ("most frequent", ", ".join(f"{label} {count:,}" for label, count in often) or "-"),
             ("time", f"{summary['time_s']:.0f} s, {summary['samples_per_s']:,.0f} samples/s once started"),
-            ("labels", told(summary["output"])),
+            ("labels", format_path(summary["output"])),
         ]
     )
     return summary

@@ -7,24 +7,24 @@ from rayclip.config import CompareConfig
 from rayclip.evaluation.page import difference, score, write_comparison
 from rayclip.evaluation.plots import write_bars, write_radar
 from rayclip.evaluation.reports import compare, find_reports
-from rayclip.io.paths import Place, place_of
-from rayclip.io.storage import join, told
+from rayclip.io.paths import StoragePath, storage_path
+from rayclip.io.storage import format_path, join
 from rayclip.tracking.experiment import log_result
 
 
 def main(config: CompareConfig) -> dict[str, Any]:
     """Compare, draw and log; returns the comparison. Raises UserError for a path without a report."""
     comparison = compare(find_reports(config.runs))
-    folder = place_of(config.output)
-    pictures = [folder / "scores.png"]
-    write_bars(pictures[0], comparison)
+    folder = storage_path(config.output)
+    images = [folder / "scores.png"]
+    write_bars(images[0], comparison)
     if write_radar(folder / "radar.png", comparison):
-        pictures.append(folder / "radar.png")
+        images.append(folder / "radar.png")
     page = folder / "comparison.html"
-    write_comparison(page, comparison, pictures)
+    write_comparison(page, comparison, images)
     _print(comparison)
-    print_table([("written", f"{told(str(page))}, summary.json")])
-    _log(config, comparison, [page, *pictures])
+    print_table([("written", f"{format_path(str(page))}, summary.json")])
+    _log(config, comparison, [page, *images])
     return comparison
 
 
@@ -35,12 +35,12 @@ def _print(comparison: dict[str, Any]) -> None:
     for number, model in enumerate(comparison["models"][1:], 1):
         rows.append(("model", f"{model}, less {comparison['models'][0]}, in points"))
         for name, of_one in comparison["datasets"].items():
-            told = f"{score(of_one['scores'][number]).text}  {difference(of_one['difference'][number]).text}"
-            rows.append((name, told))
+            cell = f"{score(of_one['scores'][number]).text}  {difference(of_one['difference'][number]).text}"
+            rows.append((name, cell))
     print_table(rows)
 
 
-def _log(config: CompareConfig, comparison: dict[str, Any], files: list[Place]) -> None:
+def _log(config: CompareConfig, comparison: dict[str, Any], files: list[StoragePath]) -> None:
     if config.experiment is None:
         return
     metrics = {

@@ -4,8 +4,8 @@ from typing import Any, NoReturn
 
 from rayclip.cli.command import print_table, run_job
 from rayclip.config import ConvertConfig
-from rayclip.io.paths import place_of
-from rayclip.io.storage import join, told
+from rayclip.io.paths import storage_path
+from rayclip.io.storage import format_path, join
 from rayclip.models.presets import preset
 from rayclip.models.weights import read_weights, write_weights
 from rayclip.tracking.registry import resolve_model
@@ -15,7 +15,7 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     """Write the model of the input in another format; returns what it is. Raises UserError."""
     source = resolve_model(config.input, config.tracking_uri)
     weights = read_weights(source.folder, like=preset(config.model) if config.model else None)
-    output = place_of(config.output)
+    output = storage_path(config.output)
     write_weights(output, weights, config.format, source.name)
     model = weights.config
     num_parameters = sum(p.numel() for p in weights.model().parameters())
@@ -26,7 +26,7 @@ def main(config: ConvertConfig) -> dict[str, Any]:
             ("parameters", f"{num_parameters:,}"),
             ("pictures", f"{model.vision.kind}, {model.vision.image_size} pixels"),
             ("activation", "QuickGELU" if model.quick_gelu else "GELU"),
-            ("written", f"{config.format}, to {told(str(output))}"),
+            ("written", f"{config.format}, to {format_path(str(output))}"),
         ]
     )
     return {

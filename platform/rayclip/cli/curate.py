@@ -4,7 +4,7 @@ from typing import Any, NoReturn
 
 from rayclip.cli.command import print_table, run_job
 from rayclip.config import CurateConfig
-from rayclip.io.storage import join, told
+from rayclip.io.storage import format_path, join
 from rayclip.orchestration.batch.curate import curate
 
 
@@ -18,8 +18,8 @@ def main(config: CurateConfig) -> dict[str, Any]:
         [
             ("queries", f"{summary['queries']:,}, of which {summary['queries_found']:,} find a pair"),
             ("most pairs of a query", f"{most['before']:,} before, {most['after']:,} after"),
-            ("pairs a query", told(join(summary["output"], "queries.png"))),
-            ("data set", f"{told(summary['output'])}, {summary['kept']:,} of {summary['samples']:,} pairs"),
+            ("pairs a query", format_path(join(summary["output"], "queries.png"))),
+            ("data set", f"{format_path(summary['output'])}, {summary['kept']:,} of {summary['samples']:,} pairs"),
         ]
     )
     return summary

@@ -4,9 +4,9 @@ from typing import Any, NoReturn
 
 from rayclip.cli.command import print_table, run_job
 from rayclip.config import EmbedConfig
-from rayclip.io.storage import join, told
+from rayclip.io.storage import format_path, join
 from rayclip.orchestration.batch.embed import embed
-from rayclip.orchestration.batch.partitioned_output import told_causes
+from rayclip.orchestration.batch.partitioned_output import format_causes
 
 
 def main(config: EmbedConfig) -> dict[str, Any]:
@@ -18,9 +18,9 @@ def main(config: EmbedConfig) -> dict[str, Any]:
             ("model", summary["model_version"]),
             ("samples", f"{summary['samples']:,} in {summary['parts']:,} parts"),
             ("embedded", f"{summary['pictures']:,} pictures, {summary['texts']:,} texts"),
-            ("with an error", told_causes(summary) or "none"),
+            ("with an error", format_causes(summary) or "none"),
             ("time", f"{summary['time_s']:.0f} s, {summary['samples_per_s']:,.0f} samples/s once started"),
-            ("embeddings", told(summary["output"])),
+            ("embeddings", format_path(summary["output"])),
         ]
     )
     return summary

@@ -4,7 +4,7 @@ from typing import Any, NoReturn
 
 from rayclip.cli.command import print_table, run_job
 from rayclip.config import SuiteConfig
-from rayclip.io.storage import told
+from rayclip.io.storage import format_path
 from rayclip.orchestration.batch.evaluate import evaluate, output_folder
 from rayclip.tracking.registry import resolve_model
 
@@ -16,16 +16,16 @@ def main(config: SuiteConfig) -> dict[str, Any]:
     print_table(
         [
             ("model", summary["model_version"]),
-            *[(name, _told(result)) for name, result in summary["datasets"].items()],
+            *[(name, _format_result(result)) for name, result in summary["datasets"].items()],
             *[(name, f"not there: {why}") for name, why in summary["not_there"].items()],
-            ("features", _told_extraction(summary["extraction"])),
-            ("report", told(summary["output"])),
+            ("features", _format_extraction(summary["extraction"])),
+            ("report", format_path(summary["output"])),
         ]
     )
     return summary
 
 
-def _told(result: dict[str, Any]) -> str:
+def _format_result(result: dict[str, Any]) -> str:
     score = result["score"]
     interval = "" if score["low"] is None else f" [{score['low']:.1%}, {score['high']:.1%}]"
     among = f", {result['num_classes']:,} classes" if result["num_classes"] else ""
@@ -33,7 +33,7 @@ def _told(result: dict[str, Any]) -> str:
     return f"{result['metric']} {score['value']:.1%}{interval}, {result['num_samples']:,} pictures{among}{notes}"
 
 
-def _told_extraction(done: dict[str, Any]) -> str:
+def _format_extraction(done: dict[str, Any]) -> str:
     rate = f", {done['samples_per_s']:,.0f}/s once started" if done["samples_per_s"] else ""
     return f"{done['new_samples']:,} of {done['samples']:,} new, the others were there{rate}"
 

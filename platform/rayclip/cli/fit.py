@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 from rayclip.cli.command import print_table, run_job
 from rayclip.config import FitConfig
 from rayclip.errors import UserError
-from rayclip.io.paths import Place, place_of
-from rayclip.io.storage import find_file, told
+from rayclip.io.paths import StoragePath, storage_path
+from rayclip.io.storage import find_file, format_path
 from rayclip.scaling.experiment import read_experiment
 from rayclip.scaling.plot import write_plot
 from rayclip.scaling.points import Run, read_csv, write_csv
@@ -21,18 +21,18 @@ def main(config: FitConfig) -> dict[str, Any]:
     report = make_report(_read(config), config)
     summary = summarise(report)
     folder = output_folder(config)
-    table, picture = folder / "points.csv", folder / "law.png"
+    table, image = folder / "points.csv", folder / "law.png"
     write_csv(table, report.runs)
-    write_plot(picture, report)
-    _log(config, summary, [table, picture])
-    print_table([*card(summary), ("written", f"{told(str(folder))}: law.png, points.csv, summary.json")])
+    write_plot(image, report)
+    _log(config, summary, [table, image])
+    print_table([*card(summary), ("written", f"{format_path(str(folder))}: law.png, points.csv, summary.json")])
     return summary
 
 
-def output_folder(config: FitConfig) -> Place:
+def output_folder(config: FitConfig) -> StoragePath:
     """Where the fit is written."""
     name = PurePath(config.source).stem if _is_table(config) else config.source
-    return place_of(config.output or f"runs/fits/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}")
+    return storage_path(config.output or f"runs/fits/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}")
 
 
 def _is_table(config: FitConfig) -> bool:
@@ -43,13 +43,13 @@ def _read(config: FitConfig) -> list[Run]:
     if _is_table(config):
         if config.metric is not None:
             raise UserError("metric is for an MLflow experiment; a CSV has its column error")
-        return read_csv(place_of(config.source), config.dataset)
+        return read_csv(storage_path(config.source), config.dataset)
     if config.dataset is not None:
         raise UserError("dataset is for a CSV that has that column; an experiment has metric")
     return read_experiment(config.tracking_uri, config.source, config.metric)
 
 
-def _log(config: FitConfig, summary: dict[str, Any], files: list[Place]) -> None:
+def _log(config: FitConfig, summary: dict[str, Any], files: list[StoragePath]) -> None:
     experiment = config.log_to or (None if _is_table(config) else config.source)
     if experiment is None:
         return

@@ -9,21 +9,21 @@ from typing import Any, NoReturn
 from rayclip.cli.command import print_table, run_job
 from rayclip.config import PlanConfig
 from rayclip.errors import UserError
-from rayclip.io.paths import place_of
+from rayclip.io.paths import storage_path
 from rayclip.scaling.fit import Estimate
-from rayclip.scaling.plan import Plan, batch_size, checkpoint_bytes, make_plan, measured_flops, read_law
+from rayclip.scaling.plan import TrainingPlan, batch_size, checkpoint_bytes, make_plan, measured_flops, read_law
 
 
 def main(config: PlanConfig) -> dict[str, Any]:
     """Answer the question; returns the summary. Raises UserError for one that cannot be answered."""
-    fitted = read_law(place_of(config.law)) if config.law is not None else None
+    fitted = read_law(storage_path(config.law)) if config.law is not None else None
     plan = make_plan(config, fitted, measured_flops(config, _samples_per_s(config)))
     summary = summarise(config, plan)
     print_table(card(summary))
     return summary
 
 
-def summarise(config: PlanConfig, plan: Plan) -> dict[str, Any]:
+def summarise(config: PlanConfig, plan: TrainingPlan) -> dict[str, Any]:
     """Everything, as plain values; an interval's end that is infinite is None."""
     samples, hours = plan.samples.value or 0.0, plan.gpu_hours
     speed, price = plan.samples_per_s, config.price_per_gpu_hour
@@ -61,7 +61,7 @@ def card(summary: dict[str, Any]) -> list[tuple[str, str]]:
         "error": "law",
         "model": "model, or train one of these gmacs",
     }
-    rows = [(key, _told(value, missing.get(key))) for key, value in summary.items()
+    rows = [(key, _format_value(value, missing.get(key))) for key, value in summary.items()
             if key not in ("notes", "times_the_largest_run")]  # fmt: skip
     return rows + [("note", note) for note in summary["notes"]]
 
@@ -70,17 +70,17 @@ def _samples_per_s(config: PlanConfig) -> float | None:
     if config.run is None:
         return config.samples_per_s
     try:
-        return float(json.loads(place_of(config.run).read_text())["samples_per_s"])
+        return float(json.loads(storage_path(config.run).read_text())["samples_per_s"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{config.run}' is no summary of jobs.train: {' '.join(str(error).split())}") from None
 
 
 def _plain(estimate: Estimate, factor: float = 1.0) -> dict[str, Any]:
-    told = {key: value for key, value in asdict(estimate).items() if key != "reason"}
-    return {key: value * factor if value is not None and math.isfinite(value) else None for key, value in told.items()}
+    plain = {key: value for key, value in asdict(estimate).items() if key != "reason"}
+    return {key: value * factor if value is not None and math.isfinite(value) else None for key, value in plain.items()}
 
 
-def _told(value: Any, missing: str | None) -> str:
+def _format_value(value: Any, missing: str | None) -> str:
     if value is None:
         return f"- (give {missing})" if missing else "-"
     if isinstance(value, dict):

@@ -10,7 +10,7 @@ import rayclip.config
 from rayclip.cli.command import print_table, take_option
 from rayclip.config import Config
 from rayclip.errors import UserError, exit_with, nearest
-from rayclip.orchestration.cluster.resources import demand, shortage
+from rayclip.orchestration.cluster.resources import resource_request, shortage
 from rayclip.orchestration.cluster.runtime_env import check_config, check_paths, pack
 from rayclip.orchestration.cluster.submission import Cluster
 
@@ -32,12 +32,12 @@ def main(arguments: list[str]) -> int:
     arguments, address = take_option(arguments, "--address")
     command, rest = arguments[0], arguments[1:]
     if command in ("list", "status", "logs", "stop"):
-        return look(Cluster(address), command, rest)
+        return show(Cluster(address), command, rest)
     detach, rest = "--detach" in rest, [argument for argument in rest if argument != "--detach"]
     return submit(address, command, rest, detach)
 
 
-def look(cluster: Cluster, command: str, rest: list[str]) -> int:
+def show(cluster: Cluster, command: str, rest: list[str]) -> int:
     """The commands for jobs that are there."""
     if len(list(filter(None, rest))) != (command != "list"):
         raise UserError(f"{command} takes {'no' if command == 'list' else 'one'} ID; list shows them")
@@ -63,7 +63,7 @@ def submit(address: str | None, job: str, arguments: list[str], detach: bool) ->
     shared = check_paths(found["config"], found["summary"], shipment, ROOT)
     schema: type[Config] = getattr(rayclip.config, found["kind"])
     cluster = Cluster(address)
-    if missing := shortage(demand(schema.model_validate(found["config"])), cluster.capacity()):
+    if missing := shortage(resource_request(schema.model_validate(found["config"])), cluster.capacity()):
         raise UserError(f"the cluster at {cluster.address} cannot place this job: {missing}")
     for line in (cluster.skew(), f"every node must have {', '.join(shared)}" if shared else None):
         if line:

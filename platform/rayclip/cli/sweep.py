@@ -6,7 +6,7 @@ from rayclip.cli import fit
 from rayclip.cli.command import print_table, run_job
 from rayclip.config import FitConfig, LadderPlan, SweepConfig
 from rayclip.errors import UserError
-from rayclip.io.storage import told
+from rayclip.io.storage import format_path
 from rayclip.orchestration.sweep.driver import run_sweep, sweep_folder
 
 
@@ -23,7 +23,7 @@ def main(config: SweepConfig) -> dict[str, Any]:
         summary["fit"] = fit.main(law)
     else:
         print("\nnext:")
-        print_table([(f"python -m jobs.train {told(str(folder.path / 'best.yaml'))}", "train the best")])
+        print_table([(f"python -m jobs.train {format_path(str(folder.path / 'best.yaml'))}", "train the best")])
     folder.write_summary(summary)
     if summary["failed"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in summary["failed"].items())

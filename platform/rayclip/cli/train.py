@@ -4,15 +4,15 @@ from typing import Any, NoReturn
 
 from rayclip.cli.command import print_table, run_job
 from rayclip.config import TrainConfig
-from rayclip.io.paths import place_of
-from rayclip.io.storage import told
+from rayclip.io.paths import storage_path
+from rayclip.io.storage import format_path
 from rayclip.orchestration.train.driver import run_training
 from rayclip.orchestration.train.run_folder import RunFolder
 
 
 def main(config: TrainConfig) -> dict[str, Any]:
     """Run the job. Returns the summary. Raises UserError."""
-    folder = RunFolder(place_of(config.runs) / config.name)
+    folder = RunFolder(storage_path(config.runs) / config.name)
     summary = run_training(config)
     print_summary(summary, folder)
     return summary
@@ -24,8 +24,8 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     print_table(list(_rows(summary)))
     print("\nnext:")
     then = [("make ui", "the run in MLflow"), ("python -m jobs.train --help", "every setting")]
-    if folder.pictures.is_dir():
-        then.insert(1, (told(str(folder.pictures)), "right and wrong answers, as pictures"))
+    if folder.contact_sheets.is_dir():
+        then.insert(1, (format_path(str(folder.contact_sheets)), "right and wrong answers, as pictures"))
     print_table(then)
 
 
@@ -44,7 +44,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("data wait", f"{summary['data_wait_share']:.1%} of the time"),
         ("skipped", ", ".join(f"{cause} {count:,}" for cause, count in summary["skipped"].items()) or "none"),
-        ("checkpoint", told(summary["checkpoint"])),
+        ("checkpoint", format_path(summary["checkpoint"])),
     ]
     if summary["model_version"] is not None:
         rows.append(("model version", f"{summary['registered_model']} version {summary['model_version']}"))
@@ -59,4 +59,4 @@ def _seen(summary: dict[str, Any]) -> str:
 
 def command() -> NoReturn:
     """Run the command that `sys.argv` gives, and exit."""
-    run_job(main, TrainConfig, lambda config: str(RunFolder(place_of(config.runs) / config.name).summary))
+    run_job(main, TrainConfig, lambda config: str(RunFolder(storage_path(config.runs) / config.name).summary))

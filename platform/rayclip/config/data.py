@@ -8,7 +8,7 @@ from rayclip.config.base import Config
 from rayclip.config.offline import WorkersConfig
 
 
-class PartConfig(Config):
+class MixturePartConfig(Config):
     """One data set of a mixture."""
 
     path: str = Field(description="folder or address of a data set: what jobs.ingest or jobs.index wrote")
@@ -21,7 +21,7 @@ class DataConfig(Config):
     """What a training run reads, and how it looks at it."""
 
     path: str | None = Field(None, description="folder or address of a data set; this or mixture")
-    mixture: tuple[PartConfig, ...] = Field((), description="several data sets read as one, each by its weight")
+    mixture: tuple[MixturePartConfig, ...] = Field((), description="several data sets read as one, each by its weight")
     fraction: float = Field(
         1.0, gt=0, le=1, description="share of the chunks that are read; smaller shares lie within larger ones"
     )

@@ -62,7 +62,7 @@ class EvaluationConfig(Config):
     )
 
     @property
-    def runs_beside(self) -> bool:
+    def is_asynchronous(self) -> bool:
         """Whether there is anything to measure beside training."""
         return self.beside and bool(self.tasks) and self.every_samples is not None
 

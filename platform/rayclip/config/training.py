@@ -180,7 +180,7 @@ class TrainConfig(Config):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of cluster.num_workers {workers.num_workers}"
             )
-        if self.evaluation.runs_beside and workers.min_workers < workers.max_workers:
+        if self.evaluation.is_asynchronous and workers.min_workers < workers.max_workers:
             raise ValueError(
                 f"cluster.num_workers {workers.num_workers} takes all room there is: evaluation.beside needs one number"
             )

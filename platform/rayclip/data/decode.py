@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from rayclip.data.formats.base import IMAGE_EXTENSIONS, Sample
-from rayclip.data.jpeg import Box, crop_jpeg, how_to_turn, jpeg_size
+from rayclip.data.jpeg import Box, crop_jpeg, exif_transpose, jpeg_size
 
 GUARD_CAUSES = ("loss_not_finite", "gradient_not_finite", "loss_spike", "logit_scale_collapsed")
 """Why a sample that could be read was left out: what a step came to that it was in."""
@@ -89,7 +89,7 @@ def what_fails_is_bad() -> Iterator[None]:
 
 def upright(image: Image.Image) -> Image.Image:
     """The picture as its EXIF data say it is to be shown; once turned it has none, and is not turned again."""
-    turn = how_to_turn(image)
+    turn = exif_transpose(image)
     if turn is None:
         return image
     turned = image.transpose(turn)
@@ -97,7 +97,7 @@ def upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def crop_picture(data: bytes, choose_box: Callable[[int, int], Box], size: int) -> np.ndarray:
+def crop_image(data: bytes, choose_box: Callable[[int, int], Box], size: int) -> np.ndarray:
     """The part of a picture's file that `choose_box(width, height)` names, resized, uint8 [size, size, 3].
 
     An ordinary JPEG is decoded by libjpeg-turbo; PIL decodes all else, and says what is broken. Raises

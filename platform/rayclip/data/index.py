@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from rayclip.config import IndexConfig
 from rayclip.data.formats import FORMATS, Layout, Shard, Span, parquet, table, tar
-from rayclip.data.formats.folder import LISTING, PICTURES, make_listing
+from rayclip.data.formats.folder import IMAGES, LISTING, make_listing
 from rayclip.data.manifest import FILE_NAME, Chunks, Manifest
 from rayclip.data.sources.table import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
 from rayclip.errors import UserError
@@ -20,14 +20,14 @@ from rayclip.io.storage import absolute, find_file, is_remote, join, list_files,
 PARTIAL = "manifest.partial.parquet"
 """What an index that was interrupted has found."""
 
-_EXTENSIONS = {"tar": (".tar",), "parquet": (".parquet",), "table": (".csv", ".tsv"), "folder": PICTURES}
+_EXTENSIONS = {"tar": (".tar",), "parquet": (".parquet",), "table": (".csv", ".tsv"), "folder": IMAGES}
 _OURS = (FILE_NAME, PARTIAL, LISTING)
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", *IMAGE_COLUMNS)
 _CAPTION_COLUMNS = ("caption", "captions", *CAPTION_COLUMNS, "txt")
 
 
 @dataclass(frozen=True)
-class Plan:
+class IndexPlan:
     """The shards of a data set and how they are read. Small and picklable but for the shards."""
 
     folder: str
@@ -53,7 +53,7 @@ class Indexed(NamedTuple):
     problem: str | None = None
 
 
-def make_plan(config: IndexConfig) -> Plan:
+def make_plan(config: IndexConfig) -> IndexPlan:
     """Find the shards, in the order of their names, which becomes the data set's. Raises UserError for none."""
     root, one = _root(config)
     files = [one] if one else list_files(root)
@@ -62,7 +62,7 @@ def make_plan(config: IndexConfig) -> Plan:
     if kind == "folder":
         return _plan_folder(folder, root, shards, files)
     layout = _layout_of(kind, Shard(join(root, shards[0].name), shards[0].size), config)
-    return Plan(folder, "" if folder == root else root, layout, shards)
+    return IndexPlan(folder, "" if folder == root else root, layout, shards)
 
 
 def output_folder(config: IndexConfig) -> str:
@@ -96,7 +96,7 @@ def _detect(config: IndexConfig, files: Sequence[File]) -> tuple[str, list[File]
     raise UserError(f"'{config.path}' has no shards ({wanted})")
 
 
-def _plan_folder(folder: str, root: str, pictures: list[File], files: Sequence[File]) -> Plan:
+def _plan_folder(folder: str, root: str, pictures: list[File], files: Sequence[File]) -> IndexPlan:
     """The listing is the one shard, and is written here."""
     listing, class_names = make_listing([file for file in files if PurePosixPath(file.name).name not in _OURS])
     path = join(folder, LISTING)
@@ -104,7 +104,7 @@ def _plan_folder(folder: str, root: str, pictures: list[File], files: Sequence[F
     found = find_file(path)
     assert found
     layout = Layout("folder", separator="\t", pictures="" if folder == root else root)
-    return Plan(folder, "", layout, [File(LISTING, *found[1:])], class_names)
+    return IndexPlan(folder, "", layout, [File(LISTING, *found[1:])], class_names)
 
 
 def _layout_of(kind: str, first: Shard, config: IndexConfig) -> Layout:
@@ -118,10 +118,10 @@ def _layout_of(kind: str, first: Shard, config: IndexConfig) -> Layout:
             schema = parquet.read_schema(first)
             separator, columns = "", list(schema.names)
     except OSError as error:
-        raise UserError(_told(first, error)) from None
+        raise UserError(_describe_error(first, error)) from None
     usual = _IMAGE_COLUMNS if kind == "parquet" else (*IMAGE_COLUMNS, *_IMAGE_COLUMNS)
     image = find_column("image_column", config.image_column, usual, columns, first.path)
-    if kind == "parquet" and not _may_be_picture(schema.field(image).type):
+    if kind == "parquet" and not _may_be_image(schema.field(image).type):
         raise UserError(f"'{first.path}': column '{image}' is {schema.field(image).type}, not bytes or paths")
     captions = [
         find_column("caption_columns", named, _CAPTION_COLUMNS, columns, first.path)
@@ -130,7 +130,7 @@ def _layout_of(kind: str, first: Shard, config: IndexConfig) -> Layout:
     return Layout(kind, image, tuple(captions), separator)
 
 
-def _may_be_picture(kind: pa.DataType) -> bool:
+def _may_be_image(kind: pa.DataType) -> bool:
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
     return any(test(kind) for test in tests) or pa.types.is_struct(kind)
 
@@ -146,15 +146,15 @@ def index_shard(shard: Shard, chunk_samples: int, layout: Layout, salvage: bool 
         return FORMATS[layout.kind].list_chunks(shard, chunk_samples, layout), None
     except OSError as error:
         if salvage:
-            return list[Span](), _told(shard, error)
-        raise UserError(_told(shard, error)) from None
+            return list[Span](), _describe_error(shard, error)
+        raise UserError(_describe_error(shard, error)) from None
 
 
-def _told(shard: Shard, error: OSError) -> str:
+def _describe_error(shard: Shard, error: OSError) -> str:
     return f"'{shard.path}' cannot be read: {error.strerror}" if error.strerror else str(error)
 
 
-def known_shards(plan: Plan, notes: dict[str, object]) -> dict[str, Indexed]:
+def known_shards(plan: IndexPlan, notes: dict[str, object]) -> dict[str, Indexed]:
     """What the last index, complete or not, says of shards that have not changed since, by name."""
     known: dict[str, Indexed] = {}
     now = {file.name: file for file in plan.shards}
@@ -175,7 +175,7 @@ def _shards_of(manifest: Manifest) -> list[Indexed]:
     return [Indexed(name, size, stamp, chunks[a:b]) for name, size, stamp, a, b in rows]
 
 
-def to_manifest(plan: Plan, found: dict[str, Indexed], notes: dict[str, object]) -> Manifest:
+def to_manifest(plan: IndexPlan, found: dict[str, Indexed], notes: dict[str, object]) -> Manifest:
     """The manifest of the shards that were found, in the plan's order."""
     chosen = [found[file.name] for file in plan.shards if file.name in found and len(found[file.name].chunks)]
     shards = [(shard.name, shard.size, shard.chunks) for shard in chosen]

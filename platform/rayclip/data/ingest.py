@@ -22,7 +22,7 @@ from rayclip.data.order import mix64
 from rayclip.data.sources import SOURCES, Split
 from rayclip.errors import UserError
 from rayclip.io.files import whole_file, write_json, write_text
-from rayclip.io.paths import Place, matching, place_of, remove_tree
+from rayclip.io.paths import StoragePath, matching, remove_tree, storage_path
 
 SETTINGS = "ingest.json"
 SKIPPED = "skipped.jsonl"
@@ -90,7 +90,7 @@ def digest_of(splits: dict[str, Split]) -> str:
 
 def begin(config: IngestConfig, splits: dict[str, Split]) -> None:
     """Make the folders and note the settings. Raises UserError where a run of another source was begun."""
-    output, record = place_of(config.output), {**settings_of(config), "items": digest_of(splits)}
+    output, record = storage_path(config.output), {**settings_of(config), "items": digest_of(splits)}
     settings = output / SETTINGS
     if settings.is_file() and json.loads(settings.read_text())["items"] != record["items"]:
         raise UserError(
@@ -111,7 +111,7 @@ def begin(config: IngestConfig, splits: dict[str, Split]) -> None:
 
 def is_complete(config: IngestConfig) -> bool:
     """Whether the output already is this data set. Raises UserError where it holds anything else."""
-    output = place_of(config.output)
+    output = storage_path(config.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"output '{output}' is a file, not a folder")
     if not (output / SETTINGS).is_file():
@@ -144,13 +144,13 @@ def _difference(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "")
 def missing(config: IngestConfig, tasks: Sequence[ShardTask]) -> Iterator[ShardTask]:
     """The shards that are still to be written."""
     for task in tasks:
-        if not _record_path(place_of(config.output), task.split, task.shard).is_file():
+        if not _record_path(storage_path(config.output), task.split, task.shard).is_file():
             yield task
 
 
 def write_one_shard(config: IngestConfig, task: ShardTask) -> ShardResult:
     """Read the task's items and write them as one shard, whole and then named. Bad pairs are skipped."""
-    output, skipped = place_of(config.output), []
+    output, skipped = storage_path(config.output), []
 
     def samples() -> Iterator[Sample]:
         for position, item in enumerate(task.items, task.first):
@@ -169,7 +169,7 @@ def write_one_shard(config: IngestConfig, task: ShardTask) -> ShardResult:
 
 def finish(config: IngestConfig, tasks: Sequence[ShardTask]) -> dict[str, Any]:
     """Write every split's manifest and the list of what was skipped, and call the data set complete."""
-    output = place_of(config.output)
+    output = storage_path(config.output)
     results = [_read_record(output, task) for task in tasks]
     splits = list(dict.fromkeys(task.split for task in tasks))
     check_bad(config, results)
@@ -208,7 +208,7 @@ def causes_of(results: Sequence[ShardResult]) -> str:
 
 def summary_of(config: IngestConfig) -> dict[str, Any]:
     """What a complete data set holds, read from its folder."""
-    output = place_of(config.output)
+    output = storage_path(config.output)
     skipped = [json.loads(line) for line in (output / SKIPPED).read_text().splitlines()]
     splits = {}
     for path in matching(output, f"*/{FILE_NAME}"):
@@ -226,11 +226,11 @@ def summary_of(config: IngestConfig) -> dict[str, Any]:
     return {"output": str(output), "splits": splits}
 
 
-def _record_path(output: Place, split: str, shard: int) -> Place:
+def _record_path(output: StoragePath, split: str, shard: int) -> StoragePath:
     return output / STATE / split / f"{shard:06}.json"
 
 
-def _read_record(output: Place, task: ShardTask) -> ShardResult:
+def _read_record(output: StoragePath, task: ShardTask) -> ShardResult:
     split, shard, num_bytes, spans, skipped = json.loads(_record_path(output, task.split, task.shard).read_text())
     return ShardResult(split, shard, num_bytes, [Span(*span) for span in spans], [tuple(line) for line in skipped])
 

@@ -29,7 +29,7 @@ _COLOURS = ("YCbCr", "Gray")
 _REDUCTIONS = (8, 4, 2)
 
 
-def how_to_turn(image: Image.Image) -> Image.Transpose | None:
+def exif_transpose(image: Image.Image) -> Image.Transpose | None:
     """What makes the picture upright by its EXIF data; None where it is, or where those are damaged."""
     if "exif" not in image.info:
         return None
@@ -44,7 +44,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     if not data.startswith(b"\xff\xd8"):
         return None
     try:
-        if b"Exif\0\0" in data and how_to_turn(Image.open(io.BytesIO(data))) is not None:
+        if b"Exif\0\0" in data and exif_transpose(Image.open(io.BytesIO(data))) is not None:
             return None
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError):
@@ -53,10 +53,10 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (width, height) if colours in _COLOURS and fits else None
 
 
-def crop_jpeg(data: bytes, picture: tuple[int, int], box: Box, size: int) -> np.ndarray | None:
+def crop_jpeg(data: bytes, image: tuple[int, int], box: Box, size: int) -> np.ndarray | None:
     """Cut `box` (left, upper, right, lower) out and resize it, uint8 [size, size, 3]; None for a damaged file.
 
-    `picture` is what `jpeg_size` gave. The box is rounded to whole pixels of the picture as it is decoded.
+    `image` is what `jpeg_size` gave. The box is rounded to whole pixels of the picture as it is decoded.
     """
     share = min(box[2] - box[0], box[3] - box[1]) / size
     reduction = next((reduction for reduction in _REDUCTIONS if share >= reduction), 1)
@@ -64,7 +64,7 @@ def crop_jpeg(data: bytes, picture: tuple[int, int], box: Box, size: int) -> np.
         if reduction == 1:
             pixels_HWC = simplejpeg.decode_jpeg(data)
         else:
-            wide, high = (-(-side // reduction) for side in picture)
+            wide, high = (-(-side // reduction) for side in image)
             pixels_HWC = simplejpeg.decode_jpeg(data, min_height=high, min_width=wide)
     except ValueError:
         return None

@@ -20,7 +20,7 @@ from rayclip.errors import UserError
 from rayclip.io.storage import join
 
 
-class Part(NamedTuple):
+class MixturePart(NamedTuple):
     """A data set of a mixture: its folder or address, and how often an epoch has each of its samples."""
 
     path: str
@@ -35,7 +35,7 @@ class Mixture:
     weights: tuple[float, ...]
 
     @classmethod
-    def load(cls, parts: Sequence[Part]) -> "Mixture":
+    def load(cls, parts: Sequence[MixturePart]) -> "Mixture":
         """Read the parts' manifests. Raises UserError for one that is missing, or that is there twice."""
         paths = [part.path for part in parts]
         twice = next((path for path in paths if paths.count(path) > 1), None)
@@ -115,6 +115,6 @@ class Mixture:
         return self.manifests[part], chunk - self._first[part]
 
 
-def load_parts(folder: str, mixture: Sequence[Part]) -> Manifest | Mixture:
+def load_parts(folder: str, mixture: Sequence[MixturePart]) -> Manifest | Mixture:
     """The mixture of these parts; without any, the data set in the folder. Raises UserError where one is missing."""
     return Mixture.load(mixture) if mixture else Manifest.load(folder)

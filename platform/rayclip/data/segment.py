@@ -8,7 +8,7 @@ from rayclip.data.order import Order
 from rayclip.data.stream import Stream
 
 
-class Leg(Stream):
+class StreamSegment(Stream):
     """The windows of `stream` in a range, to be read without it.
 
     It travels to every reader: so none of them holds the manifest, which may have millions of chunks.

@@ -23,13 +23,13 @@ import numpy as np
 
 from rayclip.data.augment import NUM_DRAWS, Augmentation
 from rayclip.data.captions import DRAW
-from rayclip.data.decode import CAUSES, BadSampleError, crop_picture, image_bytes, random_box, read_caption
+from rayclip.data.decode import CAUSES, BadSampleError, crop_image, image_bytes, random_box, read_caption
 from rayclip.data.formats import Sample
 from rayclip.data.jpeg import Box
 from rayclip.data.ledger import Ledger
 from rayclip.data.manifest import Manifest
 from rayclip.data.memory import reused
-from rayclip.data.mixture import Mixture, Part, load_parts
+from rayclip.data.mixture import Mixture, MixturePart, load_parts
 from rayclip.data.order import Order, Shares, blocks, uniform
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
@@ -59,12 +59,14 @@ class StreamSpec:
     augmentation: Augmentation = Augmentation()  # noqa: RUF009 (frozen)
     captions: Mapping[str, float] = field(default_factory=dict)
     """Weights of a sample's captions; see `choose_caption`."""
-    mixture: tuple[Part, ...] = ()
+    mixture: tuple[MixturePart, ...] = ()
     """The parts of a mixture; none: the data set in `folder`, as it is."""
 
 
 @lru_cache(maxsize=4)
-def _manifest(folder: str, mixture: tuple[Part, ...], digest: str, fraction: float, seed: int) -> Manifest | Mixture:
+def _manifest(
+    folder: str, mixture: tuple[MixturePart, ...], digest: str, fraction: float, seed: int
+) -> Manifest | Mixture:
     manifest = load_parts(folder, mixture)
     if manifest.digest != digest:
         raise UserError(f"the data set in '{folder}' has changed since the run began")
@@ -240,7 +242,7 @@ class Stream:
 
     def crop(self, data: bytes, choose_box: Callable[[int, int], Box]) -> np.ndarray:
         """From a picture's file to a crop, uint8 [S, S, 3]. Raises BadSampleError."""
-        return crop_picture(data, choose_box, self.spec.image_size)
+        return crop_image(data, choose_box, self.spec.image_size)
 
     def _read_chunk(
         self, fetch: Callable[[], list[Sample]], rows: np.ndarray, places: np.ndarray, block: Batch

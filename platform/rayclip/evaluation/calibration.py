@@ -14,7 +14,7 @@ from torch import Tensor
 from rayclip.errors import UserError
 from rayclip.evaluation.metrics import wilson_interval
 from rayclip.io.files import whole_file
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 
 _INK, _FAINT, _RIGHT, _WRONG = "#1f2328", "#8c959f", "#0969da", "#cf222e"
 _NAME_LETTERS = 28
@@ -87,7 +87,7 @@ def confusions(
     return found
 
 
-def write_reliability(path: Place, bins: Sequence[Bin]) -> None:
+def write_reliability(path: StoragePath, bins: Sequence[Bin]) -> None:
     """A PNG of accuracy over confidence, with intervals, and of how many pictures stand where."""
     figure = _figure(6, 6.5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -103,7 +103,7 @@ def write_reliability(path: Place, bins: Sequence[Bin]) -> None:
     _save(path, figure)
 
 
-def write_confusions(path: Place, found: Sequence[Confusion], class_names: Sequence[str]) -> None:
+def write_confusions(path: StoragePath, found: Sequence[Confusion], class_names: Sequence[str]) -> None:
     """A PNG of the confusions as bars, the most frequent on top, each with its share of the class's pictures.
 
     Raises UserError where there are none.
@@ -136,6 +136,6 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(path: Place, figure: Figure) -> None:
+def _save(path: StoragePath, figure: Figure) -> None:
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}), whole_file(path) as target:
         figure.savefig(target, format="png", metadata={"Software": None})

@@ -81,10 +81,10 @@ def _jpeg(x: np.ndarray, level: int, scale: float, random: np.random.Generator) 
 
 def _pixelate(x: np.ndarray, level: int, scale: float, random: np.random.Generator) -> np.ndarray:
     share = 1 - _weaker(scale) * (1 - (0.6, 0.5, 0.4, 0.3, 0.25)[level])
-    picture = _to_image(x)
-    small = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
-    coarse = picture.resize(small, Image.Resampling.BOX)
-    return np.asarray(coarse.resize(picture.size, Image.Resampling.NEAREST)) / 255
+    image = _to_image(x)
+    small = (max(1, round(image.width * share)), max(1, round(image.height * share)))
+    coarse = image.resize(small, Image.Resampling.BOX)
+    return np.asarray(coarse.resize(image.size, Image.Resampling.NEAREST)) / 255
 
 
 CORRUPTIONS: dict[str, _Corruption] = {

@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rayclip.io.paths import Place, matching, to_read
+from rayclip.io.paths import StoragePath, matching, to_read
 
 
-class Pictures(NamedTuple):
+class LabelledFeatures(NamedTuple):
     """Pictures of one part: ids, features [N, E], and their labels one after the other with the number of each."""
 
     ids: list[str]
@@ -51,15 +51,15 @@ class Captioned(NamedTuple):
 class FeatureFolder:
     """The files, once all are written."""
 
-    path: Place
+    path: StoragePath
 
-    def pictures(self, pooled: bool = False) -> Iterator[Pictures]:
+    def images(self, pooled: bool = False) -> Iterator[LabelledFeatures]:
         """Part by part; `pooled` gives the features before the projection."""
         column = "pooled" if pooled else "image_embedding"
         for table in self._tables("id", "labels", column):
             labels, counts = _flat(table["labels"])
             features = _rows(table[column], len(table))
-            yield Pictures(table["id"].to_pylist(), features, labels.long(), counts)
+            yield LabelledFeatures(table["id"].to_pylist(), features, labels.long(), counts)
 
     def captioned(self) -> Iterator[Captioned]:
         """Part by part."""

@@ -24,7 +24,7 @@ from rayclip.data.manifest import FILE_NAME, Chunks, Manifest
 from rayclip.errors import UserError, nearest
 from rayclip.inference.prompts import PLACEHOLDER
 from rayclip.io.files import whole_file
-from rayclip.io.paths import Place, matching, size_of
+from rayclip.io.paths import StoragePath, matching, size_of
 from rayclip.io.storage import find_files, join
 
 CLASS_NAMES = "classnames.txt"
@@ -34,7 +34,7 @@ _CHUNK_SAMPLES = 64
 _SHARD_SAMPLES = 1024
 
 
-def split_folder(folder: Place, split: str) -> Place:
+def split_folder(folder: StoragePath, split: str) -> StoragePath:
     """Where a split lies. Raises UserError for one that is not there."""
     path = folder / split
     if not path.is_dir():
@@ -43,7 +43,7 @@ def split_folder(folder: Place, split: str) -> Place:
     return path
 
 
-def read_class_names(folder: Place, split: Place) -> tuple[str, ...]:
+def read_class_names(folder: StoragePath, split: StoragePath) -> tuple[str, ...]:
     """The classes in order of their index: from classnames.txt, or else the names of the class folders.
 
     Raises UserError where there is neither, a name is empty, or there are more or fewer folders than names.
@@ -64,7 +64,7 @@ def read_class_names(folder: Place, split: Place) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_templates(folder: Place, split: Place) -> tuple[str, ...] | None:
+def read_templates(folder: StoragePath, split: StoragePath) -> tuple[str, ...] | None:
     """The templates that lie with the data, with our placeholder; None where there are none.
 
     Raises UserError for a template without a placeholder.
@@ -82,7 +82,7 @@ def read_templates(folder: Place, split: Place) -> tuple[str, ...] | None:
     return found
 
 
-def open_split(split: Place, cache: Place) -> Manifest:
+def open_split(split: StoragePath, cache: StoragePath) -> Manifest:
     """A split in chunks. Raises UserError where it has nothing to read, or shards are missing or cut off."""
     if (split / FILE_NAME).is_file():
         manifest = Manifest.load(str(split))
@@ -96,7 +96,7 @@ def open_split(split: Place, cache: Place) -> Manifest:
     raise UserError(f"'{split}' has neither tar shards (*.tar) nor a folder a class with pictures ({extensions})")
 
 
-def class_folders(split: Place) -> list[Place]:
+def class_folders(split: StoragePath) -> list[StoragePath]:
     """A folder a class, by name; none where the split is in shards."""
     return [] if any(split.glob("*.tar")) else [child for child in _children(split) if child.is_dir()]
 
@@ -107,11 +107,11 @@ def stamp(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps([manifest.digest, [file and file.stamp for file in found]]).encode()).hexdigest()
 
 
-def _children(folder: Place) -> list[Place]:
+def _children(folder: StoragePath) -> list[StoragePath]:
     return [folder / name for name in sorted(child.name for child in folder.iterdir())]
 
 
-def _lines(folder: Place, split: Place, name: str) -> list[str] | None:
+def _lines(folder: StoragePath, split: StoragePath, name: str) -> list[str] | None:
     path = next((place / name for place in (split, folder) if (place / name).is_file()), None)
     try:
         return None if path is None else [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -119,38 +119,38 @@ def _lines(folder: Place, split: Place, name: str) -> list[str] | None:
         raise UserError(f"'{path}' is not UTF-8") from None
 
 
-def _index(split: Place, cache: Place) -> Manifest:
+def _index(split: StoragePath, cache: StoragePath) -> Manifest:
     shards = [path for path in matching(split, "*.tar") if path.is_file()]
     count = split / "nshards.txt"
     said = count.read_text().strip() if count.is_file() else str(len(shards))
     if said != str(len(shards)):
         raise UserError(f"'{split}': {count.name} says {said} shards, {len(shards)} are there")
 
-    def make(folder: Place) -> list[tuple[str, int, Chunks]]:
+    def make(folder: StoragePath) -> list[tuple[str, int, Chunks]]:
         return [_index_shard(shard) for shard in shards]
 
     return _cached(split, cache / "indexes", shards, make)
 
 
-def _index_shard(path: Place) -> tuple[str, int, Chunks]:
+def _index_shard(path: StoragePath) -> tuple[str, int, Chunks]:
     size = size_of(path)
     chunks, _ = index_shard(Shard(str(path), size), _CHUNK_SAMPLES, Layout())
     return str(path), size, chunks
 
 
-def _pack(split: Place, cache: Place) -> Manifest:
+def _pack(split: StoragePath, cache: StoragePath) -> Manifest:
     if not isinstance(split, Path):
         raise UserError(f"'{split}' holds loose pictures: in S3 they must be in shards; pack them with jobs.ingest")
-    pictures = [(path, label) for label, folder in enumerate(class_folders(split)) for path in _pictures(folder)]
+    images = [(path, label) for label, folder in enumerate(class_folders(split)) for path in _images(folder)]
 
-    def make(folder: Place) -> list[tuple[str, int, Chunks]]:
-        starts = range(0, len(pictures), _SHARD_SAMPLES)
-        return [_write_shard(folder / f"{i:06}.tar", pictures[i : i + _SHARD_SAMPLES], split) for i in starts]
+    def make(folder: StoragePath) -> list[tuple[str, int, Chunks]]:
+        starts = range(0, len(images), _SHARD_SAMPLES)
+        return [_write_shard(folder / f"{i:06}.tar", images[i : i + _SHARD_SAMPLES], split) for i in starts]
 
-    return _cached(split, cache / "packed", [path for path, _ in pictures], make)
+    return _cached(split, cache / "packed", [path for path, _ in images], make)
 
 
-def _pictures(folder: Place) -> list[Path]:
+def _images(folder: StoragePath) -> list[Path]:
     """Raises UserError for a class without any."""
     assert isinstance(folder, Path)
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
@@ -159,13 +159,13 @@ def _pictures(folder: Place) -> list[Path]:
     return found
 
 
-def _write_shard(path: Place, pictures: Sequence[tuple[Path, int]], split: Path) -> tuple[str, int, Chunks]:
+def _write_shard(path: StoragePath, images: Sequence[tuple[Path, int]], split: Path) -> tuple[str, int, Chunks]:
     def samples() -> Iterator[Sample]:
-        for picture, label in pictures:
+        for image, label in images:
             # A dot would end the sample's key.
-            key = str(picture.relative_to(split).with_suffix("")).replace(".", "_")
-            extension = picture.suffix.lower().removeprefix(".")
-            yield {"__key__": key.encode(), extension: picture.read_bytes(), "cls": str(label).encode()}
+            key = str(image.relative_to(split).with_suffix("")).replace(".", "_")
+            extension = image.suffix.lower().removeprefix(".")
+            yield {"__key__": key.encode(), extension: image.read_bytes(), "cls": str(label).encode()}
 
     with whole_file(path) as target:
         spans = write_shard(target, samples(), _CHUNK_SAMPLES)
@@ -173,7 +173,10 @@ def _write_shard(path: Place, pictures: Sequence[tuple[Path, int]], split: Path)
 
 
 def _cached(
-    split: Place, cache: Place, files: Sequence[Place], make: Callable[[Place], list[tuple[str, int, Chunks]]]
+    split: StoragePath,
+    cache: StoragePath,
+    files: Sequence[StoragePath],
+    make: Callable[[StoragePath], list[tuple[str, int, Chunks]]],
 ) -> Manifest:
     """The manifest that the cache keeps for these files as they are now; made where it is not there."""
     state = find_files([str(file) for file in files])

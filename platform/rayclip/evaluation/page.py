@@ -8,7 +8,7 @@ from string import Template
 from typing import Any, NamedTuple
 
 from rayclip.io.files import write_text
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 
 _SHOWN_CHARACTERS = 120
 
@@ -23,8 +23,10 @@ class Cell(NamedTuple):
 Score = Mapping[str, Any]
 
 
-def write_report(path: Place, summary: Mapping[str, Any], bars: Place, pictures: Mapping[str, Sequence[Place]]) -> None:
-    """One model on all data sets of a suite: `bars` are its scores, `pictures` are shown with their data set."""
+def write_report(
+    path: StoragePath, summary: Mapping[str, Any], bars: StoragePath, images: Mapping[str, Sequence[StoragePath]]
+) -> None:
+    """One model on all data sets of a suite: `bars` are its scores, `images` are shown with their data set."""
     rows = [
         [Cell(result["title"]), Cell(result["metric"]), score(result["score"]), *_counts(result)]
         for result in summary["datasets"].values()
@@ -34,11 +36,11 @@ def write_report(path: Place, summary: Mapping[str, Any], bars: Place, pictures:
         missing = [[Cell(name), Cell(why)] for name, why in summary["not_there"].items()]
         body += ["<h2>Not there</h2>", table(["data set", "why"], missing)]
     for name, result in summary["datasets"].items():
-        body += _section(name, result, pictures.get(name, ()))
+        body += _section(name, result, images.get(name, ()))
     _write(path, f"{summary['model_version']} on {summary['suite']}", f"weights {summary['weights_sha256'][:12]}", body)
 
 
-def write_comparison(path: Place, comparison: Mapping[str, Any], pictures: Iterable[Place]) -> None:
+def write_comparison(path: StoragePath, comparison: Mapping[str, Any], images: Iterable[StoragePath]) -> None:
     """Models side by side; each one's difference from the first with its interval."""
     models = comparison["models"]
     heads = ["data set", "metric", models[0]]
@@ -49,7 +51,7 @@ def write_comparison(path: Place, comparison: Mapping[str, Any], pictures: Itera
         for number in range(1, len(models)):
             row += [score(of_one["scores"][number]), difference(of_one["difference"][number])]
         rows.append(row)
-    body = [table(heads, rows), *(figure(picture) for picture in pictures)]
+    body = [table(heads, rows), *(figure(image) for image in images)]
     _write(path, "Models compared", "Intervals are of 95%; differences of the same pictures are paired.", body)
 
 
@@ -78,19 +80,19 @@ def difference(value: Score | None) -> Cell:
     return Cell(f"{100 * value['value']:+.1f}{_interval(value)}{unpaired}", value["value"])
 
 
-def figure(picture: Place) -> str:
+def figure(image: StoragePath) -> str:
     """A picture, in the page itself."""
-    data = base64.b64encode(picture.read_bytes()).decode()
-    name = escape(picture.stem.replace("_", " "))
+    data = base64.b64encode(image.read_bytes()).decode()
+    name = escape(image.stem.replace("_", " "))
     return f'<figure><img src="data:image/png;base64,{data}" alt="{name}"><figcaption>{name}</figcaption></figure>'
 
 
-def _write(path: Place, title: str, subtitle: str, body: Sequence[str]) -> None:
+def _write(path: StoragePath, title: str, subtitle: str, body: Sequence[str]) -> None:
     page = Template(Path(__file__).with_name("page.html").read_text())
     write_text(path, page.substitute(title=escape(title), subtitle=escape(subtitle), body="\n".join(body)))
 
 
-def _section(name: str, result: Mapping[str, Any], pictures: Sequence[Place]) -> list[str]:
+def _section(name: str, result: Mapping[str, Any], images: Sequence[StoragePath]) -> list[str]:
     body = [f'<h2 id="{escape(name)}">{escape(result["title"])}</h2>']
     figures = [
         [Cell(task.replace("_", " ")), Cell(figure_name), score(value)]
@@ -105,9 +107,9 @@ def _section(name: str, result: Mapping[str, Any], pictures: Sequence[Place]) ->
         rows.append([Cell("all of them"), score(templates["ensemble"])])
         body.append(table(["template", "top-1"], rows))
         gains = {"first": "the first template", "best": "the best of them", "mean": "one of them on average"}
-        told = [f"{difference(templates[f'gain_over_{key}']).text} points over {what}" for key, what in gains.items()]
-        body.append(f"<p>The ensemble gains {'; '.join(told)}.</p>")
-    return [*body, *_corruptions(result), *_shift(result), *(figure(picture) for picture in pictures)]
+        text = [f"{difference(templates[f'gain_over_{key}']).text} points over {what}" for key, what in gains.items()]
+        body.append(f"<p>The ensemble gains {'; '.join(text)}.</p>")
+    return [*body, *_corruptions(result), *_shift(result), *(figure(image) for image in images)]
 
 
 def _corruptions(result: Mapping[str, Any]) -> list[str]:
@@ -122,13 +124,13 @@ def _shift(result: Mapping[str, Any]) -> list[str]:
     if "shift" not in result:
         return []
     shift = result["shift"]
-    told = f"{difference(shift['change']).text} points beside {shift['of']}"
+    text = f"{difference(shift['change']).text} points beside {shift['of']}"
     if "effective_robustness" in shift:
         robust = difference(shift["effective_robustness"]).text
-        told += f"; {robust} beside what {shift['num_models']} other models foretell ({shift['expected']:.1%})"
+        text += f"; {robust} beside what {shift['num_models']} other models foretell ({shift['expected']:.1%})"
     else:
-        told += f"; with 3 other models that were measured on both there would be a line, {shift['num_models']} were"
-    return [f"<p>Top-1 under the shift: {escape(told)}.</p>"]
+        text += f"; with 3 other models that were measured on both there would be a line, {shift['num_models']} were"
+    return [f"<p>Top-1 under the shift: {escape(text)}.</p>"]
 
 
 def _counts(result: Mapping[str, Any]) -> list[Cell]:

@@ -11,7 +11,7 @@ from scipy.special import expit, logit
 
 from rayclip.evaluation.robustness import BaselineLine
 from rayclip.io.files import whole_file
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 
 _COLOURS = ("#0969da", "#bf8700", "#1a7f37", "#cf222e", "#8250df", "#57606a", "#bf3989")
 _LEAST_AXES = 3  # of a radar
@@ -21,7 +21,7 @@ Point = tuple[float, float]
 """Accuracy without shift, and under it."""
 
 
-def write_bars(path: Place, comparison: dict[str, Any]) -> None:
+def write_bars(path: StoragePath, comparison: dict[str, Any]) -> None:
     """A group of bars a data set, a bar a model, with 95% intervals."""
     models, datasets = comparison["models"], comparison["datasets"]
     height = 0.8 / len(models)
@@ -47,7 +47,7 @@ def write_bars(path: Place, comparison: dict[str, Any]) -> None:
     _write(path, (9, 1.2 + len(datasets) * max(0.4, 0.25 * len(models))), draw)
 
 
-def write_radar(path: Place, comparison: dict[str, Any]) -> bool:
+def write_radar(path: StoragePath, comparison: dict[str, Any]) -> bool:
     """An axis a data set, a line a model; False, and nothing written, for fewer than three that all models have."""
     models = comparison["models"]
     datasets = [d for d in comparison["datasets"].values() if all(d["scores"])]
@@ -70,7 +70,9 @@ def write_radar(path: Place, comparison: dict[str, Any]) -> bool:
     return True
 
 
-def write_corruptions(path: Place, clean: float, by_strength: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+def write_corruptions(
+    path: StoragePath, clean: float, by_strength: Mapping[str, Sequence[Mapping[str, float]]]
+) -> None:
     """Accuracy over the strength of each corruption, with 95% intervals; strength 0 is without any."""
 
     def draw(figure: Figure) -> None:
@@ -87,7 +89,9 @@ def write_corruptions(path: Place, clean: float, by_strength: Mapping[str, Seque
     _write(path, (6.5, 4.5), draw)
 
 
-def write_robustness(path: Place, others: Sequence[Point], line: BaselineLine | None, own: Point, name: str) -> None:
+def write_robustness(
+    path: StoragePath, others: Sequence[Point], line: BaselineLine | None, own: Point, name: str
+) -> None:
     """Accuracy under shift over accuracy without, both as logits: other models, their line, and the model."""
 
     def draw(figure: Figure) -> None:
@@ -111,7 +115,7 @@ def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
 
 
-def _write(path: Place, size: tuple[float, float], draw: Callable[[Figure], None]) -> None:
+def _write(path: StoragePath, size: tuple[float, float], draw: Callable[[Figure], None]) -> None:
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
         figure = Figure(figsize=size, dpi=110, layout="constrained")
         draw(figure)

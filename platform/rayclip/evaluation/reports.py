@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rayclip.errors import UserError
 from rayclip.evaluation.scoring import mean_difference
-from rayclip.io.paths import Place, matching, place_of, to_read
+from rayclip.io.paths import StoragePath, matching, storage_path, to_read
 
 ANSWERS = "answers.parquet"
 SUMMARY = "summary.json"
@@ -33,10 +33,10 @@ class _Pairs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """What jobs.evaluate wrote of one model."""
 
-    folder: Place
+    folder: StoragePath
     summary: dict[str, Any]
 
     @property
@@ -51,11 +51,11 @@ class Report:
         return found
 
 
-def find_reports(paths: Sequence[str]) -> list[Report]:
+def find_reports(paths: Sequence[str]) -> list[EvaluationReport]:
     """The reports that lie at the paths or in folders below them. Raises UserError for a path without any."""
     found = []
     for path in paths:
-        folder = place_of(path)
+        folder = storage_path(path)
         there = [folder / SUMMARY, *matching(folder, f"*/{SUMMARY}"), *matching(folder, f"*/*/{SUMMARY}")]
         reports = [report for file in there if file.is_file() and (report := _read(file)) is not None]
         if not reports:
@@ -64,7 +64,7 @@ def find_reports(paths: Sequence[str]) -> list[Report]:
     return found
 
 
-def compare(reports: Sequence[Report]) -> dict[str, Any]:
+def compare(reports: Sequence[EvaluationReport]) -> dict[str, Any]:
     """Scores of every model on every data set, and its difference from the first model's. Plain values.
 
     A data set that a model was not measured on, or on which another metric was taken, has None there.
@@ -76,15 +76,15 @@ def compare(reports: Sequence[Report]) -> dict[str, Any]:
     }
 
 
-def _read(file: Place) -> Report | None:
+def _read(file: StoragePath) -> EvaluationReport | None:
     try:
         summary = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return Report(file.parent, summary) if isinstance(summary, dict) and "datasets" in summary else None
+    return EvaluationReport(file.parent, summary) if isinstance(summary, dict) and "datasets" in summary else None
 
 
-def _compare_on(name: str, reports: Sequence[Report]) -> dict[str, Any]:
+def _compare_on(name: str, reports: Sequence[EvaluationReport]) -> dict[str, Any]:
     first = next(report.datasets[name] for report in reports if name in report.datasets)
     there = [report.datasets.get(name) for report in reports]
     scores = [result["score"] if result and result["metric"] == first["metric"] else None for result in there]
@@ -95,7 +95,7 @@ def _compare_on(name: str, reports: Sequence[Report]) -> dict[str, Any]:
     return {"title": first["title"], "metric": first["metric"], "scores": scores, "difference": differences}
 
 
-def _difference(name: str, base: Report, other: Report) -> dict[str, Any]:
+def _difference(name: str, base: EvaluationReport, other: EvaluationReport) -> dict[str, Any]:
     """Score of `other` less that of `base`, with its 95% interval where there is one."""
     ours, theirs = (report.datasets[name] for report in (other, base))
     value = ours["score"]["value"] - theirs["score"]["value"]
@@ -109,7 +109,7 @@ def _difference(name: str, base: Report, other: Report) -> dict[str, Any]:
     return {"value": value, "low": value - half, "high": value + half, "paired": False}
 
 
-def _pairs(name: str, base: Report, other: Report) -> _Pairs | None:
+def _pairs(name: str, base: EvaluationReport, other: EvaluationReport) -> _Pairs | None:
     """Both models' answers to the same pictures, in one order; None where the pictures differ."""
     files = [report.folder / name / ANSWERS for report in (base, other)]
     if not all(file.is_file() for file in files):

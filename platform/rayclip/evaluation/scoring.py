@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rayclip.errors import UserError
 from rayclip.evaluation import metrics
-from rayclip.evaluation.features import Pictures
+from rayclip.evaluation.features import LabelledFeatures
 from rayclip.evaluation.paired import gain_over_best, paired_gain
 from rayclip.evaluation.zero_shot import check_labels, rank_of_label
 from rayclip.inference.zero_shot import mean_of_prompts
@@ -64,7 +64,11 @@ class Scores:
 
 
 def answer(
-    parts: Iterable[Pictures], prompts_PE: Tensor, rows_TC: list[list[int]], logit_scale: float, keep_scores: bool
+    parts: Iterable[LabelledFeatures],
+    prompts_PE: Tensor,
+    rows_TC: list[list[int]],
+    logit_scale: float,
+    keep_scores: bool,
 ) -> Answers:
     """Classify every picture by the ensemble and by each template alone; prompts as `class_prompts` lists them.
 
@@ -85,7 +89,7 @@ def answer(
     return Answers(ids, label, best, rank, confidence, correct_NT.T, scores if keep_scores else None)
 
 
-def right_answers(parts: Iterable[Pictures], classes_CE: Tensor) -> Tensor:
+def right_answers(parts: Iterable[LabelledFeatures], classes_CE: Tensor) -> Tensor:
     """Whether each picture's class is the nearest, bool [N]. Raises UserError where there are no pictures."""
     found = [
         rank_of_label(features @ classes_CE.T, labels) == 0
@@ -97,7 +101,7 @@ def right_answers(parts: Iterable[Pictures], classes_CE: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def score(parts: Iterable[Pictures], classes_CE: Tensor) -> Scores:
+def score(parts: Iterable[LabelledFeatures], classes_CE: Tensor) -> Scores:
     """Every picture's score for every class, for metrics of several classes a picture."""
     found = [(part.features_NE @ classes_CE.T, part.targets(len(classes_CE))) for part in parts]
     if not found:

@@ -13,7 +13,7 @@ from rayclip.errors import UserError
 from rayclip.evaluation.plots import Point, write_robustness
 from rayclip.evaluation.reports import find_reports
 from rayclip.evaluation.robustness import BaselineLine, effective_robustness, fit_baseline
-from rayclip.io.paths import Place, place_of
+from rayclip.io.paths import StoragePath, storage_path
 
 Accuracies = Mapping[str, Mapping[str, float]]
 """Of other models by name, on data sets by name."""
@@ -29,7 +29,7 @@ def read_baselines(paths: Sequence[str]) -> dict[str, dict[str, float]]:
     """
     found: dict[str, dict[str, float]] = {}
     for path in paths:
-        of_path = _read_csv(place_of(path)) if path.endswith(".csv") else _read_reports(path)
+        of_path = _read_csv(storage_path(path)) if path.endswith(".csv") else _read_reports(path)
         for model, accuracies in of_path:
             found.setdefault(model, {}).update(accuracies)
     return found
@@ -42,7 +42,7 @@ def _read_reports(path: str) -> list[tuple[str, dict[str, float]]]:
     ]
 
 
-def _read_csv(path: Place) -> list[tuple[str, dict[str, float]]]:
+def _read_csv(path: StoragePath) -> list[tuple[str, dict[str, float]]]:
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     except OSError:
@@ -70,7 +70,7 @@ def has_accuracy(results: Mapping[str, Any], name: str) -> bool:
 
 
 def shift_report(
-    name: str, of: str, results: Mapping[str, Any], model: str, baselines: Accuracies, picture: Place
+    name: str, of: str, results: Mapping[str, Any], model: str, baselines: Accuracies, image: StoragePath
 ) -> dict[str, Any]:
     """The cost of the shift from data set `of` to data set `name`, with its interval (the data sets' pictures are drawn
     apart), and the effective robustness where other models give a line. Both must have an accuracy. Plain values; draws
@@ -83,7 +83,7 @@ def shift_report(
     others = [(a[of], a[name]) for other, a in baselines.items() if other != model and {of, name} <= a.keys()]
     line = fit_baseline(*zip(*others, strict=True)) if len(others) >= _LEAST_MODELS else None
     own: Point = (plain["value"], shifted["value"])
-    write_robustness(picture, others, line, own, model)
+    write_robustness(image, others, line, own, model)
     return {
         "of": of,
         "accuracy": plain,

@@ -19,7 +19,7 @@ from rayclip.errors import UserError, nearest
 from rayclip.evaluation.layout import open_split, read_class_names, read_templates, split_folder
 from rayclip.inference.prompts import resolve_templates
 from rayclip.inference.zero_shot import check_class_names
-from rayclip.io.paths import Place, place_of
+from rayclip.io.paths import StoragePath, storage_path
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class DataSet:
 
     name: str
     config: DataSetConfig
-    folder: Place
-    cache: Place
+    folder: StoragePath
+    cache: StoragePath
     manifest: Manifest
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
@@ -70,11 +70,11 @@ def open_suite(config: SuiteConfig) -> Suite:
     not_there: dict[str, str] = {}
     for name, given in config.datasets.items():
         chosen = resolve(name, given)
-        folder = _find(name, chosen, place_of(config.root))
+        folder = _find(name, chosen, storage_path(config.root))
         if folder is None:
             not_there[name] = _where(name, chosen, config.root)
         else:
-            found.append(_open(name, chosen, folder, place_of(config.cache)))
+            found.append(_open(name, chosen, folder, storage_path(config.cache)))
     if not_there and (config.require == "all" or not found):
         name, where = next(iter(not_there.items()))
         others = f", nor are {len(not_there) - 1} others" if len(not_there) > 1 else ""
@@ -89,8 +89,8 @@ def resolve(name: str, given: DataSetConfig) -> DataSetConfig:
     return validate(DataSetConfig, values, f"data set '{name}'")
 
 
-def _find(name: str, config: DataSetConfig, root: Place) -> Place | None:
-    places = [place_of(config.path)] if config.path else [root / folder for folder in (name, *config.folders)]
+def _find(name: str, config: DataSetConfig, root: StoragePath) -> StoragePath | None:
+    places = [storage_path(config.path)] if config.path else [root / folder for folder in (name, *config.folders)]
     return next((place for place in places if place.is_dir()), None)
 
 
@@ -102,7 +102,7 @@ def _where(name: str, config: DataSetConfig, root: str) -> str:
     return f"no folder {' or '.join(f'{root}/{folder}' for folder in (name, *config.folders))}"
 
 
-def _open(name: str, config: DataSetConfig, folder: Place, cache: Place) -> DataSet:
+def _open(name: str, config: DataSetConfig, folder: StoragePath, cache: StoragePath) -> DataSet:
     try:
         split = split_folder(folder, config.split)
         if config.tasks == ("retrieval",):

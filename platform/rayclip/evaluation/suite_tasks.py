@@ -31,7 +31,7 @@ from rayclip.evaluation.robustness import mean_corruption_error
 from rayclip.evaluation.suite import DataSet
 from rayclip.inference.zero_shot import class_prompts, mean_of_prompts
 from rayclip.io.files import whole_file
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 
 Result = dict[str, Any]
 
@@ -48,7 +48,7 @@ class Measured(NamedTuple):
     config: SuiteConfig
     logit_scale: float
     features: Mapping[str, FeatureFolder]
-    folder: Place
+    folder: StoragePath
 
 
 def measure(measured: Measured) -> Result:
@@ -79,11 +79,11 @@ def _zero_shot(measured: Measured) -> Result:
     num_classes = len(dataset.class_names)
     prompts_PE = measured.features["prompts"].texts()
     _, rows_TC = class_prompts(dataset.class_names, dataset.templates)
-    pictures = measured.features["pictures"].pictures()
+    images = measured.features["pictures"].images()
     if dataset.config.labels == "multi":
-        scores = scoring.score(pictures, mean_of_prompts(prompts_PE, rows_TC))
+        scores = scoring.score(images, mean_of_prompts(prompts_PE, rows_TC))
         return {"templates": list(dataset.templates), "figures": _plain(scoring.multi_label_figures(scores))}
-    answers = scoring.answer(pictures, prompts_PE, rows_TC, measured.logit_scale, keep_scores=num_classes == 2)
+    answers = scoring.answer(images, prompts_PE, rows_TC, measured.logit_scale, keep_scores=num_classes == 2)
     if not dataset.config.allow_empty_classes:
         scoring.check_classes(answers, dataset.class_names)
     _write_answers(measured.folder / ANSWERS, answers)
@@ -103,8 +103,8 @@ def _calibration(measured: Measured, answers: scoring.Answers) -> Result:
     write_reliability(measured.folder / "calibration.png", bins)
     if found:
         write_confusions(measured.folder / "confusions.png", found, names)
-    told = [{"label": names[c.label], "answer": names[c.answer], "count": c.count, "share": c.share} for c in found]
-    return {"calibration_error": calibration_error(bins), "confusions": told}
+    pairs = [{"label": names[c.label], "answer": names[c.answer], "count": c.count, "share": c.share} for c in found]
+    return {"calibration_error": calibration_error(bins), "confusions": pairs}
 
 
 def _retrieval(measured: Measured) -> Result:
@@ -157,7 +157,7 @@ def _corruptions(measured: Measured) -> Result:
     classes_CE = mean_of_prompts(measured.features["prompts"].texts(), rows_TC)
 
     def right(features: str) -> Tensor:
-        return scoring.right_answers(measured.features[features].pictures(), classes_CE)
+        return scoring.right_answers(measured.features[features].images(), classes_CE)
 
     clean, names = scoring.share(right("pictures")), tuple(map(str, dataset.config.corruptions))
     right_by_name = {name: torch.stack([right(corrupted(name, s)) for s in STRENGTHS]).double() for name in names}
@@ -197,7 +197,7 @@ def _split(measured: Measured, name: str) -> Split:
     multi, num_classes = measured.dataset.config.labels == "multi", len(measured.dataset.class_names)
     parts = [
         (part.features_NE, part.targets(num_classes) if multi else part.labels)
-        for part in measured.features[name].pictures(pooled=True)
+        for part in measured.features[name].images(pooled=True)
     ]
     return Split(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -216,7 +216,7 @@ def _plain(figures: Mapping[str, scoring.Figure]) -> dict[str, dict[str, float |
     return {name: figure._asdict() for name, figure in figures.items()}
 
 
-def _write_answers(path: Place, answers: scoring.Answers) -> None:
+def _write_answers(path: StoragePath, answers: scoring.Answers) -> None:
     """What two models are compared by, picture by picture."""
     columns = {"label": answers.label_N, "answer": answers.answer_N, "rank": answers.rank_N}
     table = pa.table(

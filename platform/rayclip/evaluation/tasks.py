@@ -46,15 +46,13 @@ class Evaluator:
             if isinstance(task, ZeroShotTask) and not class_names(task.path):
                 raise UserError(f"task '{name}': '{task.path}/classnames.txt' names no classes")
 
-    def run(self, encoder: Encoder, pictures: Path | None = None) -> dict[str, Metrics]:
+    def run(self, encoder: Encoder, images: Path | None = None) -> dict[str, Metrics]:
         """Every task's metrics by task, the same on all workers, which must all call this.
 
-        Where `pictures` is a folder, the first worker writes `TASK.png` there for each zero-shot task: right and
+        Where `images` is a folder, the first worker writes `TASK.png` there for each zero-shot task: right and
         wrong answers.
         """
-        return {
-            name: self._run(encoder, task, pictures and pictures / f"{name}.png") for name, task in self.tasks.items()
-        }
+        return {name: self._run(encoder, task, images and images / f"{name}.png") for name, task in self.tasks.items()}
 
     def _run(self, encoder: Encoder, task: Task, sheet: Path | None) -> Metrics:
         if isinstance(task, RetrievalTask):

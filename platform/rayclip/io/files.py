@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rayclip.io import s3, storage
-from rayclip.io.paths import Place, staged
+from rayclip.io.paths import StoragePath, staged
 
 
 @contextmanager
-def whole_file(path: Place) -> Iterator[BinaryIO]:
+def whole_file(path: StoragePath) -> Iterator[BinaryIO]:
     """A file to write to; it takes the place of `path` when the block ends well."""
     if isinstance(path, Path):
         with storage.whole_local(path) as target:
@@ -28,7 +28,7 @@ def whole_file(path: Place) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def whole_folder(folder: Place, last: str) -> Iterator[Path]:
+def whole_folder(folder: StoragePath, last: str) -> Iterator[Path]:
     """A new folder on this machine to write to; it is copied to `folder`, or gets its name, when the block ends well.
 
     In S3 the file named `last` comes last: without it there is nothing of use in the folder.
@@ -46,13 +46,13 @@ def whole_folder(folder: Place, last: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_text(path: Place, text: str) -> None:
+def write_text(path: StoragePath, text: str) -> None:
     """Write text, whole and then named."""
     with whole_file(path) as target:
         target.write(text.encode())
 
 
-def write_json(path: Place, content: dict[str, Any]) -> None:
+def write_json(path: StoragePath, content: dict[str, Any]) -> None:
     """Write JSON, whole and then named."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 

@@ -6,7 +6,7 @@ _FIRST = 16
 """Requests after which what they took is believed."""
 
 
-class Pace:
+class LatencyEstimator:
     """A running mean of seconds, and of how far they are from it; a request's share for its bytes is taken out."""
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Pace:
         self._mean_s += (taken_s - self._mean_s) / 8
         self._count += 1
 
-    def patience_s(self, num_bytes: int, most_s: float) -> float:
+    def timeout_s(self, num_bytes: int, most_s: float) -> float:
         """After how long a request is later than nearly all are; `most_s` before there is anything to go by."""
         if self._count < _FIRST:
             return most_s

@@ -94,26 +94,26 @@ class S3Path:
         storage.remove(self.address)
 
 
-Place = Union[Path, S3Path]  # noqa: UP007 (read at import, where a class has no "or" with a string)
+StoragePath = Union[Path, S3Path]  # noqa: UP007 (read at import, where a class has no "or" with a string)
 
 
-def place_of(path: str | Place) -> Place:
+def storage_path(path: str | StoragePath) -> StoragePath:
     """The place that a path or an address names, in any folder."""
     absolute = storage.absolute(str(path))
     return S3Path(absolute) if storage.is_remote(absolute) else Path(absolute)
 
 
-def matching(folder: Place, pattern: str) -> list[Place]:
+def matching(folder: StoragePath, pattern: str) -> list[StoragePath]:
     """Files below a folder whose names are like the pattern's, by name."""
     return [folder / name for name in sorted(str(found)[len(str(folder)) + 1 :] for found in folder.glob(pattern))]
 
 
-def to_read(file: Place) -> Path | BinaryIO:
+def to_read(file: StoragePath) -> Path | BinaryIO:
     """What libraries read a file from: its path, or the content of one in S3."""
     return file if isinstance(file, Path) else io.BytesIO(file.read_bytes())
 
 
-def size_of(file: Place) -> int:
+def size_of(file: StoragePath) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
     found = storage.find_file(str(file))
     if found is None:
@@ -121,7 +121,7 @@ def size_of(file: Place) -> int:
     return found.size
 
 
-def append(file: Place, data: bytes) -> int:
+def append(file: StoragePath, data: bytes) -> int:
     """Add to a file, which only one process does at a time; its bytes then."""
     if isinstance(file, Path):
         with file.open("ab") as target:
@@ -132,7 +132,7 @@ def append(file: Place, data: bytes) -> int:
     return len(whole)
 
 
-def remove_tree(folder: Place) -> None:
+def remove_tree(folder: StoragePath) -> None:
     """Delete a folder with all that is in it, where there is one."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
@@ -148,7 +148,7 @@ def upload_folder(source: Path, target: S3Path, last: str | None = None) -> None
 
 
 @contextmanager
-def local_copy(found: Place) -> Iterator[Path]:
+def local_copy(found: StoragePath) -> Iterator[Path]:
     """A folder, or a file, on this machine: itself, or a copy that goes when the block ends."""
     if isinstance(found, Path):
         yield found
@@ -161,7 +161,7 @@ def local_copy(found: Place) -> Iterator[Path]:
 
 
 @contextmanager
-def staged(target: Place, last: str | None = None) -> Iterator[Path]:
+def staged(target: StoragePath, last: str | None = None) -> Iterator[Path]:
     """A folder on this machine to write to: itself, or one that is copied to S3 when the block ends well."""
     if isinstance(target, Path):
         yield target

@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from rayclip.io.latency import Pace
+from rayclip.io.latency import LatencyEstimator
 
 T = TypeVar("T")
 
@@ -190,7 +190,7 @@ def _read_to(path: str, end: int, start: int) -> bytes:
     return read_range(path, start, min(BLOCK_BYTES, end - start))
 
 
-_pace = Pace()
+_latency = LatencyEstimator()
 
 
 def requests() -> ThreadPoolExecutor:
@@ -263,7 +263,7 @@ def _race(path: str, start: int | None, end: int | None) -> bytes:
 
     filesystem, num_bytes, began = client(), (end or 0) - (start or 0), time.monotonic()
     most_s = _PATIENCE_S + num_bytes / _PATIENT_BYTES_PER_S
-    patience_s = _pace.patience_s(num_bytes, most_s) if num_bytes else most_s
+    timeout_s = _latency.timeout_s(num_bytes, most_s) if num_bytes else most_s
 
     def ask() -> "asyncio.Task[bytes]":
         return asyncio.ensure_future(filesystem._cat_file(path, start=start, end=end, max_concurrency=1))
@@ -271,7 +271,7 @@ def _race(path: str, start: int | None, end: int | None) -> bytes:
     async def race() -> bytes:
         asked = [ask()]
         try:
-            await asyncio.wait(asked, timeout=patience_s)
+            await asyncio.wait(asked, timeout=timeout_s)
             if not asked[0].done():
                 asked.append(ask())
                 await asyncio.wait(asked, timeout=_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
@@ -285,5 +285,5 @@ def _race(path: str, start: int | None, end: int | None) -> bytes:
 
     data: bytes = sync(filesystem.loop, race)
     if num_bytes:
-        _pace.add(time.monotonic() - began, num_bytes)
+        _latency.add(time.monotonic() - began, num_bytes)
     return data

@@ -31,7 +31,7 @@ def join(folder: str | Path, name: str) -> str:
     return f"{str(folder).rstrip('/')}/{name}".rstrip("/") if is_remote(folder) else str(Path(folder) / name)
 
 
-def told(path: str | Path) -> str:
+def format_path(path: str | Path) -> str:
     """A path as people are told it: from the working folder."""
     return str(path) if is_remote(path) else os.path.relpath(path)
 

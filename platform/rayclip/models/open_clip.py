@@ -17,14 +17,14 @@ def read_settings(settings: dict[str, Any]) -> tuple[bool, tuple[int | None, int
 
     Raises UserError for what our towers do not have, and for pictures that are normalised otherwise.
     """
-    model, pictures = settings.get("model_cfg") or {}, settings.get("preprocess_cfg") or {}
+    model, images = settings.get("model_cfg") or {}, settings.get("preprocess_cfg") or {}
     vision, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
     for tower, has, known in (("vision_cfg", vision, _VISION_KEYS), ("text_cfg", text, _TEXT_KEYS)):
         other = sorted(key for key, value in has.items() if key not in known and value not in _NONE)
         if other:
             raise UserError(f"{tower} has '{other[0]}', which our towers do not have")
     for key, ours in (("mean", IMAGE_MEAN), ("std", IMAGE_STD)):
-        theirs = pictures.get(key)
+        theirs = images.get(key)
         if theirs is not None and any(abs(a - b) > 1e-6 for a, b in zip(theirs, ours, strict=True)):
             raise UserError(f"pictures are normalised with {key} {theirs}, not {list(ours)}")
     resnet = not isinstance(vision.get("layers", 12), int)
@@ -52,5 +52,5 @@ def write_settings(config: ModelConfig) -> dict[str, Any]:
     }
     if config.init_logit_bias is not None:
         model["init_logit_bias"] = config.init_logit_bias
-    pictures = {"mean": list(IMAGE_MEAN), "std": list(IMAGE_STD), "interpolation": "bicubic", "resize_mode": "shortest"}
-    return {"model_cfg": model, "preprocess_cfg": pictures}
+    images = {"mean": list(IMAGE_MEAN), "std": list(IMAGE_STD), "interpolation": "bicubic", "resize_mode": "shortest"}
+    return {"model_cfg": model, "preprocess_cfg": images}

@@ -26,7 +26,7 @@ from torch import Tensor
 from rayclip.config import ModelConfig
 from rayclip.errors import UserError
 from rayclip.io.files import SETTINGS_BESIDE, find_weights, whole_folder
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 from rayclip.models import huggingface, open_clip
 from rayclip.models.architecture import Tensors, check_fit, fit, infer
 from rayclip.models.clip import CLIP
@@ -80,7 +80,7 @@ def read_weights(path: str | Path, like: ModelConfig | None = None) -> Weights:
     return Weights(config, tensors, kind)
 
 
-def write_weights(folder: Place, weights: Weights, kind: str, name: str) -> None:
+def write_weights(folder: StoragePath, weights: Weights, kind: str, name: str) -> None:
     """Write a folder that others load, whole and then named.
 
     Args:

@@ -31,7 +31,7 @@ def read_experiment(uri: str | None, experiment: str, metric: str | None = None)
     measured = sorted(name.removeprefix(_PREFIX) for name in named)
     metric = metric or _usual_metric(measured, experiment)
     if metric not in measured:
-        raise UserError(f"no run of '{experiment}' has measured '{metric}'; {_told(measured)}")
+        raise UserError(f"no run of '{experiment}' has measured '{metric}'; {_list_metrics(measured)}")
     return [_read_run(client, run, metric) for run in runs]
 
 
@@ -42,10 +42,10 @@ def _usual_metric(measured: list[str], experiment: str) -> str:
             return found[0]
         if found:
             raise UserError(f"'{experiment}' has several measurements: give metric={' or metric='.join(found)}")
-    raise UserError(f"no run of '{experiment}' has measured top1 or recall_at_1; {_told(measured)}")
+    raise UserError(f"no run of '{experiment}' has measured top1 or recall_at_1; {_list_metrics(measured)}")
 
 
-def _told(measured: list[str]) -> str:
+def _list_metrics(measured: list[str]) -> str:
     return f"measured: {', '.join(measured) or 'nothing'}"
 
 

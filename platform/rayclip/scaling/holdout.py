@@ -49,13 +49,13 @@ class Holdout:
 
     def as_dict(self, names: list[str]) -> dict[str, Any]:
         """For the summary."""
-        told: dict[str, Any] = {"fitted_below": f"largest/{self.divisor}", "num_fitted": self.num_fitted}
+        held_out: dict[str, Any] = {"fitted_below": f"largest/{self.divisor}", "num_fitted": self.num_fitted}
         if self.reason:
-            return told | {"error": None, "baseline_error": None, "reason": self.reason, "runs": []}
-        told |= {"error": self.error, "baseline_error": self.baseline_error}
-        told["nearer_than_baseline"] = self.error < self.baseline_error
+            return held_out | {"error": None, "baseline_error": None, "reason": self.reason, "runs": []}
+        held_out |= {"error": self.error, "baseline_error": self.baseline_error}
+        held_out["nearer_than_baseline"] = self.error < self.baseline_error
         shown = [{"name": names[run.index], **vars(run)} for run in self.runs]
-        return told | {"runs": [{k: v for k, v in run.items() if k != "index"} for run in shown]}
+        return held_out | {"runs": [{k: v for k, v in run.items() if k != "index"} for run in shown]}
 
 
 def hold_out(points: list[Point], config: FitConfig) -> list[Holdout]:
@@ -74,15 +74,15 @@ def _hold_out(points: list[Point], asked: set[int], config: FitConfig, divisor: 
     fitted = [below[i] for i in sorted(fitted_runs(law))]
     slope, at_one = np.polyfit(np.log([p.compute for p in fitted]), [p.error for p in fitted], 1)
     largest = max(point.compute for point in fitted)
-    told = []
+    held_out = []
     for i in sorted(asked, key=lambda i: points[i].compute):
         point = points[i]
         if point.compute > cut:
             predicted = law.error_at(point.gmacs, point.samples).value
             assert predicted is not None
             line = float(slope * np.log(point.compute) + at_one)
-            told.append(Foretold(i, point.compute, point.compute / largest, point.error, predicted, line))
-    return Holdout(divisor, law.num_fitted, tuple(told))
+            held_out.append(Foretold(i, point.compute, point.compute / largest, point.error, predicted, line))
+    return Holdout(divisor, law.num_fitted, tuple(held_out))
 
 
 def _on_frontier(points: list[Point], config: FitConfig) -> set[int]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from rayclip.config import FitConfig, PlanConfig
 from rayclip.errors import UserError, nearest
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 from rayclip.models.presets import PRESETS, preset
 from rayclip.scaling.fit import Estimate, Law, NotEnoughError, fit_law
 from rayclip.scaling.flops import forward_gmacs, num_parameters, training_flops
@@ -48,7 +48,7 @@ class FittedLaw:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What was asked, answered; estimates with the law's interval, notes that say what they rest on.
 
     `model` is None where the law says the size; `nearest` is then the preset whose GMACs come closest, else the model.
@@ -67,7 +67,7 @@ class Plan:
     notes: list[str]
 
 
-def read_law(path: Place) -> FittedLaw:
+def read_law(path: StoragePath) -> FittedLaw:
     """The law of a folder of jobs.fit, fitted again to its points: the same resamples, so joint intervals.
 
     Raises UserError for a folder that is none, and for runs that carry no law.
@@ -87,7 +87,7 @@ def read_law(path: Place) -> FittedLaw:
         raise UserError(f"'{summary}' carries no law: {reason}") from None
 
 
-def make_plan(config: PlanConfig, fitted: FittedLaw | None, flops_per_gpu_s: float) -> Plan:
+def make_plan(config: PlanConfig, fitted: FittedLaw | None, flops_per_gpu_s: float) -> TrainingPlan:
     """Answer it. Raises UserError for an error that the law never reaches, and for a question with too little in it."""
     compute = _compute(config, fitted, flops_per_gpu_s)
     gmacs, nearest_preset, notes = _model(config, fitted, compute)
@@ -102,7 +102,7 @@ def make_plan(config: PlanConfig, fitted: FittedLaw | None, flops_per_gpu_s: flo
     if factor and factor > 1:
         notes.append(f"extrapolated: {factor:.3g} times the compute of the largest run of the fit")
     speed = flops_per_gpu_s * config.num_gpus / (per_c * gmacs)
-    return Plan(
+    return TrainingPlan(
         config.model, nearest_preset, gmacs, samples, compute, error, hours, flops_per_gpu_s, speed, factor, notes
     )
 

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from rayclip.io.files import whole_file
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 from rayclip.scaling.fit import Estimate, Law
-from rayclip.scaling.report import Report
+from rayclip.scaling.report import FitReport
 
 PUBLISHED = {"Cherti et al., open data": (5.858, -0.111), "Cherti et al., WIT": (23.18, -0.164)}
 """Coefficient and exponent of ImageNet's zero-shot top-1 error over C in GMACs."""
@@ -21,7 +21,7 @@ _NUM_PLACES = 100
 _AHEAD = 10  # times the largest run that the law is drawn to
 
 
-def write_plot(path: Place, report: Report) -> None:
+def write_plot(path: StoragePath, report: FitReport) -> None:
     """Write a PNG; the same report gives the same bytes."""
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
         figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
@@ -36,7 +36,7 @@ def write_plot(path: Place, report: Report) -> None:
             figure.savefig(target, format="png", metadata={"Software": None})
 
 
-def _draw(axes: Axes, report: Report) -> None:
+def _draw(axes: Axes, report: FitReport) -> None:
     usable = report.usable
     for fitted, label, face in ((True, "fitted runs", _INK), (False, "other runs", "none")):
         points = [run.point for run in usable if run.point and (not run.reason) is fitted]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from rayclip.errors import UserError
 from rayclip.io.files import write_text
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 
 COLUMNS = ("name", "gmacs", "samples", "error")
 """What a row must have. `dataset` and `unique_samples` it may have; whatever else there is, is left alone."""
@@ -49,14 +49,14 @@ def make_run(name: str, figures: Mapping[str, object]) -> Run:
         gmacs, samples, error = (_positive(column, figures.get(column)) for column in COLUMNS[1:])
         if error > 1:
             raise ValueError(f"error {error:g} is above 1: it must be a share, not percent")
-        told = figures.get("unique_samples") not in (None, "")
-        unique = _positive("unique_samples", figures["unique_samples"]) if told else None
+        known = figures.get("unique_samples") not in (None, "")
+        unique = _positive("unique_samples", figures["unique_samples"]) if known else None
     except ValueError as reason:
         return Run(name, None, str(reason))
     return Run(name, Point(gmacs, samples, error), unique_samples=unique)
 
 
-def read_csv(path: Place, dataset: str | None = None) -> list[Run]:
+def read_csv(path: StoragePath, dataset: str | None = None) -> list[Run]:
     """The runs of a CSV; `dataset` takes only the rows whose column of that name says so.
 
     Raises UserError for a file that is missing, is no text, or lacks a column.
@@ -75,7 +75,7 @@ def read_csv(path: Place, dataset: str | None = None) -> list[Run]:
     return _without_copies([_read_line(number, line, header, dataset) for number, line in numbered])
 
 
-def write_csv(path: Place, runs: Iterable[Run]) -> None:
+def write_csv(path: StoragePath, runs: Iterable[Run]) -> None:
     """All runs by their compute: which are fitted, and why the others are not."""
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")

@@ -24,7 +24,7 @@ Card = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Report:
+class FitReport:
     """A fit with all that belongs to it; `law` is None, and `reason` says why, where the runs do not carry one."""
 
     config: FitConfig
@@ -39,18 +39,18 @@ class Report:
         return [run for run in self.runs if run.point is not None]
 
 
-def make_report(runs: list[Run], config: FitConfig) -> Report:
+def make_report(runs: list[Run], config: FitConfig) -> FitReport:
     """Fit the runs, hold some out, and say of every run that is not fitted why."""
     points = [run.point for run in runs if run.point is not None]
     holdouts = hold_out(points, config)
     try:
         law = fit_law(points, config)
     except NotEnoughError as reason:
-        return Report(config, runs, None, str(reason), holdouts)
-    return Report(config, _with_reasons(runs, points, law, config), law, "", holdouts)
+        return FitReport(config, runs, None, str(reason), holdouts)
+    return FitReport(config, _with_reasons(runs, points, law, config), law, "", holdouts)
 
 
-def summarise(report: Report) -> dict[str, Any]:
+def summarise(report: FitReport) -> dict[str, Any]:
     """Everything, as plain values."""
     config, law = report.config, report.law
     estimates = _estimates(report)
@@ -67,7 +67,7 @@ def summarise(report: Report) -> dict[str, Any]:
         "num_fitted": law.num_fitted if law else 0,
         "repeats": _repeats(report.usable),
         **{name: asdict(estimate) for name, estimate in estimates.items()},
-        "flags": [*flags(law), *_told_selection(law, config)] if law else [report.reason],
+        "flags": [*flags(law), *_describe_selection(law, config)] if law else [report.reason],
         "holdout": [holdout.as_dict(names) for holdout in report.holdouts],
         "plan": _plan(report),
         "resamples": config.resamples,
@@ -83,12 +83,14 @@ def card(summary: dict[str, Any]) -> Card:
         ("form", f"{summary['form']}; {UNITS}"),
     ]
     if summary["repeats"]:
-        rows.append(("repeated data", _told_repeats(summary["repeats"])))
-    rows += [(key, _told(value)) for key, value in summary.items() if isinstance(value, dict) and "value" in value]
+        rows.append(("repeated data", _describe_repeats(summary["repeats"])))
+    rows += [
+        (key, _format_estimate(value)) for key, value in summary.items() if isinstance(value, dict) and "value" in value
+    ]
     rows += [("flag", flag) for flag in summary["flags"]]
-    rows += [(f"fitted below {held['fitted_below']}", _told_holdout(held)) for held in summary["holdout"]]
+    rows += [(f"fitted below {held['fitted_below']}", _describe_holdout(held)) for held in summary["holdout"]]
     plan = summary["plan"] or {}
-    rows += [(f"at C = {plan['compute']:.3g}", f"{name} {_told(plan[name])}")
+    rows += [(f"at C = {plan['compute']:.3g}", f"{name} {_format_estimate(plan[name])}")
              for name in ("error", "gmacs", "samples") if plan]  # fmt: skip
     if plan.get("times_the_largest_run"):
         rows.append((f"at C = {plan['compute']:.3g}", f"{plan['times_the_largest_run']:.3g} times the largest run"))
@@ -99,7 +101,7 @@ def card(summary: dict[str, Any]) -> Card:
     return rows
 
 
-def _estimates(report: Report) -> dict[str, Estimate]:
+def _estimates(report: FitReport) -> dict[str, Estimate]:
     if report.law is None:
         return {name: Estimate(None, reason=report.reason) for name in ("coefficient", "exponent", "limit")}
     estimates = report.law.estimates()
@@ -107,7 +109,7 @@ def _estimates(report: Report) -> dict[str, Estimate]:
     return estimates | ({"limit": Estimate(None, reason=reason)} if reason else {})
 
 
-def _told_selection(law: Law, config: FitConfig) -> list[str]:
+def _describe_selection(law: Law, config: FitConfig) -> list[str]:
     """What it does to intervals that runs were picked for their small errors."""
     if config.frontier == "all":
         return []
@@ -128,7 +130,7 @@ def _repeats(runs: list[Run]) -> dict[str, Any] | None:
     return {"runs": len(repeated), "told": len(epochs), "least": min(repeated, default=1), "most": max(epochs)}
 
 
-def _plan(report: Report) -> dict[str, Any] | None:
+def _plan(report: FitReport) -> dict[str, Any] | None:
     """What the law says of the budget: the error, and the model and samples that reach it."""
     budget, law = report.config.budget, report.law
     if budget is None:
@@ -138,20 +140,20 @@ def _plan(report: Report) -> dict[str, Any] | None:
     error = law.best_error(budget) if law else none
     largest = max((run.point.compute for run in report.usable if run.point), default=None)
     factor = budget / largest if largest else None
-    told = {"error": asdict(error), "gmacs": asdict(gmacs), "samples": asdict(samples)}
-    return {"compute": budget, "times_the_largest_run": factor, **told}
+    text = {"error": asdict(error), "gmacs": asdict(gmacs), "samples": asdict(samples)}
+    return {"compute": budget, "times_the_largest_run": factor, **text}
 
 
 def _with_reasons(runs: list[Run], points: list[Point], law: Law, config: FitConfig) -> list[Run]:
-    fitted, told, index = fitted_runs(law), [], 0
+    fitted, text, index = fitted_runs(law), [], 0
     names = [run.name for run in runs if run.point is not None]
     for run in runs:
         if run.point is None:
-            told.append(run)
+            text.append(run)
             continue
-        told.append(run if index in fitted else replace(run, reason=_why_not(index, names, points, config)))
+        text.append(run if index in fitted else replace(run, reason=_why_not(index, names, points, config)))
         index += 1
-    return told
+    return text
 
 
 def _why_not(index: int, names: list[str], points: list[Point], config: FitConfig) -> str:
@@ -168,7 +170,7 @@ def _no_more(value: float, than: float) -> bool:
     return value <= than * (1 + 1e-9)
 
 
-def _told(estimate: dict[str, Any]) -> str:
+def _format_estimate(estimate: dict[str, Any]) -> str:
     if estimate["value"] is None:
         return f"- ({estimate['reason']})"
     if estimate["low"] is None:
@@ -176,14 +178,14 @@ def _told(estimate: dict[str, Any]) -> str:
     return f"{estimate['value']:.4g}  [{estimate['low']:.4g}, {estimate['high']:.4g}]"
 
 
-def _told_repeats(repeats: dict[str, Any]) -> str:
-    told = f"{repeats['runs']} of the {repeats['told']} runs that say it saw their samples more than once"
+def _describe_repeats(repeats: dict[str, Any]) -> str:
+    text = f"{repeats['runs']} of the {repeats['told']} runs that say it saw their samples more than once"
     if not repeats["runs"]:
-        return told
-    return f"{told}, {repeats['least']:.3g} to {repeats['most']:.3g} times; C counts each time as if it were new"
+        return text
+    return f"{text}, {repeats['least']:.3g} to {repeats['most']:.3g} times; C counts each time as if it were new"
 
 
-def _told_holdout(held: dict[str, Any]) -> str:
+def _describe_holdout(held: dict[str, Any]) -> str:
     if held["error"] is None:
         return f"- ({held['reason']})"
     nearer = "nearer than" if held["nearer_than_baseline"] else "no nearer than"

@@ -9,7 +9,7 @@ from typing import Any
 
 from rayclip.config import ModelConfig, TrainConfig
 from rayclip.io.files import write_text
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 from rayclip.scaling.flops import forward_gmacs, num_parameters, training_flops
 
 Row = dict[str, Any]
@@ -56,17 +56,17 @@ def make_row(
     }
 
 
-def write_rows(path: Place, rows: Sequence[Row]) -> None:
+def write_rows(path: StoragePath, rows: Sequence[Row]) -> None:
     """Write a CSV, whole and then named; what a row does not know is left empty."""
     columns = list(dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row))
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: _told(value) for key, value in row.items()} for row in rows)
+    writer.writerows({key: _format_value(value) for key, value in row.items()} for row in rows)
     write_text(path, file.getvalue())
 
 
-def _told(value: Any) -> Any:
+def _format_value(value: Any) -> Any:
     return f"{value:.8g}" if isinstance(value, float) else value
 
 

@@ -31,7 +31,7 @@ def trial_name(index: int) -> str:
 
 def trial_config(base: TrainConfig, name: str, values: Mapping[str, Any]) -> TrainConfig:
     """The recipe with a trial's values. Raises UserError where they do not make a run."""
-    config = changed(base, values, f"{name} with {told(values)}")
+    config = changed(base, values, f"{name} with {format_values(values)}")
     return config.model_copy(update={"name": name})
 
 
@@ -44,7 +44,7 @@ def check_space(base: TrainConfig, plan: SearchPlan) -> None:
             changed(base, {key: value}, "plan.space")
 
 
-def told(values: Mapping[str, Any]) -> str:
+def format_values(values: Mapping[str, Any]) -> str:
     """The values on a line."""
     return ", ".join(f"{key}={value}" for key, value in values.items())
 

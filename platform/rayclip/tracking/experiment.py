@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from rayclip.errors import UserError, nearest
-from rayclip.io.paths import Place, local_copy
+from rayclip.io.paths import StoragePath, local_copy
 from rayclip.tracking.mlflow import close_run, connect, open_run, resolve_uri
 
 _KIND = "kind"
@@ -65,7 +65,7 @@ def log_result(
     name: str,
     settings: Mapping[str, Any],
     metrics: Mapping[str, float],
-    files: list[Place],
+    files: list[StoragePath],
 ) -> str:
     """A run of its own for what was made of others, which `read_runs` leaves out; returns its id."""
     uri = resolve_uri(uri)
@@ -82,7 +82,7 @@ def open_group(
     return open_run(uri, experiment, name, settings, {_KIND: kind, "code_version": version}, run_id)
 
 
-def log_files(uri: str, run_id: str, metrics: Mapping[str, float], files: list[Place]) -> None:
+def log_files(uri: str, run_id: str, metrics: Mapping[str, float], files: list[StoragePath]) -> None:
     """Keep numbers and files with a run; what is there already is replaced."""
     client = connect(uri)
     now = int(time.time() * 1000)

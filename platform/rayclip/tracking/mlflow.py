@@ -117,8 +117,8 @@ def log_once(
             client.log_metric(run_id, key, value, step=step, model_id=model_id)
 
 
-def log_picture(client: MlflowClient, run_id: str, path: Path) -> None:
-    """Keep a file with the run, under `pictures/`."""
+def log_image(client: MlflowClient, run_id: str, path: Path) -> None:
+    """Keep a file with the run, under `images/`."""
     client.log_artifact(run_id, str(path), "pictures")
 
 
@@ -148,9 +148,9 @@ class MlflowTracker:
         else:
             self._unsent = self._unsent[1000:]
 
-    def log_picture(self, path: Path) -> None:
-        """Keep a file with the run, under `pictures/`."""
-        log_picture(self._client, self._run_id, path)
+    def log_image(self, path: Path) -> None:
+        """Keep a file with the run, under `images/`."""
+        log_image(self._client, self._run_id, path)
 
     def close(self) -> None:
         """Send what is left, and stop watching the machine."""

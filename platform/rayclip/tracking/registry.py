@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from rayclip.errors import UserError, nearest
 from rayclip.io.files import SETTINGS_BESIDE, find_weights
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 from rayclip.io.storage import download, is_remote, join, list_files, split
 from rayclip.tracking.mlflow import connect_existing, flatten, log_once, resolve_uri
 
@@ -39,7 +39,7 @@ _FORMS = "a model is models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint o
 
 
 def link_checkpoint(
-    client: MlflowClient, run_id: str, checkpoint: Place, step: int, metrics: Mapping[str, Any]
+    client: MlflowClient, run_id: str, checkpoint: StoragePath, step: int, metrics: Mapping[str, Any]
 ) -> LoggedModel:
     """The logged model of a checkpoint: made where the run has none for that step. Only a pointer, no copy.
 
@@ -74,7 +74,7 @@ def link_checkpoint(
 
 
 def register(
-    client: MlflowClient, model: LoggedModel, checkpoint: Place, name: str, alias: str, ema: bool = False
+    client: MlflowClient, model: LoggedModel, checkpoint: StoragePath, name: str, alias: str, ema: bool = False
 ) -> int:
     """Make a checkpoint a version of the registered model `name`, move the alias to it, and return its number.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from rayclip.distributed import rank
 from rayclip.training.tiles import wide_dtype
 
-Visit = Callable[[int, Sequence[Tensor], Tensor], None]
+PairKernel = Callable[[int, Sequence[Tensor], Tensor], None]
 """Gets a rank, its rows, each [M, ...], and their sums, [M, ...], to which it adds in place."""
 
 
@@ -28,18 +28,20 @@ class Sums(NamedTuple):
     combine: Callable[[Tensor], Tensor]  # [R, B, *shape] -> [B, *shape], one sum of several
 
 
-def tour(rows: Sequence[Tensor], sums: Sums, batch_sizes: list[int], distribution: str, visit: Visit) -> Tensor:
-    """Call `visit` on every rank once for every rank.
+def all_pairs_reduce(
+    rows: Sequence[Tensor], sums: Sums, batch_sizes: list[int], distribution: str, kernel: PairKernel
+) -> Tensor:
+    """Call `kernel` on every rank once for every rank.
 
     `rows` are this rank's tensors, [B, ...]; `batch_sizes` holds every rank's B, which may differ and may be zero;
     `distribution` is "gather" or "ring". Returns what all visits added for this rank's rows, [B, *sums.shape].
     """
     if len(batch_sizes) > 1 and distribution == "gather":
-        return _gathered(rows, sums, batch_sizes, visit)
+        return _gathered(rows, sums, batch_sizes, kernel)
     sums_B = _start(rows[0], sums, len(rows[0]))
     if len(batch_sizes) > 1:
-        return _ring(rows, sums_B, batch_sizes, visit)
-    visit(0, rows, sums_B)
+        return _ring(rows, sums_B, batch_sizes, kernel)
+    kernel(0, rows, sums_B)
     return sums_B
 
 
@@ -47,13 +49,13 @@ def _start(like: Tensor, sums: Sums, *size: int) -> Tensor:
     return like.new_full((*size, *sums.shape), sums.start, dtype=wide_dtype(like))
 
 
-def _gathered(rows: Sequence[Tensor], sums: Sums, batch_sizes: list[int], visit: Visit) -> Tensor:
+def _gathered(rows: Sequence[Tensor], sums: Sums, batch_sizes: list[int], kernel: PairKernel) -> Tensor:
     # Collectives want one shape on every rank, so shorter ranks send padding that is cut off again.
     longest = max(batch_sizes)
     everyone = [_all_gather(part, len(batch_sizes), longest) for part in rows]
     sums_RL = _start(rows[0], sums, len(batch_sizes), longest)
     for owner, size in enumerate(batch_sizes):
-        visit(owner, [part_RL[owner, :size] for part_RL in everyone], sums_RL[owner, :size])
+        kernel(owner, [part_RL[owner, :size] for part_RL in everyone], sums_RL[owner, :size])
     for_me_RL = torch.empty_like(sums_RL)
     dist.all_to_all_single(for_me_RL, sums_RL)
     return sums.combine(for_me_RL[:, : len(rows[0])])
@@ -68,13 +70,13 @@ def _all_gather(rows_B: Tensor, num_ranks: int, longest: int) -> Tensor:
     return gathered_RL
 
 
-def _ring(rows: Sequence[Tensor], sums_B: Tensor, batch_sizes: list[int], visit: Visit) -> Tensor:
+def _ring(rows: Sequence[Tensor], sums_B: Tensor, batch_sizes: list[int], kernel: PairKernel) -> Tensor:
     num_ranks, mine = len(batch_sizes), rank()
     for step in range(num_ranks):
         owner, following = (mine - step) % num_ranks, (mine - step - 1) % num_ranks
         # Rows travel while they are worked on, and need not come home; sums travel when they are added to.
         moving = [_Move(part, batch_sizes[following], tag) for tag, part in enumerate(rows) if following != mine]
-        visit(owner, rows, sums_B)
+        kernel(owner, rows, sums_B)
         sums_B = _Move(sums_B, batch_sizes[following], len(rows)).wait()
         rows = [move.wait() for move in moving]
     return sums_B

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rayclip.errors import UserError
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 from rayclip.models.clip import CLIP
 from rayclip.models.weights import read_tensors, read_weights
 from rayclip.training.ema import Ema
@@ -49,7 +49,7 @@ class RunState:
     """Samples seen by the run that this one went on from; its times and rates count from there."""
 
     @property
-    def num_given(self) -> int:
+    def samples_consumed(self) -> int:
         """Samples that came, whether they could be read or not: what durations count."""
         return self.samples_seen + sum(self.skipped.values())
 
@@ -81,17 +81,17 @@ def write_checkpoint(
     partial.rename(folder)
 
 
-def read_state(folder: Place) -> RunState:
+def read_state(folder: StoragePath) -> RunState:
     """How far the run was. Raises UserError where the folder is no checkpoint."""
     return RunState(**_read_json(folder, "state"))
 
 
-def read_config(folder: Place) -> dict[str, Any]:
+def read_config(folder: StoragePath) -> dict[str, Any]:
     """The resolved config that the run had. Raises UserError where the folder is no checkpoint."""
     return _read_json(folder, "config")
 
 
-def read_metrics(folder: Place) -> dict[str, Any]:
+def read_metrics(folder: StoragePath) -> dict[str, Any]:
     """What was measured at this checkpoint. Raises UserError where the folder is no checkpoint."""
     return _read_json(folder, "metrics")
 
@@ -145,7 +145,7 @@ def _optimizer_tensors(model: CLIP, optimizer: Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_json(folder: Place, name: str) -> dict[str, Any]:
+def _read_json(folder: StoragePath, name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
     try:
         return json.loads(path.read_text())

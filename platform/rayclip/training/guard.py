@@ -23,7 +23,7 @@ _LEAST_SPREAD = 0.01
 
 
 @dataclass(frozen=True)
-class Trouble:
+class Anomaly:
     """`cause` is one of decode.GUARD_CAUSES, `text` is for people."""
 
     cause: str
@@ -36,12 +36,12 @@ class Guard:
     def __init__(self, config: GuardConfig, losses: list[float]) -> None:
         self.config, self._losses = config, losses
 
-    def judge(self, loss: float, grad_norm: float) -> Trouble | None:
+    def check(self, loss: float, grad_norm: float) -> Anomaly | None:
         """What forbids an update with this gradient; a loss without trouble is remembered."""
         if not math.isfinite(loss):
-            return Trouble("loss_not_finite", f"the loss is {loss}")
+            return Anomaly("loss_not_finite", f"the loss is {loss}")
         if not math.isfinite(grad_norm):
-            return Trouble("gradient_not_finite", f"the loss is {loss:.4g} and the norm of its gradient {grad_norm}")
+            return Anomaly("gradient_not_finite", f"the loss is {loss:.4g} and the norm of its gradient {grad_norm}")
         if self.config.spike_threshold is None:
             return None
         if len(self._losses) >= self.config.window // 2 and (spike := self._spike(loss)):
@@ -50,19 +50,19 @@ class Guard:
         del self._losses[: -self.config.window]
         return None
 
-    def judge_scale(self, logit_scale: float) -> Trouble | None:
+    def check_scale(self, logit_scale: float) -> Anomaly | None:
         """What is wrong with the logit scale that an update came to."""
         least = self.config.min_logit_scale
         if least is None or logit_scale > least:
             return None
-        return Trouble("logit_scale_collapsed", f"the logit scale has collapsed to {logit_scale:.4g}")
+        return Anomaly("logit_scale_collapsed", f"the logit scale has collapsed to {logit_scale:.4g}")
 
-    def stops_at(self, trouble: Trouble) -> bool:
+    def stops_at(self, anomaly: Anomaly) -> bool:
         """Whether it ends the run. A collapsed scale is in the weights already: leaving a batch out mends nothing."""
         action = self.config.action
-        return action == "stop" or (action == "skip" and trouble.cause == "logit_scale_collapsed")
+        return action == "stop" or (action == "skip" and anomaly.cause == "logit_scale_collapsed")
 
-    def _spike(self, loss: float) -> Trouble | None:
+    def _spike(self, loss: float) -> Anomaly | None:
         median = statistics.median(self._losses)
         deviation = statistics.median(abs(other - median) for other in self._losses)
         sigma = max(_MAD_TO_SIGMA * deviation, _LEAST_SPREAD * abs(median), 1e-9)
@@ -70,7 +70,7 @@ class Guard:
         if height <= (self.config.spike_threshold or math.inf):
             return None
         text = f"the loss is {loss:.4g}, {height:.1f} deviations above the median of the last steps, {median:.4g}"
-        return Trouble("loss_spike", text)
+        return Anomaly("loss_spike", text)
 
 
 class Snapshot:

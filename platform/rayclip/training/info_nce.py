@@ -19,7 +19,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from rayclip.config import LossConfig
 from rayclip.distributed import rank
-from rayclip.training.all_pairs import Sums, tour
+from rayclip.training.all_pairs import Sums, all_pairs_reduce
 from rayclip.training.tiles import full_precision, inner_product, tiles, wide, wide_dtype
 
 
@@ -54,7 +54,7 @@ class _InfoNCE(torch.autograd.Function):
         by_image_B = image_BD.new_full((len(image_BD),), -math.inf, dtype=wanted)
         matched_B = torch.empty_like(by_image_B)
 
-        def visit(owner: int, rows: Sequence[Tensor], by_text_M: Tensor) -> None:
+        def kernel(owner: int, rows: Sequence[Tensor], by_text_M: Tensor) -> None:
             (text_MD,) = rows
             for images, texts in tiles(len(image_BD), len(text_MD), config.tile_size):
                 scores_IT = (logit_scale * wide(image_BD[images])) @ wide(text_MD[texts]).T
@@ -65,7 +65,7 @@ class _InfoNCE(torch.autograd.Function):
 
         with full_precision(image_BD):
             sums = Sums((), -math.inf, lambda parts: parts.logsumexp(0))
-            by_text_B = tour([text_BD], sums, batch_sizes, config.distribution, visit)
+            by_text_B = all_pairs_reduce([text_BD], sums, batch_sizes, config.distribution, kernel)
             loss = (by_image_B - matched_B).sum() + (by_text_B - matched_B).sum()
         ctx.save_for_backward(image_BD, text_BD, logit_scale, by_image_B, by_text_B)
         ctx.batch_sizes, ctx.config = batch_sizes, config  # type: ignore[attr-defined]
@@ -80,7 +80,7 @@ class _InfoNCE(torch.autograd.Function):
         mine = rank()
         grad_image_BD = torch.zeros_like(image_BD, dtype=by_image_B.dtype)
 
-        def visit(owner: int, rows: Sequence[Tensor], grad_text_MD: Tensor) -> None:
+        def kernel(owner: int, rows: Sequence[Tensor], grad_text_MD: Tensor) -> None:
             text_MD, by_text_M = rows
             for images, texts in tiles(len(image_BD), len(text_MD), config.tile_size):
                 image_ID, text_TD = logit_scale * wide(image_BD[images]), wide(text_MD[texts])
@@ -94,7 +94,7 @@ class _InfoNCE(torch.autograd.Function):
 
         with full_precision(image_BD):
             sums = Sums(text_BD.shape[1:], 0.0, lambda parts: parts.sum(0))
-            grad_text_BD = tour([text_BD, by_text_B], sums, batch_sizes, config.distribution, visit)
+            grad_text_BD = all_pairs_reduce([text_BD, by_text_B], sums, batch_sizes, config.distribution, kernel)
             factor = grad / (2 * sum(batch_sizes))
             # The scale multiplies every score, so its gradient is that of the pictures along themselves.
             grad_scale = factor * inner_product(grad_image_BD, image_BD, config.tile_size)

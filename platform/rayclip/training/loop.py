@@ -25,7 +25,7 @@ from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.training.checkpoint import RunState
 from rayclip.training.ema import Ema
-from rayclip.training.guard import Guard, Snapshot, Trouble
+from rayclip.training.guard import Anomaly, Guard, Snapshot
 from rayclip.training.meter import Meter
 from rayclip.training.precision import in_precision
 from rayclip.training.schedule import learning_rate
@@ -41,7 +41,7 @@ _FIRST_GUARD_CAUSE = CAUSES.index(GUARD_CAUSES[0])
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoopPlan:
     """How long a run is and how often it stops to look, in samples seen; `evaluate_every` None is at the end only."""
 
     optimizer: OptimizerConfig
@@ -56,7 +56,7 @@ class Plan:
     guard: GuardConfig = GuardConfig()  # noqa: RUF009 (frozen)
     checkpoint_at: tuple[int, ...] = ()
     """Counts of samples that came, readable or not: a checkpoint is made at the first step at or after each."""
-    evaluate_beside: bool = False
+    evaluate_asynchronously: bool = False
     """Whether evaluations before the last are left to whoever has the checkpoint."""
 
 
@@ -90,7 +90,7 @@ class Trainer:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: LoopPlan,
         model: CLIP,
         optimizer: Optimizer,
         state: RunState,
@@ -106,7 +106,7 @@ class Trainer:
         self._guard = Guard(plan.guard, state.recent_losses)
         self._snapshot: Snapshot | None = None
         self._replay: Iterable[Batch] | None = None
-        self._owed: set[Sample] = set()
+        self._pending: set[Sample] = set()
         self._unsaved: list[np.ndarray] = []
         self._unreadable_in: Counter[str] = Counter()
 
@@ -117,23 +117,23 @@ class Trainer:
         """
         self._take_snapshot()
         # The last checkpoint is made, measured, once: one that is made again would replace the one it goes on from.
-        evaluated = self._num_given() >= self.plan.total_samples
+        evaluated = self._samples_consumed() >= self.plan.total_samples
         self.model.train()
         for batch in self._meter.timed(self._with_replays(batches)):
-            before, given_before = self.state.samples_seen, self._num_given()
+            before, consumed_before = self.state.samples_seen, self._samples_consumed()
             self._step(batch, before)
-            if self._num_given() == given_before:  # nothing but padding
+            if self._samples_consumed() == consumed_before:  # nothing but padding
                 continue
-            ends = self._num_given() >= self.plan.total_samples
+            ends = self._samples_consumed() >= self.plan.total_samples
             evaluated = ends or self._due(before, self.plan.evaluate_every)
-            reached = passes(self.plan.checkpoint_at, given_before, self._num_given())
+            reached = passes(self.plan.checkpoint_at, consumed_before, self._samples_consumed())
             if evaluated or reached or self._due(before, self.plan.checkpoint_every):
                 self._checkpoint(evaluate=evaluated, last=ends)
         if not evaluated:
             self._checkpoint(evaluate=True, last=True)
         return self.state
 
-    def _num_given(self) -> int:
+    def _samples_consumed(self) -> int:
         """Samples that came, whether they could be read or not, in the whole run."""
         return self.state.samples_seen + self._num_skipped
 
@@ -147,8 +147,8 @@ class Trainer:
         if self.ema and result.num_trained:
             self.ema.update(result.num_trained)
         self._account(batch, result)
-        if result.trouble:
-            self._intervene(result.trouble)
+        if result.anomaly:
+            self._recover(result.anomaly)
         metrics = {
             "loss": result.loss,
             "learning_rate": lr,
@@ -162,40 +162,40 @@ class Trainer:
 
     def _account(self, batch: Batch, result: StepResult) -> None:
         given = np.stack([batch[name].astype(np.int64) for name in ("position", "row", "cause")], axis=1)
-        if result.trouble:
-            given[batch["num_tokens"] > 0, 2] = CAUSES.index(result.trouble.cause)
+        if result.anomaly:
+            given[batch["num_tokens"] > 0, 2] = CAUSES.index(result.anomaly.cause)
         self._unsaved.append(given[given[:, 0] >= 0])
         self.state.samples_seen += result.num_trained
         self.state.steps += result.num_trained > 0
         self._num_skipped += result.num_skipped + result.num_left_out
         self._num_left_out += result.num_left_out
-        given_so_far = self._num_given()
+        given_so_far = self._samples_consumed()
         allowed = self.plan.max_bad_fraction * max(given_so_far, min(_FEW_SAMPLES, self.plan.total_samples))
         if self._num_skipped - self._num_left_out > allowed:
             raise UserError(self._too_many_bad(given_so_far))
 
-    def _intervene(self, trouble: Trouble) -> None:
+    def _recover(self, anomaly: Anomaly) -> None:
         guard = self.plan.guard
         self.state.interventions += 1
         if self.state.interventions > guard.max_interventions:
-            raise UserError(f"{trouble.text}; guard.max_interventions allows {guard.max_interventions}")
+            raise UserError(f"{anomaly.text}; guard.max_interventions allows {guard.max_interventions}")
         if guard.action == "skip":
-            self.hooks.notice(f"{trouble.text}; skipped")
+            self.hooks.notice(f"{anomaly.text}; skipped")
             return
         self._roll_back()
-        self.hooks.notice(f"{trouble.text}; went back to {self.state.samples_seen:,} samples, leaving them out")
+        self.hooks.notice(f"{anomaly.text}; went back to {self.state.samples_seen:,} samples, leaving them out")
 
     def _roll_back(self) -> None:
         """Take the weights of the last checkpoint; what came since then is owed once more, but for what is left out."""
         assert self._snapshot and self.hooks.replay
         seen, mine = self._gather_unsaved(), self._concat_unsaved()
         left_out = seen[:, 2] >= _FIRST_GUARD_CAUSE
-        self._owed = (self._owed | _samples(seen)) - _samples(seen[left_out])
+        self._pending = (self._pending | _samples(seen)) - _samples(seen[left_out])
         self._unsaved = [mine[mine[:, 2] >= _FIRST_GUARD_CAUSE]]
         self._count_from_checkpoint(int(left_out.sum()))
         self._snapshot.restore(self.state)
         self._meter.start_window()
-        self._replay = self.hooks.replay(np.array(sorted(self._owed), dtype=np.int64).reshape(-1, 2))
+        self._replay = self.hooks.replay(np.array(sorted(self._pending), dtype=np.int64).reshape(-1, 2))
 
     def _count_from_checkpoint(self, num_left_out: int) -> None:
         """Count what was skipped up to the last checkpoint, and what was left out since."""
@@ -224,7 +224,7 @@ class Trainer:
         self._unreadable_in += self._shards_of_unreadable(seen)
         self.state.skipped, self.state.ledger = self._count_skipped(seen), self.ledger.to_dict()
         self._unsaved = []
-        self._owed -= _samples(seen) if self._owed else set()
+        self._pending -= _samples(seen) if self._pending else set()
         self._take_snapshot()
         metrics = self._measure(last) if evaluate else {}
         self.model.train()
@@ -232,7 +232,7 @@ class Trainer:
         self._meter.pause(time.perf_counter() - started)
 
     def _measure(self, last: bool) -> Metrics | None:
-        return None if self.plan.evaluate_beside and not last else self.hooks.evaluate()
+        return None if self.plan.evaluate_asynchronously and not last else self.hooks.evaluate()
 
     def _gather_unsaved(self) -> np.ndarray:
         return all_gather_rows(torch.from_numpy(self._concat_unsaved())).numpy()

@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from rayclip.config import LossConfig
 from rayclip.distributed import rank
-from rayclip.training.all_pairs import Sums, tour
+from rayclip.training.all_pairs import Sums, all_pairs_reduce
 from rayclip.training.tiles import full_precision, inner_product, tiles, wide, wide_dtype
 
 _LINEAR_ABOVE = 40.0  # where log(1 + exp(x)) is x, in float64 too
@@ -55,7 +55,7 @@ class _Sigmoid(torch.autograd.Function):
         grad_image_BD = torch.zeros_like(image_BD, dtype=wide_dtype(image_BD))
         loss, grad_bias = grad_image_BD.new_zeros(2)
 
-        def visit(owner: int, rows: Sequence[Tensor], grad_text_MD: Tensor) -> None:
+        def kernel(owner: int, rows: Sequence[Tensor], grad_text_MD: Tensor) -> None:
             (text_MD,) = rows
             for images, texts in tiles(len(image_BD), len(text_MD), config.tile_size):
                 image_ID, text_TD = logit_scale * wide(image_BD[images]), wide(text_MD[texts])
@@ -73,7 +73,7 @@ class _Sigmoid(torch.autograd.Function):
 
         with full_precision(image_BD):
             sums = Sums(text_BD.shape[1:], 0.0, lambda parts: parts.sum(0))
-            grad_text_BD = tour([text_BD], sums, batch_sizes, config.distribution, visit)
+            grad_text_BD = all_pairs_reduce([text_BD], sums, batch_sizes, config.distribution, kernel)
             # The scale multiplies every cosine, so its gradient is that of the pictures along themselves.
             grad_scale = inner_product(grad_image_BD, image_BD, config.tile_size)
             grad_image_BD *= logit_scale

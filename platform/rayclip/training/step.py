@@ -14,7 +14,7 @@ from rayclip.distributed import all_gather_rows, gather_counts, reduce_counts
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.training.gradient import Inputs, forward_backward
-from rayclip.training.guard import Guard, Trouble
+from rayclip.training.guard import Anomaly, Guard
 
 _FINITE = GuardConfig(min_logit_scale=None)
 
@@ -32,7 +32,7 @@ class StepResult:
     logit_scale: float
     grad_norm: float = math.nan
     num_left_out: int = 0
-    trouble: Trouble | None = None
+    anomaly: Anomaly | None = None
 
 
 def train_step(
@@ -56,8 +56,8 @@ def train_step(
     guard = guard or Guard(_FINITE, [])
     device = model.logit_scale.device
     real = np.flatnonzero(batch["num_tokens"])
-    num_given = int((batch["position"] >= 0).sum())
-    counts = gather_counts([len(real), num_given - len(real)], device)
+    samples_consumed = int((batch["position"] >= 0).sum())
+    counts = gather_counts([len(real), samples_consumed - len(real)], device)
     batch_sizes = [trained for trained, _ in counts]
     num_trained, num_skipped = sum(batch_sizes), sum(skipped for _, skipped in counts)
     if not num_trained:
@@ -69,22 +69,22 @@ def train_step(
     gradients = _gradients(model)
     norm = nn.utils.get_total_norm(gradients).to(device)
     total_loss, norms = reduce_counts(torch.stack([share, norm])).tolist()
-    trouble = guard.judge(total_loss, norms)
-    if trouble is None:
+    anomaly = guard.check(total_loss, norms)
+    if anomaly is None:
         if max_grad_norm is not None:
             torch._foreach_mul_(gradients, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         optimizer.step()
         model.clamp_logit_scale_()
-        trouble = guard.judge_scale(model.logit_scale.exp().item())
+        anomaly = guard.check_scale(model.logit_scale.exp().item())
     result = StepResult(total_loss, num_trained, num_skipped, logit_scale.item(), norms / len(counts))
-    if trouble is None:
+    if anomaly is None:
         return result
-    trouble = replace(trouble, text=f"{trouble.text}: {_identity(batch)}")
-    if guard.stops_at(trouble):
-        raise UserError(trouble.text)
-    return replace(result, num_trained=0, num_left_out=num_trained, trouble=trouble)
+    anomaly = replace(anomaly, text=f"{anomaly.text}: {_identity(batch)}")
+    if guard.stops_at(anomaly):
+        raise UserError(anomaly.text)
+    return replace(result, num_trained=0, num_left_out=num_trained, anomaly=anomaly)
 
 
 def _gradients(model: nn.Module) -> list[torch.Tensor]:

@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 
 from rayclip.data.curation.decide import Decision
 from rayclip.io.files import whole_file
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 
 _INK, _FAINT, _AFTER = "#1f2328", "#8c959f", "#0969da"
 
 
-def write_queries(path: Place, decision: Decision) -> None:
+def write_queries(path: StoragePath, decision: Decision) -> None:
     """Write (query, pairs before, pairs after), the commonest first."""
     order = np.argsort(-decision.before_Q, kind="stable")
     queries = [decision.queries[number] for number in order.tolist()]
@@ -23,7 +23,7 @@ def write_queries(path: Place, decision: Decision) -> None:
         pq.write_table(table, target, compression="zstd")
 
 
-def write_query_plot(path: Place, decision: Decision, pairs_per_query: int) -> None:
+def write_query_plot(path: StoragePath, decision: Decision, pairs_per_query: int) -> None:
     """Write a PNG: pairs of each query, the commonest first, before and after."""
     order = np.argsort(-decision.before_Q, kind="stable")
     ranks = np.arange(1, len(order) + 1)

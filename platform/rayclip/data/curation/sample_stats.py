@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from rayclip.data.curation.duplicates import HASH_SIDE, perceptual_hash
-from rayclip.data.decode import BadSampleError, crop_picture, image_bytes, read_caption
+from rayclip.data.decode import BadSampleError, crop_image, image_bytes, read_caption
 from rayclip.data.formats.tar import Sample
 
 SCHEMA = pa.schema(
@@ -25,7 +25,7 @@ SCHEMA = pa.schema(
 )
 
 
-class Looked(NamedTuple):
+class SampleStats(NamedTuple):
     """A row of SCHEMA beside the sample's place."""
 
     cause: str | None
@@ -36,7 +36,7 @@ class Looked(NamedTuple):
     hash: int | None = None
 
 
-def look(sample: Sample | None) -> Looked:
+def sample_stats(sample: Sample | None) -> SampleStats:
     """Look at a sample; None stands for one that is missing."""
     width, height = 0, 0
 
@@ -49,14 +49,14 @@ def look(sample: Sample | None) -> Looked:
         if sample is None:
             raise BadSampleError("sample_missing")
         caption, data = read_caption(sample), image_bytes(sample)
-        picture = crop_picture(data, whole, HASH_SIDE)
+        image = crop_image(data, whole, HASH_SIDE)
     except BadSampleError as error:
-        return Looked(error.cause)
+        return SampleStats(error.cause)
     digest = blake2b(data, digest_size=16).digest()
-    return Looked(None, caption, width, height, digest, perceptual_hash(picture))
+    return SampleStats(None, caption, width, height, digest, perceptual_hash(image))
 
 
-def to_table(places: Sequence[tuple[str, int, int]], looked: Sequence[Looked]) -> pa.Table:
+def to_table(places: Sequence[tuple[str, int, int]], stats: Sequence[SampleStats]) -> pa.Table:
     """From (id, chunk, row) and what was seen."""
-    rows = [(*place, *seen) for place, seen in zip(places, looked, strict=True)]
+    rows = [(*place, *seen) for place, seen in zip(places, stats, strict=True)]
     return pa.table([list(column) for column in zip(*rows, strict=True)], schema=SCHEMA)

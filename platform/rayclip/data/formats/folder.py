@@ -10,12 +10,12 @@ from pathlib import PurePosixPath
 
 from rayclip.data.formats import table
 from rayclip.data.formats.base import Layout, Sample, Shard, Span
-from rayclip.data.formats.members import add_pictures, read_many
+from rayclip.data.formats.members import add_images, read_many
 from rayclip.io.s3 import File
 from rayclip.io.storage import join, split
 
 LISTING = "listing.tsv"
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 _COLUMNS = ("path", "beside", "caption", "class")
 
@@ -30,7 +30,7 @@ def read_chunk(shard: Shard, span: Span, layout: Layout) -> list[Sample]:
     rows = list(table.read_rows(shard, span, layout))
     folder = layout.pictures or split(shard.path)[0]
     samples = [_sample(row) for row in rows]
-    add_pictures([(sample, row["path"]) for sample, row in zip(samples, rows, strict=True)], folder)
+    add_images([(sample, row["path"]) for sample, row in zip(samples, rows, strict=True)], folder)
     beside = [(sample, row["beside"]) for sample, row in zip(samples, rows, strict=True) if row["beside"]]
     texts = read_many([join(folder, path) for _, path in beside])
     for (sample, path), text in zip(beside, texts, strict=True):
@@ -42,7 +42,7 @@ def read_chunk(shard: Shard, span: Span, layout: Layout) -> list[Sample]:
 def make_listing(files: Sequence[File]) -> tuple[bytes, list[str]]:
     """(the table of the pictures among the files, the classes), the latter where folders are all that names them."""
     names = {file.name for file in files}
-    pictures = [file.name for file in files if PurePosixPath(file.name).suffix.lower() in PICTURES]
+    pictures = [file.name for file in files if PurePosixPath(file.name).suffix.lower() in IMAGES]
     beside = [_beside(picture, names) for picture in pictures]
     by_class = not any(beside) and all("/" in picture for picture in pictures)
     classes = sorted({picture.rpartition("/")[0] for picture in pictures}) if by_class else []

@@ -10,7 +10,7 @@ from rayclip.io.s3 import requests
 from rayclip.io.storage import is_remote, join, read_bytes
 
 
-def add_pictures(wanted: Sequence[tuple[Sample, str]], folder: str) -> None:
+def add_images(wanted: Sequence[tuple[Sample, str]], folder: str) -> None:
     """Read the picture of each sample from its path, relative to the folder; in S3 many at once."""
     paths = [join(folder, path) for _, path in wanted]
     for (sample, _), path, picture in zip(wanted, paths, read_many(paths), strict=True):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayclip.data.formats.base import PICTURE, ChunkError, Layout, Sample, Shard, Span
-from rayclip.data.formats.members import add_pictures, caption_members
+from rayclip.data.formats.members import add_images, caption_members
 from rayclip.io.s3 import RemoteFile
 from rayclip.io.storage import is_remote, split
 
@@ -106,7 +106,7 @@ def _add_images(samples: list[Sample], column: pa.ChunkedArray, folder: str) -> 
         if picture is not None:
             sample[PICTURE] = picture
     by_path = [(s, path) for s, picture, path in zip(samples, pictures, paths, strict=True) if picture is None and path]
-    add_pictures(by_path, folder)
+    add_images(by_path, folder)
 
 
 def _is_text(kind: pa.DataType) -> bool:

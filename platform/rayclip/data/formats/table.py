@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import BinaryIO
 
 from rayclip.data.formats.base import ChunkError, Layout, Sample, Shard, Span
-from rayclip.data.formats.members import add_pictures, caption_members
+from rayclip.data.formats.members import add_images, caption_members
 from rayclip.io.storage import open_file, read_range, split
 
 Row = dict[str, str]
@@ -48,7 +48,7 @@ def read_chunk(shard: Shard, span: Span, layout: Layout) -> list[Sample]:
         samples.append(sample)
         if path:
             pictures.append((sample, path))
-    add_pictures(pictures, layout.pictures or split(shard.path)[0])
+    add_images(pictures, layout.pictures or split(shard.path)[0])
     return samples
 
 

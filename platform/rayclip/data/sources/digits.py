@@ -34,8 +34,8 @@ def splits(config: DigitsConfig, cache: Path) -> dict[str, Split]:
 def read(item: Item, config: DigitsConfig) -> Record:
     """Dark ink on white, enlarged."""
     paper = 255 - _digits()[0][item.number] * (255 / _MOST_INK)
-    picture = Image.fromarray(paper.astype(np.uint8)).resize((config.size, config.size), Image.Resampling.BICUBIC)
-    return Record(picture.convert("RGB"), CLASS_NAMES[item.cls], item.cls)
+    image = Image.fromarray(paper.astype(np.uint8)).resize((config.size, config.size), Image.Resampling.BICUBIC)
+    return Record(image.convert("RGB"), CLASS_NAMES[item.cls], item.cls)
 
 
 @cache

@@ -9,7 +9,7 @@ from rayclip.data.decode import BadSampleError
 from rayclip.data.sources.base import Record, Split, hold_out
 from rayclip.errors import UserError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def splits(config: FolderConfig, cache: Path) -> dict[str, Split]:
@@ -18,9 +18,9 @@ def splits(config: FolderConfig, cache: Path) -> dict[str, Split]:
     if not root.is_dir():
         raise UserError(f"source.path '{config.path}' is not a folder")
     found = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
-    paths = sorted(str(path) for path in found if path.suffix.lower() in PICTURES)
+    paths = sorted(str(path) for path in found if path.suffix.lower() in IMAGES)
     if not paths:
-        raise UserError(f"source.path '{config.path}' has no pictures ({', '.join(PICTURES)})")
+        raise UserError(f"source.path '{config.path}' has no pictures ({', '.join(IMAGES)})")
     return hold_out(paths, [os.path.relpath(path, root) for path in paths], config.held_out_share)
 
 
@@ -28,10 +28,10 @@ def read(item: str, config: FolderConfig) -> Record:
     """One picture's bytes and its caption. Raises BadSampleError."""
     path = Path(item)
     caption = _caption(path, config.caption_key)
-    return Record(read_picture(path), caption)
+    return Record(read_image(path), caption)
 
 
-def read_picture(path: Path) -> bytes:
+def read_image(path: Path) -> bytes:
     """A file's bytes. Raises BadSampleError where there is none to read."""
     try:
         return path.read_bytes()
@@ -39,8 +39,8 @@ def read_picture(path: Path) -> bytes:
         raise BadSampleError("no_image") from None
 
 
-def _caption(picture: Path, key: str) -> str:
-    beside = next((p for p in (picture.with_suffix(".txt"), picture.with_suffix(".json")) if p.is_file()), None)
+def _caption(image: Path, key: str) -> str:
+    beside = next((p for p in (image.with_suffix(".txt"), image.with_suffix(".json")) if p.is_file()), None)
     if beside is None:
         raise BadSampleError("no_caption")
     try:

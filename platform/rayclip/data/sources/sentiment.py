@@ -53,14 +53,14 @@ def splits(config: SentimentConfig, cache: Path) -> dict[str, Split]:
 def read(item: Item, config: SentimentConfig) -> Record:
     """Black on white, as large as fits."""
     side = config.size
-    picture = Image.new("RGB", (side, side), "white")
+    image = Image.new("RGB", (side, side), "white")
     pixels, text = _fit(item, side)
     spacing = round((_LINE - 1) * pixels)
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(image)
     draw.multiline_text(
         (side / 2, side / 2), text, fill="black", font=load_font(item.face, pixels), anchor="mm", spacing=spacing
     )
-    return Record(picture, CLASS_NAMES[item.cls], item.cls)
+    return Record(image, CLASS_NAMES[item.cls], item.cls)
 
 
 def _item(seed: int, split: str, index: int) -> Item:

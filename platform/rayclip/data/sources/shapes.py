@@ -49,12 +49,12 @@ def read(item: Item, config: ShapesConfig) -> Record:
     ground = _GROUNDS[int(draws[0] * len(_GROUNDS))]
     inks = [colour for name, colour in PALETTE.items() if name != ground]
     side = config.size * _SUPERSAMPLE
-    picture = Image.new("RGB", (side, side), PALETTE[ground])
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), PALETTE[ground])
+    draw = ImageDraw.Draw(image)
     for number, cell in enumerate(cells):
         mine = draws[1 + number * _DRAWS_A_SHAPE : 1 + (number + 1) * _DRAWS_A_SHAPE]
         _draw_shape(draw, side / _CELLS, divmod(cell, _CELLS), mine, inks)
-    return Record(picture.reduce(_SUPERSAMPLE), CLASS_NAMES[item.cls], item.cls)
+    return Record(image.reduce(_SUPERSAMPLE), CLASS_NAMES[item.cls], item.cls)
 
 
 def _draw_shape(

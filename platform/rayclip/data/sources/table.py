@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rayclip.config import TableConfig
 from rayclip.data.decode import BadSampleError
 from rayclip.data.sources.base import Record, Split, hold_out
-from rayclip.data.sources.folder import read_picture
+from rayclip.data.sources.folder import read_image
 from rayclip.errors import UserError
 
 IMAGE_COLUMNS = ("filepath", "image_path", "image", "file_name", "path")
@@ -49,7 +49,7 @@ def read(item: Item, config: TableConfig) -> Record:
     """One row's picture and caption. Raises BadSampleError."""
     if item.caption is None:
         raise BadSampleError("no_caption")
-    return Record(read_picture(Path(item.path)), item.caption)
+    return Record(read_image(Path(item.path)), item.caption)
 
 
 def find_column(key: str, named: str | None, usual: tuple[str, ...], columns: list[str], path: str) -> str:

@@ -30,17 +30,17 @@ from rayclip.errors import UserError
 from rayclip.inference.prompts import resolve_templates
 from rayclip.inference.zero_shot import check_class_names, class_matrix, zero_shot_probabilities
 from rayclip.io.files import whole_file
-from rayclip.io.paths import Place, place_of, to_read
+from rayclip.io.paths import StoragePath, storage_path, to_read
 from rayclip.io.storage import absolute, read_bytes
-from rayclip.orchestration.batch.embed import Embedder, Model, open_model, reading_of
-from rayclip.orchestration.batch.partitioned_output import Part, PartFolder, open_complete, plan_parts
+from rayclip.orchestration.batch.embed import Embedder, EmbeddingModel, open_model, reading_of
+from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, open_complete, plan_parts
 from rayclip.orchestration.batch.task_runner import Work, run_parts, start
 
 _CLASSES = "classes.npy"
 _ROWS_AT_ONCE = 1024  # of [B, C] probabilities
 
 
-class _Source(NamedTuple):
+class _FeatureSource(NamedTuple):
     """Where features of pictures come from: a data set, or embeddings of one."""
 
     path: str
@@ -72,7 +72,7 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
         "labels_digest": hashlib.sha256(json.dumps([labels, templates]).encode()).hexdigest(),
         "top_k": min(config.top_k, len(labels)),
     }
-    folder = PartFolder(place_of(config.output), identity, source.num_parts)
+    folder = PartitionedOutput(storage_path(config.output), identity, source.num_parts)
     done = start(folder, config.cluster)
     if done is not None:
         return done
@@ -99,16 +99,18 @@ def read_labels(labels: str | Sequence[str]) -> list[str]:
         ) from None
 
 
-def _data_set(config: ClassifyConfig, model: Model) -> _Source:
+def _data_set(config: ClassifyConfig, model: EmbeddingModel) -> _FeatureSource:
     manifest = Manifest.load(absolute(str(config.data)))
     manifest.check_shards()
     read = partial(Embedder, model, reading_of(config, manifest.folder, manifest.digest, "pictures"))
     num_parts = len(plan_parts(manifest, config.part_samples))
-    return _Source(manifest.folder, manifest.digest, config.part_samples, num_parts, manifest.total_samples, read)
+    return _FeatureSource(
+        manifest.folder, manifest.digest, config.part_samples, num_parts, manifest.total_samples, read
+    )
 
 
-def _embeddings(config: ClassifyConfig, model: Model) -> _Source:
-    folder, summary = open_complete(place_of(str(config.embeddings)), "embed")
+def _embeddings(config: ClassifyConfig, model: EmbeddingModel) -> _FeatureSource:
+    folder, summary = open_complete(storage_path(str(config.embeddings)), "embed")
     made = folder.identity
     if (made["model_version"], made["weights_sha256"]) != (model.source.version, model.weights_sha256):
         same = "other weights under the same name" if made["model_version"] == model.source.version else "another model"
@@ -119,7 +121,7 @@ def _embeddings(config: ClassifyConfig, model: Model) -> _Source:
     if made["what"] == "texts":
         raise UserError(f"'{folder.path}' holds embeddings of texts alone: embed the pictures to classify them")
     read = partial(_EmbeddingReader, folder)
-    return _Source(
+    return _FeatureSource(
         str(folder.path), made["source_digest"], made["part_samples"], folder.num_parts, summary["samples"], read
     )
 
@@ -127,7 +129,7 @@ def _embeddings(config: ClassifyConfig, model: Model) -> _Source:
 class _EmbeddingReader:
     """Parts as jobs.embed wrote them; the counterpart of an Embedder."""
 
-    def __init__(self, folder: PartFolder) -> None:
+    def __init__(self, folder: PartitionedOutput) -> None:
         self._folder = folder
 
     def __call__(self, part: int) -> Part:
@@ -136,7 +138,7 @@ class _EmbeddingReader:
 
 
 def _write_classes(
-    model: Model, labels: list[str], templates: Sequence[str], batch_size: int, path: Place, device: str
+    model: EmbeddingModel, labels: list[str], templates: Sequence[str], batch_size: int, path: StoragePath, device: str
 ) -> None:
     matrix = class_matrix(model.encoder(device), labels, templates)
     with whole_file(path) as target:
@@ -153,7 +155,7 @@ class Classifier:
     def __init__(
         self,
         read: Callable[[], Work],
-        classes: Place,
+        classes: StoragePath,
         labels: Sequence[str],
         logit_scale: float,
         top_k: int,
@@ -179,8 +181,8 @@ class Classifier:
         offsets = (np.concatenate([[0], valid.cumsum()]) * self._top_k).astype(np.int32)
         best = pa.array(_spread(index_BK[:, 0], valid), mask=~valid)
         error = [
-            None if there else told.split(", ")[0]
-            for told, there in zip(table["error"].to_pylist(), valid, strict=True)
+            None if there else text.split(", ")[0]
+            for text, there in zip(table["error"].to_pylist(), valid, strict=True)
         ]
         result = pa.table(
             {

@@ -1,6 +1,6 @@
 """Curation of a data set in three steps, of which the first and the last are spread over the cluster:
 
-looked/part-*.parquet    what there is to know of every sample (`curation.look`), whatever the rules say
+looked/part-*.parquet    what there is to know of every sample (`curation.sample_stats`), whatever the rules say
 outcomes.npy             what becomes of every sample, an index into OUTCOMES (`curation.decide`), in one process
 *.tar                    the samples of a part that stay, with all their files, as a shard
 outcomes/part-*.parquet  the outcome of each of a part's samples: nothing is dropped in silence
@@ -22,16 +22,16 @@ import pyarrow.parquet as pq
 from rayclip.config import CurateConfig
 from rayclip.data.curation.decide import OUTCOMES, Decision, decide
 from rayclip.data.curation.report import write_queries, write_query_plot
-from rayclip.data.curation.sample_stats import Looked, look, to_table
+from rayclip.data.curation.sample_stats import SampleStats, sample_stats, to_table
 from rayclip.data.formats import Layout, Sample, Shard
 from rayclip.data.formats.tar import write_shard
 from rayclip.data.index import index_shard
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 from rayclip.io.files import whole_file
-from rayclip.io.paths import Place, place_of, size_of, to_read
+from rayclip.io.paths import StoragePath, size_of, storage_path, to_read
 from rayclip.io.storage import absolute, join, read_bytes
-from rayclip.orchestration.batch.partitioned_output import Part, PartFolder, open_complete, plan_parts
+from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, open_complete, plan_parts
 from rayclip.orchestration.batch.task_runner import run_parts, start
 
 _OUTCOMES = "outcomes.npy"
@@ -44,7 +44,7 @@ def curate(config: CurateConfig) -> dict[str, Any]:
 
     Returns the summary. Raises UserError for an output that holds something else, and for all that cannot be read.
     """
-    data, output = absolute(config.data), place_of(config.output)
+    data, output = absolute(config.data), storage_path(config.output)
     manifest = Manifest.load(data)
     manifest.check_shards()
     parts = plan_parts(manifest, config.part_samples)
@@ -56,17 +56,17 @@ def curate(config: CurateConfig) -> dict[str, Any]:
         name: _content(path) for name, path in (("queries", config.queries), ("scores", _summary_of(config.scores)))
     }
     # It has no parts of its own: it is complete once its summary is there.
-    folder = PartFolder(output, identity | {"settings": settings}, 0)
+    folder = PartitionedOutput(output, identity | {"settings": settings}, 0)
     done = start(folder, config.cluster)
     if done is not None:
         return done
 
-    looked = PartFolder(output / "looked", identity, len(parts))
-    score_N = read_scores(place_of(config.scores), manifest) if config.scores else None
-    if start(looked, config.cluster) is None:
-        make_looker = partial(Looker, data, manifest.digest, config.part_samples)
-        run_parts(looked, make_looker, config.cluster, manifest.total_samples, config.max_bad_fraction)
-    seen = pa.concat_tables(pq.read_table(to_read(looked.file(part))) for part in range(len(parts)))
+    stats = PartitionedOutput(output / "looked", identity, len(parts))
+    score_N = read_scores(storage_path(config.scores), manifest) if config.scores else None
+    if start(stats, config.cluster) is None:
+        make_reader = partial(SampleStatsReader, data, manifest.digest, config.part_samples)
+        run_parts(stats, make_reader, config.cluster, manifest.total_samples, config.max_bad_fraction)
+    seen = pa.concat_tables(pq.read_table(to_read(stats.file(part))) for part in range(len(parts)))
     decision = decide(seen, config, score_N)
     if not (decision.outcome_N == 0).any():
         raise UserError(f"no pair of '{data}' stays: {decision.counts()}")
@@ -75,7 +75,7 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     write_queries(output / "queries.parquet", decision)
     write_query_plot(output / "queries.png", decision, config.pairs_per_query)
 
-    written = PartFolder(output / "outcomes", folder.identity, len(parts))
+    written = PartitionedOutput(output / "outcomes", folder.identity, len(parts))
     if start(written, config.cluster) is None:
         make_writer = partial(Writer, data, manifest.digest, config, str(output))
         run_parts(written, make_writer, config.cluster, manifest.total_samples, 1.0)
@@ -85,21 +85,21 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     return summary
 
 
-class Looker:
+class SampleStatsReader:
     """Looks at the samples of a part."""
 
     def __init__(self, folder: str, digest: str, part_samples: int) -> None:
         self._reader = Reader(folder, digest, part_samples)
 
     def __call__(self, part: int) -> Part:
-        """The part as a table of `look.SCHEMA`."""
-        places, looked = [], []
+        """The part as a table of `sample_stats.SCHEMA`."""
+        places, stats = [], []
         for place, sample in self._reader.samples(part):
             places.append(place)
-            looked.append(look(sample) if not isinstance(sample, str) else Looked(sample))
-        causes = Counter(seen.cause for seen in looked if seen.cause)
-        rows = {"samples": len(looked), "bad": causes.total()}
-        return Part(to_table(places, looked), {"rows": rows, "causes": dict(causes)})
+            stats.append(sample_stats(sample) if not isinstance(sample, str) else SampleStats(sample))
+        causes = Counter(seen.cause for seen in stats if seen.cause)
+        rows = {"samples": len(stats), "bad": causes.total()}
+        return Part(to_table(places, stats), {"rows": rows, "causes": dict(causes)})
 
 
 class Writer:
@@ -107,7 +107,7 @@ class Writer:
 
     def __init__(self, folder: str, digest: str, config: CurateConfig, output: str) -> None:
         self._reader = Reader(folder, digest, config.part_samples)
-        self._chunk_samples, self._output = config.chunk_samples, place_of(output)
+        self._chunk_samples, self._output = config.chunk_samples, storage_path(output)
         self._outcome_N = _load(self._output / _OUTCOMES)
 
     def __call__(self, part: int) -> Part:
@@ -165,7 +165,7 @@ class Reader:
                 yield (f"{shard}/{key}", chunk, row), sample
 
 
-def read_scores(path: Place, manifest: Manifest) -> np.ndarray:
+def read_scores(path: StoragePath, manifest: Manifest) -> np.ndarray:
     """Cosine of picture and caption of every sample, float32 [N]; NaN where one is missing. Raises UserError."""
     folder, _ = open_complete(path, "embed")
     if folder.identity["source_digest"] != manifest.digest:
@@ -185,7 +185,7 @@ def read_scores(path: Place, manifest: Manifest) -> np.ndarray:
     return score_N
 
 
-def shard_path(output: Place, part: int) -> Place:
+def shard_path(output: StoragePath, part: int) -> StoragePath:
     """Where the samples of a part that stay go."""
     return output / f"{part:06}.tar"
 
@@ -194,11 +194,11 @@ def _vectors(column: pa.ChunkedArray) -> np.ndarray:
     return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
 
 
-def _load(file: Place) -> np.ndarray:
+def _load(file: StoragePath) -> np.ndarray:
     return np.load(file, mmap_mode="r") if isinstance(file, Path) else np.load(to_read(file))
 
 
-def _index(output: Place, num_parts: int, chunk_samples: int) -> Manifest:
+def _index(output: StoragePath, num_parts: int, chunk_samples: int) -> Manifest:
     """The new manifest, of the shards that hold anything."""
     shards = []
     for path in (shard_path(output, part) for part in range(num_parts)):

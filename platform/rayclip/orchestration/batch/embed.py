@@ -33,9 +33,9 @@ from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
 from rayclip.inference.encoder import Encoder
 from rayclip.io.files import find_weights
-from rayclip.io.paths import place_of
+from rayclip.io.paths import storage_path
 from rayclip.io.storage import absolute
-from rayclip.orchestration.batch.partitioned_output import Part, PartFolder, plan_parts
+from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, plan_parts
 from rayclip.orchestration.batch.task_runner import run_parts, start
 from rayclip.tracking.mlflow import resolve_uri
 from rayclip.tracking.registry import ModelSource, is_registered, resolve_model
@@ -43,7 +43,7 @@ from rayclip.training.checkpoint import load_model
 
 
 @dataclass(frozen=True)
-class Model:
+class EmbeddingModel:
     """A model that a worker can load, and what is to be known of it before one does. Small and picklable."""
 
     source: ModelSource
@@ -74,7 +74,7 @@ class Model:
         }
 
 
-def open_model(uri: str, tracking_uri: str | None) -> Model:
+def open_model(uri: str, tracking_uri: str | None) -> EmbeddingModel:
     """Find a model and hold that it loads. Raises UserError."""
     source = resolve_model(uri, tracking_uri)
     model = load_model(source.folder)
@@ -86,7 +86,7 @@ def open_model(uri: str, tracking_uri: str | None) -> Model:
     sizes = config.vision.image_size, config.text.context_length, config.embed_dim
     scale = Encoder(model, tokenizer, "cpu").logit_scale
     # A worker has a working folder of its own: the embedded database must be found from there too.
-    return Model(source, pinned, resolve_uri(tracking_uri), digest, *sizes, scale)
+    return EmbeddingModel(source, pinned, resolve_uri(tracking_uri), digest, *sizes, scale)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
 
     Returns the summary. Raises UserError for an output that holds something else, and for all that cannot be read.
     """
-    data, path = absolute(config.data), place_of(config.output)
+    data, path = absolute(config.data), storage_path(config.output)
     manifest = Manifest.load(data)
     manifest.check_shards()
     model = open_model(config.model, config.tracking_uri)
@@ -122,7 +122,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
         "part_samples": config.part_samples,
         "what": config.what,
     }
-    folder = PartFolder(path, identity, len(parts))
+    folder = PartitionedOutput(path, identity, len(parts))
     done = start(folder, config.cluster)
     if done is not None:
         return done
@@ -152,7 +152,7 @@ Read = tuple[Any, np.ndarray | None]
 
 
 @lru_cache(maxsize=1)
-def shared_encoder(model: Model, device: str) -> Encoder:
+def shared_encoder(model: EmbeddingModel, device: str) -> Encoder:
     """One a process, also where it works for several outputs."""
     return model.encoder(device)
 
@@ -160,7 +160,7 @@ def shared_encoder(model: Model, device: str) -> Encoder:
 class Embedder:
     """Parts of a data set, read and embedded. Holds a model: one a process."""
 
-    def __init__(self, model: Model, reading: Reading) -> None:
+    def __init__(self, model: EmbeddingModel, reading: Reading) -> None:
         self.reading = reading
         self.image_size = model.image_size
         self.manifest = Manifest.load(reading.folder)

@@ -8,15 +8,15 @@ from rayclip.config import SuiteConfig
 from rayclip.evaluation.corruptions import STRENGTHS
 from rayclip.evaluation.page import write_report
 from rayclip.evaluation.plots import write_bars
-from rayclip.evaluation.reports import SUMMARY, Report, compare
+from rayclip.evaluation.reports import SUMMARY, EvaluationReport, compare
 from rayclip.evaluation.shift import has_accuracy, read_baselines, shift_report
 from rayclip.evaluation.suite import DataSet, open_suite
 from rayclip.evaluation.suite_tasks import TASKS, Measured, corrupted, measure
 from rayclip.inference.zero_shot import class_prompts
 from rayclip.io.files import write_json
-from rayclip.io.paths import Place, matching, place_of
-from rayclip.orchestration.batch.embed import Model, open_model
-from rayclip.orchestration.batch.features import Extraction, extract, pictures_of, prompts_of
+from rayclip.io.paths import StoragePath, matching, storage_path
+from rayclip.orchestration.batch.embed import EmbeddingModel, open_model
+from rayclip.orchestration.batch.features import Extraction, extract, images_of, prompts_of
 from rayclip.tracking.experiment import log_result
 
 
@@ -37,9 +37,9 @@ def evaluate(config: SuiteConfig) -> dict[str, Any]:
     for dataset in suite.datasets:
         folder, of = output / dataset.name, dataset.config.shift_of
         if of is not None and has_accuracy(results, of) and has_accuracy(results, dataset.name):
-            picture = folder / "effective_robustness.png"
-            told = shift_report(dataset.name, of, results, model.source.version, baselines, picture)
-            results[dataset.name]["shift"] = told
+            image = folder / "effective_robustness.png"
+            found = shift_report(dataset.name, of, results, model.source.version, baselines, image)
+            results[dataset.name]["shift"] = found
         write_json(folder / SUMMARY, results[dataset.name])
     summary = {
         "suite": config.name,
@@ -54,35 +54,35 @@ def evaluate(config: SuiteConfig) -> dict[str, Any]:
     }
     write_json(output / SUMMARY, summary)
     bars, page = output / "scores.png", output / "report.html"
-    write_bars(bars, compare([Report(output, summary)]))
+    write_bars(bars, compare([EvaluationReport(output, summary)]))
     write_report(page, summary, bars, {name: matching(output / name, "*.png") for name in results})
     _log(config, summary, page)
     return summary
 
 
-def output_folder(config: SuiteConfig, version: str) -> Place:
+def output_folder(config: SuiteConfig, version: str) -> StoragePath:
     """Where the report goes: each version of a model has one of its own."""
     name = re.sub(r"[^A-Za-z0-9._@-]+", "-", version)
-    return place_of(config.output or f"runs/evaluations/{config.name}/{name}")
+    return storage_path(config.output or f"runs/evaluations/{config.name}/{name}")
 
 
-def _extractions(dataset: DataSet, model: Model, config: SuiteConfig) -> dict[str, Extraction]:
+def _extractions(dataset: DataSet, model: EmbeddingModel, config: SuiteConfig) -> dict[str, Extraction]:
     """What features the data set's tasks need."""
-    needed = {"pictures": pictures_of(dataset, model, config)}
+    needed = {"pictures": images_of(dataset, model, config)}
     if dataset.class_names:
         prompts, _ = class_prompts(dataset.class_names, dataset.templates)
         needed["prompts"] = prompts_of(prompts, model, config)
     if "corruptions" in dataset.config.tasks:
         for worse in product(dataset.config.corruptions, STRENGTHS):
-            needed[corrupted(*worse)] = pictures_of(dataset, model, config, corruption=worse)
+            needed[corrupted(*worse)] = images_of(dataset, model, config, corruption=worse)
     if {"linear_probe", "few_shot"} & set(dataset.config.tasks):
-        needed["train"] = pictures_of(dataset, model, config, dataset.config.train_split)
+        needed["train"] = images_of(dataset, model, config, dataset.config.train_split)
         if dataset.config.validation_split is not None:
-            needed["validation"] = pictures_of(dataset, model, config, dataset.config.validation_split)
+            needed["validation"] = images_of(dataset, model, config, dataset.config.validation_split)
     return needed
 
 
-def _log(config: SuiteConfig, summary: dict[str, Any], page: Place) -> None:
+def _log(config: SuiteConfig, summary: dict[str, Any], page: StoragePath) -> None:
     if config.experiment is None:
         return
     metrics = {

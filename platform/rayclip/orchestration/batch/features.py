@@ -25,10 +25,10 @@ from rayclip.evaluation.corruptions import corrupt
 from rayclip.evaluation.features import FeatureFolder
 from rayclip.evaluation.layout import stamp
 from rayclip.evaluation.suite import DataSet
-from rayclip.io.paths import place_of
-from rayclip.orchestration.batch.embed import Embedder, Model, Read, Reading, shared_encoder, vectors
-from rayclip.orchestration.batch.partitioned_output import Part, PartFolder, plan_parts
-from rayclip.orchestration.batch.task_runner import Job, connect_for, run_jobs
+from rayclip.io.paths import storage_path
+from rayclip.orchestration.batch.embed import Embedder, EmbeddingModel, Read, Reading, shared_encoder, vectors
+from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, plan_parts
+from rayclip.orchestration.batch.task_runner import OutputJob, connect_for, run_jobs
 from rayclip.orchestration.cluster.progress import ProgressLine
 
 _PROMPTS_A_PART = 2048
@@ -37,7 +37,7 @@ _PROMPTS_A_PART = 2048
 class Extraction(NamedTuple):
     """Features that are to be there."""
 
-    job: Job
+    job: OutputJob
     num_samples: int
 
     @property
@@ -59,9 +59,9 @@ class Labels:
     """What makes the pictures worse, and how strongly."""
 
 
-def pictures_of(
+def images_of(
     dataset: DataSet,
-    model: Model,
+    model: EmbeddingModel,
     config: SuiteConfig,
     split: str | None = None,
     corruption: tuple[str, int] | None = None,
@@ -94,10 +94,10 @@ def pictures_of(
     what = str(identity["what"])
     reading = Reading(manifest.folder, manifest.digest, config.part_samples, what, config.batch_size, threads, device)
     folder = _folder(config, identity, len(plan_parts(manifest, config.part_samples)))
-    return Extraction(Job(folder, partial(FeatureReader, model, reading, labels)), manifest.total_samples)
+    return Extraction(OutputJob(folder, partial(FeatureReader, model, reading, labels)), manifest.total_samples)
 
 
-def prompts_of(prompts: Sequence[str], model: Model, config: SuiteConfig) -> Extraction:
+def prompts_of(prompts: Sequence[str], model: EmbeddingModel, config: SuiteConfig) -> Extraction:
     """The features of prompts."""
     identity = {
         "kind": "prompts",
@@ -108,7 +108,7 @@ def prompts_of(prompts: Sequence[str], model: Model, config: SuiteConfig) -> Ext
     }
     folder = _folder(config, identity, -(-len(prompts) // _PROMPTS_A_PART))
     make = partial(PromptEncoder, model, list(prompts), config.batch_size, _device(config.cluster))
-    return Extraction(Job(folder, make), len(prompts))
+    return Extraction(OutputJob(folder, make), len(prompts))
 
 
 def extract(extractions: Sequence[Extraction], workers: WorkersConfig) -> dict[str, Any]:
@@ -143,16 +143,16 @@ def extract(extractions: Sequence[Extraction], workers: WorkersConfig) -> dict[s
     }
 
 
-def _missing(folder: PartFolder) -> list[int]:
+def _missing(folder: PartitionedOutput) -> list[int]:
     folder.check()
     folder.begin()
     return folder.missing()[0]
 
 
-def _folder(config: SuiteConfig, identity: dict[str, Any], num_parts: int) -> PartFolder:
+def _folder(config: SuiteConfig, identity: dict[str, Any], num_parts: int) -> PartitionedOutput:
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    path = place_of(config.cache) / str(identity["weights_sha256"])[:12] / f"{identity['kind']}-{digest[:16]}"
-    return PartFolder(path, identity, num_parts)
+    path = storage_path(config.cache) / str(identity["weights_sha256"])[:12] / f"{identity['kind']}-{digest[:16]}"
+    return PartitionedOutput(path, identity, num_parts)
 
 
 def _device(workers: WorkersConfig) -> str:
@@ -170,7 +170,7 @@ class _Row(NamedTuple):
 class FeatureReader(Embedder):
     """Parts of a data set that is measured on: every sample must be there, or the figures say nothing."""
 
-    def __init__(self, model: Model, reading: Reading, labels: Labels) -> None:
+    def __init__(self, model: EmbeddingModel, reading: Reading, labels: Labels) -> None:
         super().__init__(model, reading)
         self.labels = labels
 
@@ -256,7 +256,7 @@ class FeatureReader(Embedder):
 class PromptEncoder:
     """Parts of a list of prompts."""
 
-    def __init__(self, model: Model, prompts: list[str], batch_size: int, device: str) -> None:
+    def __init__(self, model: EmbeddingModel, prompts: list[str], batch_size: int, device: str) -> None:
         self._prompts = prompts
         self._batch_size = batch_size
         self._encoder = shared_encoder(model, device)

@@ -13,7 +13,7 @@ from rayclip.config import IngestConfig
 from rayclip.data import ingest as plan
 from rayclip.data.sources import SOURCES, Split
 from rayclip.errors import UserError
-from rayclip.io.paths import place_of, remove_tree, staged
+from rayclip.io.paths import remove_tree, staged, storage_path
 from rayclip.orchestration.cluster.connection import connect
 from rayclip.orchestration.cluster.progress import ProgressLine
 
@@ -30,7 +30,7 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
     Returns {"output", "complete" (whether it was there already), "splits": {name: {"samples", "shards", ...}}}.
     Raises UserError for a source that cannot be read and an output that holds something else.
     """
-    config = config.model_copy(update={"output": str(place_of(config.output))})
+    config = config.model_copy(update={"output": str(storage_path(config.output))})
     if plan.is_complete(config):
         return {"complete": True, **plan.summary_of(config)}
     splits = _list_source(config)
@@ -55,7 +55,7 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
 
 def _list_source(config: IngestConfig) -> dict[str, Split]:
     """The source's items. What a failed listing leaves of downloads is removed."""
-    output = place_of(config.output)
+    output = storage_path(config.output)
     began = output.exists()
     try:
         with staged(output / plan.STATE / "cache") as cache:

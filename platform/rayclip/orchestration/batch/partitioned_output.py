@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 from rayclip.io.files import whole_file, write_json
-from rayclip.io.paths import Place, append
+from rayclip.io.paths import StoragePath, append
 
 Tally = dict[str, dict[str, int]]
 """Counts by group: {"rows": {"samples": 64, "bad": 1}, "causes": {"no_image": 1}}."""
@@ -27,7 +27,7 @@ _SUMMARY = "summary.json"
 _MOST_ATTEMPTS = 3
 
 # The first that differs is told: what lies there, and what this run would put there.
-_TOLD = {
+_DIFFERENCES = {
     "model_version": "is by model {there}, this run is by {here}",
     "weights_sha256": "is by other weights under the same name {model_version}",
     "source_digest": "was made from '{source}' as it was, and this is another data set",
@@ -47,21 +47,21 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PartFolder:
+class PartitionedOutput:
     """The output of one job. `identity` is JSON; its `kind` is the job's name."""
 
-    path: Place
+    path: StoragePath
     identity: dict[str, Any]
     num_parts: int
 
     @property
-    def _record(self) -> Place:
+    def _record(self) -> StoragePath:
         return self.path / f"{self.identity['kind']}.json"
 
-    def _attempts(self, part: int) -> Place:
+    def _attempts(self, part: int) -> StoragePath:
         return self.path / f"part-{part:06}.attempts"
 
-    def file(self, part: int) -> Place:
+    def file(self, part: int) -> StoragePath:
         """Where a part lies."""
         return self.path / f"part-{part:06}.parquet"
 
@@ -75,10 +75,10 @@ class PartFolder:
                 raise UserError(f"output '{self.path}' is not empty and holds nothing of {job}: choose another folder")
             return
         there = json.loads(self._record.read_text())
-        for key, told in _TOLD.items():
+        for key, text in _DIFFERENCES.items():
             if there.get(key) != self.identity.get(key):
-                told = told.format(**{**there, "there": there.get(key), "here": self.identity.get(key)})
-                raise UserError(f"what lies in '{self.path}' {told}: choose another output, or delete that folder")
+                text = text.format(**{**there, "there": there.get(key), "here": self.identity.get(key)})
+                raise UserError(f"what lies in '{self.path}' {text}: choose another output, or delete that folder")
 
     def begin(self) -> None:
         """Make the folder, say whose it is, and clear away what a crash left half written."""
@@ -133,7 +133,7 @@ class PartFolder:
         write_json(self.path / _SUMMARY, summary)
 
 
-def open_complete(path: Place, kind: str) -> tuple[PartFolder, dict[str, Any]]:
+def open_complete(path: StoragePath, kind: str) -> tuple[PartitionedOutput, dict[str, Any]]:
     """A complete output of a job and its summary. Raises UserError where there is none, or it is not complete."""
     if not (path / f"{kind}.json").is_file():
         raise UserError(f"'{path}' holds nothing of jobs.{kind}")
@@ -142,7 +142,7 @@ def open_complete(path: Place, kind: str) -> tuple[PartFolder, dict[str, Any]]:
         num_parts = json.loads((path / _SUMMARY).read_text())["parts"]
     except FileNotFoundError:
         raise UserError(f"'{path}' is not complete: run its jobs.{kind} again to the end") from None
-    folder = PartFolder(path, identity, num_parts)
+    folder = PartitionedOutput(path, identity, num_parts)
     summary = folder.read_summary()
     if summary is None:
         raise UserError(f"'{path}' has lost some of its {num_parts:,} parts: run its jobs.{kind} again")
@@ -171,7 +171,7 @@ def add(tallies: Iterable[Tally]) -> Tally:
     }
 
 
-def told_causes(tally: Tally) -> str:
+def format_causes(tally: Tally) -> str:
     """As in "12 no_caption, 3 image_undecodable"."""
     return ", ".join(f"{count:,} {cause}" for cause, count in tally["causes"].items())
 
@@ -181,6 +181,6 @@ def check_bad(tally: Tally, max_bad_fraction: float) -> None:
     bad, samples = tally["rows"]["bad"], tally["rows"]["samples"]
     if bad > max_bad_fraction * samples:
         raise UserError(
-            f"{bad:,} of {samples:,} samples cannot be used ({told_causes(tally)}); "
+            f"{bad:,} of {samples:,} samples cannot be used ({format_causes(tally)}); "
             f"max_bad_fraction allows {max_bad_fraction:.0%}"
         )

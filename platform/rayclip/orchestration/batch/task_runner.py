@@ -15,10 +15,10 @@ import torch
 
 from rayclip.config import WorkersConfig
 from rayclip.errors import UserError
-from rayclip.orchestration.batch.partitioned_output import Part, PartFolder, Tally, add, check_bad, told_causes
+from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, Tally, add, check_bad, format_causes
 from rayclip.orchestration.cluster.connection import check_resources, connect
 from rayclip.orchestration.cluster.progress import ProgressLine
-from rayclip.orchestration.cluster.resources import worker_bundle
+from rayclip.orchestration.cluster.resources import worker_resources
 
 Work = Callable[[int], Part]
 """From a part's number to the part."""
@@ -29,7 +29,7 @@ _SAMPLES_BEFORE_JUDGING = 1000
 _MOST_BLOCKS = 2000
 
 
-def start(folder: PartFolder, workers: WorkersConfig) -> dict[str, Any] | None:
+def start(folder: PartitionedOutput, workers: WorkersConfig) -> dict[str, Any] | None:
     """Make the output and the cluster ready; the summary of an output that is complete already, for which nothing is.
 
     Raises UserError for an output that holds something else, and a cluster without room for the workers.
@@ -47,11 +47,15 @@ def start(folder: PartFolder, workers: WorkersConfig) -> dict[str, Any] | None:
 def connect_for(workers: WorkersConfig) -> None:
     """Join or start Ray. Raises UserError for a cluster without room for the workers."""
     connect(local_cpus=int(workers.num_workers * workers.cpus_per_worker))
-    check_resources([worker_bundle(workers)] * workers.num_workers, f"a job with {workers.num_workers} workers")
+    check_resources([worker_resources(workers)] * workers.num_workers, f"a job with {workers.num_workers} workers")
 
 
 def run_parts(
-    folder: PartFolder, make: Callable[[], Work], workers: WorkersConfig, total_samples: int, max_bad_fraction: float
+    folder: PartitionedOutput,
+    make: Callable[[], Work],
+    workers: WorkersConfig,
+    total_samples: int,
+    max_bad_fraction: float,
 ) -> dict[str, Any]:
     """Write the parts that are missing, and sum up. `make` is called once in each worker, for what does the work.
 
@@ -64,10 +68,10 @@ def run_parts(
         progress.note(f"going on with '{folder.path}': {folder.num_parts - len(missing):,} parts are there")
     started = time.monotonic()
     busy_s = 0.0
-    for _, done in run_jobs([Job(folder, make)], workers, [(0, part) for part in missing]):
+    for _, done in run_jobs([OutputJob(folder, make)], workers, [(0, part) for part in missing]):
         tally = add([tally, done.tally])
         busy_s += done.seconds
-        progress.update(tally["rows"]["samples"], bad=told_causes(tally) or "0")
+        progress.update(tally["rows"]["samples"], bad=format_causes(tally) or "0")
         if tally["rows"]["samples"] >= _SAMPLES_BEFORE_JUDGING:
             check_bad(tally, max_bad_fraction)
     progress.close()
@@ -89,10 +93,10 @@ def run_parts(
     return summary
 
 
-class Job(NamedTuple):
+class OutputJob(NamedTuple):
     """An output, and what makes its parts: `make` is called in each worker that does some of them."""
 
-    folder: PartFolder
+    folder: PartitionedOutput
     make: Callable[[], Work]
 
 
@@ -104,7 +108,7 @@ class Done(NamedTuple):
 
 
 def run_jobs(
-    jobs: Sequence[Job], workers: WorkersConfig, parts: Sequence[tuple[int, int]]
+    jobs: Sequence[OutputJob], workers: WorkersConfig, parts: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[int, Done]]:
     """Do parts, each (job, number), somewhere in the cluster, all by one pool; (job, result) come as they are ready.
 
@@ -114,7 +118,7 @@ def run_jobs(
         return
     rows = [{"job": job, "part": part} for job, part in parts]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_BLOCKS)).map(
-        _Worker,  # type: ignore[arg-type]
+        _PoolActor,  # type: ignore[arg-type]
         fn_constructor_args=(jobs, max(1, int(workers.cpus_per_worker))),
         compute=ray.data.ActorPoolStrategy(size=min(workers.num_workers, len(parts))),
         num_cpus=workers.cpus_per_worker,
@@ -146,10 +150,10 @@ def _silent_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-class _Worker:
+class _PoolActor:
     """An actor of the pool. A UserError comes back as a result; Ray would wrap it in a traceback."""
 
-    def __init__(self, jobs: Sequence[Job], threads: int) -> None:
+    def __init__(self, jobs: Sequence[OutputJob], threads: int) -> None:
         torch.set_num_threads(threads)
         self._jobs = jobs
         self._working: tuple[int, Work] | None = None

@@ -10,7 +10,7 @@ import ray
 from ray.data import DataContext  # sets log levels as it is imported: before _quieten does
 
 from rayclip.errors import UserError
-from rayclip.orchestration.cluster.resources import Bundle, most_of, num_times_placed, told, total
+from rayclip.orchestration.cluster.resources import Bundle, format_resources, most_of, num_times_placed, total
 
 _LEAST_LOGICAL_CPUS = 4  # two workers, a reader, and one to spare
 _S3_NAMES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL")
@@ -50,8 +50,8 @@ def check_resources(bundles: list[Bundle], what: str) -> None:
     most = most_of([node["Labels"] for node in ray.nodes() if node["Alive"]])
     short = {name for name, amount in needed.items() if max(has.get(name, 0), most.get(name, 0)) < amount}
     if short:
-        holds = told({name: has.get(name, 0) for name in needed})
-        raise UserError(f"{what} needs {told(needed)}; the cluster has {holds} in all")
+        holds = format_resources({name: has.get(name, 0) for name in needed})
+        raise UserError(f"{what} needs {format_resources(needed)}; the cluster has {holds} in all")
 
 
 def s3_environment() -> dict[str, str]:

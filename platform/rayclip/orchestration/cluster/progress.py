@@ -37,7 +37,7 @@ class ProgressLine:
         now = time.monotonic()
         if rate is None:
             rate = (done - start) / max(now - started_at, 1e-9)
-        eta = told_duration((self.total - done) / rate) if rate > 0 else "?"
+        eta = format_duration((self.total - done) / rate) if rate > 0 else "?"
         parts = [f"{self.unit} {done:,}/{self.total:,}", f"{rate:,.0f}/s", *(f"{k} {v}" for k, v in shown.items())]
         self._last = "  ".join([*parts, f"eta {eta}"])
         if now - self._shown_at >= self._every_s:
@@ -65,7 +65,7 @@ class ProgressLine:
             print(self._last, file=self.stream, flush=True)
 
 
-def told_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Minutes and seconds, and hours where there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

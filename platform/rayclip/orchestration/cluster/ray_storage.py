@@ -9,20 +9,20 @@ import ray.train
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileSystemHandler, FileType, PyFileSystem
 
 from rayclip.io import storage
-from rayclip.io.paths import Place, S3Path, upload_folder
+from rayclip.io.paths import S3Path, StoragePath, upload_folder
 
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's list of the checkpoints that are whole: one that is not in it does not count."""
 
 
-def ray_storage(folder: Place) -> dict[str, Any]:
+def ray_storage(folder: StoragePath) -> dict[str, Any]:
     """The arguments by which Ray keeps a run in a folder: it is called NAME, and lies at the storage's path."""
     if isinstance(folder, Path):
         return {"name": folder.name, "storage_path": str(folder.parent)}
     return {"name": folder.name, "storage_path": folder.parent.key, "storage_filesystem": _filesystem()}
 
 
-def train_result(folder: Place) -> ray.train.Result:
+def train_result(folder: StoragePath) -> ray.train.Result:
     """What Ray Train keeps in a run's folder."""
     if isinstance(folder, Path):
         return ray.train.Result.from_path(str(folder))

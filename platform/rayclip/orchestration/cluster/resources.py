@@ -28,39 +28,40 @@ def most_of(labels: Sequence[Mapping[str, str]]) -> Bundle:
     return {name: max(float(value) for value in values) for name, values in said.items() if values}
 
 
-def demand(config: Config) -> list[Bundle]:
+def resource_request(config: Config) -> list[Bundle]:
     """What a job takes of the cluster at once, a bundle a process. The job's own process takes none."""
     workers = getattr(config, "cluster", None)
     if isinstance(config, TrainConfig):
         reader = {"CPU": 1.0}  # which reads ahead for the workers
-        beside = [beside_bundle(config)] if config.evaluation.runs_beside else []
-        return [worker_bundle(config.cluster)] * config.cluster.min_workers + [reader, *beside]
+        beside = [validation_resources(config)] if config.evaluation.is_asynchronous else []
+        return [worker_resources(config.cluster)] * config.cluster.min_workers + [reader, *beside]
     if isinstance(workers, WorkersConfig):
-        return [worker_bundle(workers)] * workers.num_workers
+        return [worker_resources(workers)] * workers.num_workers
     inner = [getattr(config, name) for name in type(config).model_fields]
     # Else one task, or what the first job takes that this one starts.
-    return next((demand(value) for value in inner if hasattr(value, "cluster")), [{"CPU": 1.0}])
+    return next((resource_request(value) for value in inner if hasattr(value, "cluster")), [{"CPU": 1.0}])
 
 
 def shortage(bundles: list[Bundle], capacity: Capacity) -> str | None:
     """What is missing, in words, or None: the nodes have room for every bundle at once, or may come to have it."""
-    if _place(bundles, _free(capacity.nodes)):
+    if _fit(bundles, _free(capacity.nodes)):
         return None
     need, has = total(bundles), total(capacity.nodes)
     may_have = {name: max(has.get(name, 0), capacity.most.get(name, 0)) for name in need}
     if capacity.most and all(may_have[name] >= amount for name, amount in need.items()):
         return None
     largest = max(bundles, key=lambda bundle: (bundle.get("GPU", 0), bundle["CPU"]))
-    wants = f"it needs {told(need)}, up to {told(largest)} on one node"
-    grows = f", which may grow to {told(capacity.most)}" if capacity.most else ""
-    return f"{wants}; the cluster has {told({name: has.get(name, 0) for name in need})} on {_count(capacity)}{grows}"
+    wants = f"it needs {format_resources(need)}, up to {format_resources(largest)} on one node"
+    grows = f", which may grow to {format_resources(capacity.most)}" if capacity.most else ""
+    there = format_resources({name: has.get(name, 0) for name in need})
+    return f"{wants}; the cluster has {there} on {_count(capacity)}{grows}"
 
 
 def num_times_placed(bundles: list[Bundle], nodes: list[Bundle]) -> int:
     """How often all bundles find room on the nodes together, each on one node."""
     assert any(total(bundles).values())
     free = _free(nodes)
-    return next(times for times in count() if not _place(bundles, free))
+    return next(times for times in count() if not _fit(bundles, free))
 
 
 def total(bundles: Iterable[Bundle]) -> Bundle:
@@ -72,24 +73,24 @@ def total(bundles: Iterable[Bundle]) -> Bundle:
     return summed
 
 
-def told(bundle: Bundle) -> str:
+def format_resources(bundle: Bundle) -> str:
     """In words."""
     return ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
 
 
-def worker_bundle(workers: ClusterConfig | WorkersConfig) -> Bundle:
+def worker_resources(workers: ClusterConfig | WorkersConfig) -> Bundle:
     """What one worker takes."""
     return {"CPU": workers.cpus_per_worker} | ({"GPU": 1.0} if workers.use_gpu else {})
 
 
-def beside_bundle(config: TrainConfig) -> Bundle:
+def validation_resources(config: TrainConfig) -> Bundle:
     """What the process takes that measures beside training."""
     evaluation = config.evaluation
     gpus = float(config.cluster.use_gpu) if evaluation.beside_gpus is None else evaluation.beside_gpus
     return {"CPU": evaluation.beside_cpus} | ({"GPU": gpus} if gpus else {})
 
 
-def _place(bundles: list[Bundle], free: list[Bundle]) -> bool:
+def _fit(bundles: list[Bundle], free: list[Bundle]) -> bool:
     """Take room for all bundles from what nodes have free, the largest first, each from the first that has it."""
     for bundle in sorted(bundles, key=lambda bundle: (-bundle.get("GPU", 0), -bundle["CPU"])):
         node = next((n for n in free if all(n.get(name, 0) >= amount for name, amount in bundle.items())), None)

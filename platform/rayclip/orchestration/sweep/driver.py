@@ -15,17 +15,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayclip.config import SearchPlan, SweepConfig, TrainConfig
 from rayclip.errors import UserError
 from rayclip.io.files import write_text
-from rayclip.io.paths import Place, place_of
+from rayclip.io.paths import StoragePath, storage_path
 from rayclip.orchestration.cluster.connection import check_resources, connect, num_that_fit
-from rayclip.orchestration.cluster.resources import demand, total
+from rayclip.orchestration.cluster.resources import resource_request, total
 from rayclip.orchestration.sweep.search import Asha, Journal, suggest
 from rayclip.orchestration.sweep.table import FAILED, FINISHED, STARTING, STOPPED, WAITING, SweepTable, TrialLine
-from rayclip.orchestration.sweep.trial import Task
-from rayclip.orchestration.sweep.trials import Outcomes, Planned, Planner, with_parent
+from rayclip.orchestration.sweep.trial import TrialTask
+from rayclip.orchestration.sweep.trials import Outcomes, Planned, TrialPlanner, with_parent
 from rayclip.orchestration.sweep.tuner import run_trials
 from rayclip.orchestration.train.driver import code_version, resolve
 from rayclip.orchestration.train.run_folder import RunFolder
-from rayclip.orchestration.train.status import Board
+from rayclip.orchestration.train.status import SweepStatusActor
 from rayclip.scaling.rungs import Row, write_rows
 from rayclip.scaling.search import trial_config, trial_name
 from rayclip.tracking import mlflow as tracking
@@ -52,7 +52,7 @@ def run_sweep(config: SweepConfig) -> dict[str, Any]:
 
 def sweep_folder(config: SweepConfig) -> RunFolder:
     """Where the sweep keeps its runs, its table and its summary."""
-    return RunFolder(place_of(config.sweeps) / config.name)
+    return RunFolder(storage_path(config.sweeps) / config.name)
 
 
 class Sweep:
@@ -63,7 +63,7 @@ class Sweep:
         self.folder = sweep_folder(config)
         self.uri = tracking.resolve_uri(config.base.tracking.uri)
         self.journal = Journal(self.folder.path / "journal.jsonl")
-        self.planner = Planner(config, self._base(), self.folder.path, self.journal)
+        self.planner = TrialPlanner(config, self._base(), self.folder.path, self.journal)
         trials = self.planner.trials()
         for planned in trials:
             planned.check_same()
@@ -81,7 +81,7 @@ class Sweep:
             return
         at_once = self._connect()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self._status_actor = SweepStatusActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self.table.note(f"sweep '{self.config.name}': {num_left} trials to train, {at_once} at a time")
         done = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(done,), daemon=True)
@@ -109,7 +109,7 @@ class Sweep:
         return summary
 
     @property
-    def rows_path(self) -> Place:
+    def rows_path(self) -> StoragePath:
         """The table of runs."""
         return self.folder.path / ("trials.csv" if isinstance(self.plan, SearchPlan) else "rungs.csv")
 
@@ -122,7 +122,7 @@ class Sweep:
 
     # What Ray Tune asks and tells
 
-    def next_task(self) -> Task | None:
+    def next_task(self) -> TrialTask | None:
         """The next trial to begin, the dearest first: one that is begun last keeps all waiting. None after all."""
         waiting = [line for line in self.lines.values() if line.state == WAITING]
         name = max(waiting, key=lambda line: line.total * line.cost).name if waiting else self._suggested()
@@ -130,8 +130,8 @@ class Sweep:
             return None
         self.table.change(name, state=STARTING)
         planned = self.trials[name]
-        judged = isinstance(self.plan, SearchPlan) and self.plan.algorithm == "asha"
-        return Task(name, planned.trial.runs, planned.starts, judged, self._board)
+        awaits_decision = isinstance(self.plan, SearchPlan) and self.plan.algorithm == "asha"
+        return TrialTask(name, planned.trial.runs, planned.starts, awaits_decision, self._status_actor)
 
     def heard(self, name: str, result: dict[str, Any]) -> None:
         """A result of a trial."""
@@ -140,8 +140,8 @@ class Sweep:
             self.table.change(name, metric=metric)
         if "finished" in result:
             self.write_rows()
-            told = "" if metric is None else f": {self.config.metric} {metric:.1%}"
-            self.table.note(f"{result['finished']} finished at {result['samples_seen']:,} samples{told}")
+            text = "" if metric is None else f": {self.config.metric} {metric:.1%}"
+            self.table.note(f"{result['finished']} finished at {result['samples_seen']:,} samples{text}")
 
     def ended(self, name: str, failure: str | None) -> None:
         """A trial has ended: it failed, was stopped or is finished."""
@@ -190,7 +190,7 @@ class Sweep:
 
     def _connect(self) -> int:
         """Join the cluster; how many trials it places at a time. Their drivers take nothing that workers need."""
-        workers, bundles = self.config.base.cluster, demand(self.config.base)
+        workers, bundles = self.config.base.cluster, resource_request(self.config.base)
         # A trial has about ten processes, most of them idle: Ray warns of so many on few cores.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         connect(local_cpus=int(total(bundles)["CPU"] * (self.config.max_concurrent or 1)))
@@ -228,7 +228,7 @@ class Sweep:
 
     def _watch(self, done: threading.Event) -> None:
         while not done.wait(_LOOK_EVERY_S):
-            for name, news in ray.get(self._board.take.remote()).items():
+            for name, news in ray.get(self._status_actor.take.remote()).items():
                 if self.lines[name].state in (FINISHED, STOPPED, FAILED):  # it was told before that
                     continue
                 self.table.change(name, **news)
@@ -257,7 +257,7 @@ class Sweep:
         best = max(ended, key=lambda line: sign * (line.metric or 0.0))
         return {"trial": best.name, self.config.metric: best.metric, "values": self.trials[best.name].values}
 
-    def _write_best(self, planned: Planned) -> Place:
+    def _write_best(self, planned: Planned) -> StoragePath:
         """The recipe with the best trial's values, as a config that jobs.train takes."""
         config = trial_config(self.config.base, f"{self.config.name}-best", planned.values)
         path = self.folder.path / "best.yaml"

@@ -16,7 +16,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from rayclip.config import Choices, Range, SearchPlan
 from rayclip.io.files import write_text
-from rayclip.io.paths import Place, append
+from rayclip.io.paths import StoragePath, append
 from rayclip.scaling.search import Values
 
 Entry = dict[str, Any]
@@ -25,7 +25,7 @@ Entry = dict[str, Any]
 class Journal:
     """Decisions of a sweep in their order."""
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: StoragePath) -> None:
         self._path = path
         self.entries: list[Entry] = list(_read(path))
         if path.is_file():  # a crash may have cut the last line off
@@ -73,7 +73,7 @@ class Asha(InFolder, ASHAScheduler):
             reduction_factor=plan.reduction_factor,
             stop_last_trials=False,
         )
-        self._journal, self._told = journal, metric
+        self._journal, self._metric = journal, metric
         for entry in journal.entries:
             if "value" in entry:
                 result = {"samples_seen": entry["samples_seen"], self._metric: entry["value"]}
@@ -95,7 +95,7 @@ class Asha(InFolder, ASHAScheduler):
             trial=_name(trial),
             samples_seen=result["samples_seen"],
             value=result[self._metric],
-            metric=result[self._told],
+            metric=result[self._metric],
             goes_on=goes_on,
         )
         return decision if not goes_on else TrialScheduler.CONTINUE
@@ -152,7 +152,7 @@ def _name(trial: Any) -> str:
     return trial.config["task"].name
 
 
-def _read(path: Place) -> Iterator[Entry]:
+def _read(path: StoragePath) -> Iterator[Entry]:
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             yield json.loads(line)

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TextIO
 
-from rayclip.orchestration.cluster.progress import told_duration
+from rayclip.orchestration.cluster.progress import format_duration
 
 WAITING, STARTING, TRAINING = "waiting", "starting", "training"
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
@@ -40,7 +40,7 @@ class TrialLine:
             f"{self.rate:,.0f}/s" if going else "",
             self.loss,
             "" if self.metric is None else f"{self.metric:.1%}",
-            told_duration((self.total - self.samples) / self.rate) if going else self.reason[:60],
+            format_duration((self.total - self.samples) / self.rate) if going else self.reason[:60],
         )
 
 
@@ -98,7 +98,7 @@ class SweepTable:
         started_at, before = self._first
         speed = (self._done() - before) / max(time.monotonic() - started_at, 1e-9)
         left = sum((line.total - line.samples) * line.cost for line in self._lines.values() if line.state not in ENDED)
-        return told_duration(left / speed) if speed > 0 else "?"
+        return format_duration(left / speed) if speed > 0 else "?"
 
     def _done(self) -> float:
         return sum(line.samples * line.cost for line in self._lines.values())

@@ -9,7 +9,7 @@ from rayclip.config import LadderPlan, ModelConfig, SearchPlan, SweepConfig, Tra
 from rayclip.data.stream import Stream
 from rayclip.errors import UserError
 from rayclip.evaluation.tasks import Evaluator
-from rayclip.io.paths import Place, place_of
+from rayclip.io.paths import StoragePath, storage_path
 from rayclip.orchestration.sweep.search import Journal
 from rayclip.orchestration.sweep.table import FINISHED, STOPPED, TrialLine
 from rayclip.orchestration.train.driver import plan_stream, resolve
@@ -108,10 +108,10 @@ class Planned:
         return rows
 
 
-class Planner:
+class TrialPlanner:
     """Plans the trials of a sweep. Nothing is written."""
 
-    def __init__(self, config: SweepConfig, base: TrainConfig, folder: Place, journal: Journal) -> None:
+    def __init__(self, config: SweepConfig, base: TrainConfig, folder: StoragePath, journal: Journal) -> None:
         self.config, self.plan, self.base, self.folder, self.journal = config, config.plan, base, folder, journal
         self._lengths: list[int] | None = None
 
@@ -172,7 +172,7 @@ def caption_lengths(stream: Stream) -> list[int]:
 
 def run_folder(run: TrainConfig) -> RunFolder:
     """A run's folder."""
-    return RunFolder(place_of(run.runs) / run.name)
+    return RunFolder(storage_path(run.runs) / run.name)
 
 
 def measured(summary: dict[str, Any]) -> dict[str, float]:

@@ -8,10 +8,10 @@ import ray.tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 from rayclip.orchestration.cluster.ray_storage import ray_storage
 from rayclip.orchestration.sweep.search import InFolder
-from rayclip.orchestration.sweep.trial import Task, TrialActor
+from rayclip.orchestration.sweep.trial import TrialActor, TrialTask
 
 _TUNE_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -25,7 +25,7 @@ _TUNE_SETTINGS = {
 class Trials(Protocol):
     """What Ray Tune asks and tells."""
 
-    def next_task(self) -> Task | None:
+    def next_task(self) -> TrialTask | None:
         """The next trial to begin; None where all have been begun."""
 
     def heard(self, name: str, result: dict[str, Any]) -> None:
@@ -39,7 +39,12 @@ class Trials(Protocol):
 
 
 def run_trials(
-    trials: Trials, scheduler: TrialScheduler | None, num_trials: int, at_once: int, max_failures: int, folder: Place
+    trials: Trials,
+    scheduler: TrialScheduler | None,
+    num_trials: int,
+    at_once: int,
+    max_failures: int,
+    folder: StoragePath,
 ) -> None:
     """Run so many trials, some of them at a time, to their ends; `folder` is Ray Tune's own."""
     os.environ.update(_TUNE_SETTINGS)

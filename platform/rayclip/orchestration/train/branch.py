@@ -9,13 +9,13 @@ from typing import Any
 from rayclip.config import TrainConfig
 from rayclip.data.stream import StreamSpec
 from rayclip.errors import UserError
-from rayclip.io.paths import Place, place_of
+from rayclip.io.paths import StoragePath, storage_path
 from rayclip.orchestration.train.run_folder import RunFolder, difference, same, with_defaults
 from rayclip.orchestration.train.stream import latest_checkpoint
 from rayclip.training.checkpoint import read_config, read_state
 
 
-def branch_checkpoint(config: TrainConfig, spec: StreamSpec, total_samples: int) -> Place:
+def branch_checkpoint(config: TrainConfig, spec: StreamSpec, total_samples: int) -> StoragePath:
     """The checkpoint that a new run of this config goes on from.
 
     Raises UserError where there is none, and where it is of a run with another stream, model or loss.
@@ -28,33 +28,33 @@ def branch_checkpoint(config: TrainConfig, spec: StreamSpec, total_samples: int)
         raise UserError(f"'{folder}' was trained on another data set than the one in '{spec.folder}'")
     if config.ema and not (folder / "ema.safetensors").is_file():
         raise UserError(f"'{folder}' has no moving average to go on with: leave ema out")
-    if total_samples <= state.num_given:
+    if total_samples <= state.samples_consumed:
         raise UserError(
-            f"the branch is over before it begins: '{folder}' has {state.num_given:,} samples behind it, "
+            f"the branch is over before it begins: '{folder}' has {state.samples_consumed:,} samples behind it, "
             f"the run is of {total_samples:,} in all"
         )
     return folder
 
 
-def find_checkpoint(source: str) -> Place:
+def find_checkpoint(source: str) -> StoragePath:
     """The checkpoint's folder, or, of FOLDER_OF_RUN@SAMPLES, the run's first one at or after so many samples.
 
     Raises UserError where the run has none.
     """
     run, _, samples = source.rpartition("@")
     if not run or not samples.isdigit():
-        return place_of(source)
-    folder = RunFolder(place_of(run))
+        return storage_path(source)
+    folder = RunFolder(storage_path(run))
     if latest_checkpoint(str(folder.checkpoints)) is None:
         raise UserError(f"'{run}' holds no run with a checkpoint")
-    whole = [(checkpoint, read_state(checkpoint).num_given) for checkpoint, _ in folder.evaluated_checkpoints()]
-    for checkpoint, num_given in whole:
-        if num_given >= int(samples):
+    whole = [(checkpoint, read_state(checkpoint).samples_consumed) for checkpoint, _ in folder.evaluated_checkpoints()]
+    for checkpoint, samples_consumed in whole:
+        if samples_consumed >= int(samples):
             return checkpoint
     raise UserError(f"'{run}' has no checkpoint at or after {int(samples):,} samples; its last is at {whole[-1][1]:,}")
 
 
-def branch_tags(checkpoint: Place) -> dict[str, str]:
+def branch_tags(checkpoint: StoragePath) -> dict[str, str]:
     """What MLflow says of a run that goes on from this checkpoint."""
     return {"branched_from": str(checkpoint), "branched_at": str(read_state(checkpoint).samples_seen)}
 
@@ -66,8 +66,10 @@ def _kept(config: dict[str, Any]) -> dict[str, Any]:
     return kept | {"data": data, "loss": {"kind": config["loss"]["kind"]}}
 
 
-def _check_settings(folder: Place, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_settings(folder: StoragePath, before: dict[str, Any], now: dict[str, Any]) -> None:
     for key in before:
         if not same(before[key], now[key]):
-            told = difference(key, before[key], now[key])
-            raise UserError(f"'{folder}' is of a run with {told}: a branch goes on with what its trunk would have seen")
+            changed = difference(key, before[key], now[key])
+            raise UserError(
+                f"'{folder}' is of a run with {changed}: a branch goes on with what its trunk would have seen"
+            )

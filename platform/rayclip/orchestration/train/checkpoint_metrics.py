@@ -11,21 +11,21 @@ from rayclip.models.clip import CLIP
 from rayclip.tracking.mlflow import flatten
 from rayclip.training.loop import Metrics
 
-_TOLD = ("top1", "top5", "image_to_text.recall_at_1", "image_to_text.recall_at_5")
+_SHOWN = ("top1", "top5", "image_to_text.recall_at_1", "image_to_text.recall_at_5")
 
 
-def measure(config: TrainConfig, model: CLIP, pictures: Path | None = None) -> Metrics:
-    """What the run's tasks give, by task, on the model's device; contact sheets go to `pictures`.
+def evaluate_model(config: TrainConfig, model: CLIP, contact_sheets: Path | None = None) -> Metrics:
+    """What the run's tasks give, by task, on the model's device; contact sheets go to `contact_sheets`.
 
     Workers of one process group call this together.
     """
     assert isinstance(config.model, ModelConfig)
     encoder = Encoder(model, get_tokenizer(config.model.text.context_length), model.logit_scale.device)
     settings = config.evaluation
-    return Evaluator(settings.tasks, config.model.vision.image_size, settings.batch_size).run(encoder, pictures)
+    return Evaluator(settings.tasks, config.model.vision.image_size, settings.batch_size).run(encoder, contact_sheets)
 
 
-def with_average(metrics: Metrics, averaged: Metrics) -> Metrics:
+def with_ema(metrics: Metrics, averaged: Metrics) -> Metrics:
     """What was measured of the weights, and of their moving average, in one."""
     return {name: {**measured, "ema": averaged[name]} for name, measured in metrics.items()}
 
@@ -42,17 +42,17 @@ def checkpoint_metrics(config: TrainConfig, samples_seen: int, metrics: Metrics)
     return {"measured": measured, "score": score, "tasks": metrics}
 
 
-def points(metrics: Metrics) -> dict[str, float]:
+def mlflow_metrics(metrics: Metrics) -> dict[str, float]:
     """What MLflow's run is given of it."""
     return {f"evaluation/{key}": value for key, value in flatten(metrics).items()}
 
 
-def told(samples_seen: int, metrics: Metrics) -> str:
+def format_metrics(samples_seen: int, metrics: Metrics) -> str:
     """A line of it for people."""
     shown = [
         f"{name} {key} {value:.1%}"
         for name, measured in metrics.items()
         for key, value in flatten(measured).items()
-        if key.removeprefix("ema.") in _TOLD
+        if key.removeprefix("ema.") in _SHOWN
     ]
     return f"at {samples_seen:,} samples: {', '.join(shown)}"

@@ -21,26 +21,26 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayclip import __version__
 from rayclip.config import ModelConfig, TrainConfig
 from rayclip.data.augment import Augmentation
-from rayclip.data.mixture import Part, load_parts
+from rayclip.data.mixture import MixturePart, load_parts
 from rayclip.data.order import Order
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.errors import UserError
 from rayclip.evaluation.tasks import Evaluator
-from rayclip.io.paths import Place, place_of
+from rayclip.io.paths import StoragePath, storage_path
 from rayclip.io.storage import absolute
 from rayclip.models.presets import preset, with_logit_bias
 from rayclip.models.weights import fit_weights
 from rayclip.orchestration.cluster.connection import check_resources, connect
 from rayclip.orchestration.cluster.progress import Line, ProgressLine
 from rayclip.orchestration.cluster.ray_storage import ray_storage
-from rayclip.orchestration.cluster.resources import demand, total
+from rayclip.orchestration.cluster.resources import resource_request, total
 from rayclip.orchestration.train.branch import branch_checkpoint, branch_tags
-from rayclip.orchestration.train.run_context import Job, StoppedError
+from rayclip.orchestration.train.run_context import RunContext, StoppedError
 from rayclip.orchestration.train.run_folder import RunFolder
-from rayclip.orchestration.train.status import Monitor
+from rayclip.orchestration.train.status import RunStatusActor
 from rayclip.orchestration.train.stream import StreamConfig, latest_checkpoint
 from rayclip.orchestration.train.summary import sum_up
-from rayclip.orchestration.train.validation import measurements
+from rayclip.orchestration.train.validation import validation_config
 from rayclip.orchestration.train.worker import train_worker
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.registry import is_registered, resolve_model
@@ -49,7 +49,7 @@ from rayclip.training.checkpoint import read_metrics, read_state
 _POLL_S = 0.5
 
 
-Judge = Callable[[dict[str, float]], bool]
+ShouldContinue = Callable[[dict[str, float]], bool]
 """Hears what an evaluation gave, `samples_seen` and each TASK.METRIC, and says whether the run goes on."""
 
 
@@ -58,15 +58,15 @@ class CrashedError(UserError):
 
 
 def run_training(
-    config: TrainConfig, new_line: Callable[..., Line] = ProgressLine, judge: Judge | None = None
+    config: TrainConfig, new_line: Callable[..., Line] = ProgressLine, should_continue: ShouldContinue | None = None
 ) -> dict[str, Any]:
     """Train, or go on with a run that was interrupted, and return its summary. One that is complete is left as it is.
 
     `new_line(total, start=samples_seen)` makes what shows the progress. Raises UserError for everything that a user can
-    mend, CrashedError among it, and StoppedError where the `judge` ends the run.
+    mend, CrashedError among it, and StoppedError where the `should_continue` ends the run.
     """
     config = resolve(config)
-    folder = RunFolder(place_of(config.runs) / config.name)
+    folder = RunFolder(storage_path(config.runs) / config.name)
     record = folder.read_record()
     if record is not None:
         folder.check_same(record, config.model_dump(mode="json"))
@@ -82,26 +82,37 @@ def run_training(
         assert isinstance(config.model, ModelConfig)
         fit_weights(resolve_model(config.weights, uri).folder, config.model)
 
-    workers, needed = config.cluster, demand(config)
+    workers, needed = config.cluster, resource_request(config)
     most_to_come = (workers.max_workers - workers.min_workers) * workers.cpus_per_worker
     connect(local_cpus=math.ceil(total(needed)["CPU"] + most_to_come))
-    check_resources(needed, _told_processes(config))
+    check_resources(needed, _describe_processes(config))
 
     folder.repair_list()
     found = latest_checkpoint(str(folder.checkpoints))
     if found and read_state(found).manifest_digest != spec.digest:
         raise UserError(f"the data set in '{spec.folder}' is not the one that run '{config.name}' began with")
-    origin = None if found or config.branch_from is None else branch_checkpoint(config, spec, total_samples)
+    parent_checkpoint = None if found or config.branch_from is None else branch_checkpoint(config, spec, total_samples)
 
     version = code_version()
-    run_id = _open_mlflow_run(config, uri, folder, record, spec, version, origin)
+    run_id = _open_mlflow_run(config, uri, folder, record, spec, version, parent_checkpoint)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
-    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    judged = judge is not None
-    job = Job(config, spec, total_samples, str(folder.path), uri, run_id, version, monitor, origin, judged)
+    status_actor = RunStatusActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    awaits_decision = should_continue is not None
+    context = RunContext(
+        config,
+        spec,
+        total_samples,
+        str(folder.path),
+        uri,
+        run_id,
+        version,
+        status_actor,
+        parent_checkpoint,
+        awaits_decision,
+    )
     succeeded = stopped = False
     try:
-        _fit(job, folder, new_line, judge)
+        _fit(context, folder, new_line, should_continue)
         succeeded = True
     except StoppedError:
         stopped = True
@@ -113,9 +124,9 @@ def run_training(
     return summary
 
 
-def _told_processes(config: TrainConfig) -> str:
+def _describe_processes(config: TrainConfig) -> str:
     workers = f"a run with {config.cluster.min_workers} workers"
-    if not config.evaluation.runs_beside:
+    if not config.evaluation.is_asynchronous:
         return f"{workers} and a reader"
     return f"{workers}, a reader and a process that measures beside them (evaluation.beside)"
 
@@ -151,7 +162,7 @@ def plan_stream(config: TrainConfig, may_lack_shards: bool = False) -> tuple[Str
 def _stream_spec(config: TrainConfig, may_lack_shards: bool) -> StreamSpec:
     model = config.model
     assert isinstance(model, ModelConfig)
-    parts = tuple(Part(part.path, part.weight) for part in config.data.mixture)
+    parts = tuple(MixturePart(part.path, part.weight) for part in config.data.mixture)
     folder = config.data.path or " + ".join(f"{part.weight:g} x {part.path}" for part in parts)
     whole = load_parts(folder, parts)
     whole.check_shards(may_lack_shards)
@@ -188,8 +199,8 @@ def code_version() -> str:
 
     A submitted job runs outside git, and is told.
     """
-    if told := os.environ.get("RAYCLIP_CODE_VERSION"):
-        return told
+    if format_metrics := os.environ.get("RAYCLIP_CODE_VERSION"):
+        return format_metrics
     root = Path(__file__).parent
     try:
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -205,13 +216,13 @@ def _open_mlflow_run(
     record: dict[str, Any] | None,
     spec: StreamSpec,
     version: str,
-    origin: Place | None,
+    parent_checkpoint: StoragePath | None,
 ) -> str:
     resolved = config.model_dump(mode="json")
     parts = Stream(spec).manifest.parts()
     tags = {"code_version": version, "manifest_digest": spec.digest, "data": spec.folder}
     tags |= {"data_parts": json.dumps(parts)}
-    tags |= branch_tags(origin) if origin else {}
+    tags |= branch_tags(parent_checkpoint) if parent_checkpoint else {}
     known: str | None = record["mlflow_run_id"] if record else None
     section = config.tracking
     run_id = tracking.open_run(
@@ -221,22 +232,24 @@ def _open_mlflow_run(
     return run_id
 
 
-def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judge | None) -> None:
-    config = job.config
+def _fit(
+    context: RunContext, folder: RunFolder, new_line: Callable[..., Line], should_continue: ShouldContinue | None
+) -> None:
+    config = context.config
     workers = config.cluster
     checkpoint = latest_checkpoint(str(folder.checkpoints))
-    found = checkpoint or job.origin
+    found = checkpoint or context.parent_checkpoint
     start = read_state(found).samples_seen if found else 0
-    line = new_line(job.total_samples, start=start)
-    if job.origin:
-        line.note(f"branching off at {start:,} samples, from '{job.origin}'")
+    line = new_line(context.total_samples, start=start)
+    if context.parent_checkpoint:
+        line.note(f"branching off at {start:,} samples, from '{context.parent_checkpoint}'")
     elif found:
         line.note(f"going on with run '{config.name}' from {start:,} samples")
-    if judge and checkpoint and not _goes_on_from(checkpoint, job.total_samples, judge):
+    if should_continue and checkpoint and not _goes_on_from(checkpoint, context.total_samples, should_continue):
         raise StoppedError
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": context},
         # mypy reads the class of Train's first version.
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=workers.num_workers,  # type: ignore[arg-type]
@@ -254,11 +267,13 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judg
             ),
         ),
         datasets={"train": ray.data.range(1)},  # stands for the stream, which is made when the workers are known
-        validation_config=measurements(job) if job.measures_beside or folder.has_unmeasured() else None,
-        dataset_config=StreamConfig(job.spec, str(folder.checkpoints), job.origin),
+        validation_config=validation_config(context)
+        if context.validates_asynchronously or folder.has_pending_validation()
+        else None,
+        dataset_config=StreamConfig(context.spec, str(folder.checkpoints), context.parent_checkpoint),
     )
     done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(job.monitor, line, judge, done), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(context.status_actor, line, should_continue, done), daemon=True)
     watcher.start()
     try:
         trainer.fit()
@@ -268,31 +283,31 @@ def _fit(job: Job, folder: RunFolder, new_line: Callable[..., Line], judge: Judg
         done.set()
         watcher.join()
         line.close()
-    mistake: Any = ray.get(job.monitor.error.remote())
+    mistake: Any = ray.get(context.status_actor.error.remote())
     if mistake:
         raise UserError(mistake)
-    if ray.get(job.monitor.stopped.remote()):
+    if ray.get(context.status_actor.stopped.remote()):
         raise StoppedError
 
 
-def _goes_on_from(found: Place, total_samples: int, judge: Judge) -> bool:
+def _goes_on_from(found: StoragePath, total_samples: int, should_continue: ShouldContinue) -> bool:
     """Ask again what may have been asked, and not heard, when the crash came."""
     state, tasks = read_state(found), read_metrics(found)["tasks"]
-    ended = state.num_given >= total_samples
-    return ended or not tasks or judge({"samples_seen": state.samples_seen, **tracking.flatten(tasks)})
+    ended = state.samples_consumed >= total_samples
+    return ended or not tasks or should_continue({"samples_seen": state.samples_seen, **tracking.flatten(tasks)})
 
 
-def _watch(monitor: Any, line: Line, judge: Judge | None, done: threading.Event) -> None:
+def _watch(status_actor: Any, line: Line, should_continue: ShouldContinue | None, done: threading.Event) -> None:
     last: dict[str, Any] = {}
     finished = False
     while not finished:
         finished = done.wait(_POLL_S)  # one more look after the end
-        state = ray.get(monitor.state.remote())
+        state = ray.get(status_actor.state.remote())
         for note in state.pop("notes"):
             line.note(note)
         for measured in state.pop("measured"):
-            assert judge
-            monitor.judge.remote(int(measured["samples_seen"]), judge(measured))
+            assert should_continue
+            status_actor.should_continue.remote(int(measured["samples_seen"]), should_continue(measured))
         if state and state != last:
             shown = {"loss": f"{state['loss']:.3f}", "data wait": f"{state['data_wait_share']:.0%}"}
             line.update(state["samples_seen"], state["samples_per_s"], **shown)

@@ -6,11 +6,11 @@ from ray.actor import ActorHandle
 
 from rayclip.config import TrainConfig
 from rayclip.data.stream import StreamSpec
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 
 
 @dataclass(frozen=True)
-class Job:
+class RunContext:
     """All that a worker needs to know."""
 
     config: TrainConfig
@@ -20,16 +20,16 @@ class Job:
     tracking_uri: str
     mlflow_run_id: str
     code_version: str
-    monitor: ActorHandle
-    origin: Place | None = None
+    status_actor: ActorHandle
+    parent_checkpoint: StoragePath | None = None
     """The checkpoint of another run that a branch begins with."""
-    judged: bool = False
+    awaits_decision: bool = False
     """Whether the run waits after each evaluation to hear if it goes on."""
 
     @property
-    def measures_beside(self) -> bool:
+    def validates_asynchronously(self) -> bool:
         """Whether evaluations during training are made in a process of their own; a judged run waits for them."""
-        return self.config.evaluation.runs_beside and not self.judged
+        return self.config.evaluation.is_asynchronous and not self.awaits_decision
 
 
 class StoppedError(Exception):

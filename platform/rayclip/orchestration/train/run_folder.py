@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rayclip.config import TrainConfig
 from rayclip.errors import UserError
 from rayclip.io.files import write_json
-from rayclip.io.paths import Place
+from rayclip.io.paths import StoragePath
 from rayclip.orchestration.cluster.ray_storage import CHECKPOINT_LIST, train_result
 from rayclip.training.checkpoint import read_metrics
 
@@ -31,25 +31,25 @@ _MAY_CHANGE = (
 class RunFolder:
     """Paths of one run, and the record it was started with."""
 
-    path: Place
+    path: StoragePath
 
     @property
-    def checkpoints(self) -> Place:
+    def checkpoints(self) -> StoragePath:
         """Ray Train's storage: a folder a checkpoint, and its own list of those that are whole."""
         return self.path / "checkpoints"
 
     @property
-    def pictures(self) -> Place:
+    def contact_sheets(self) -> StoragePath:
         """Contact sheets of the last evaluation."""
         return self.path / "pictures"
 
     @property
-    def quarantine(self) -> Place:
+    def quarantine(self) -> StoragePath:
         """A line of JSON for each sample that could not be read."""
         return self.path / "quarantine.jsonl"
 
     @property
-    def summary(self) -> Place:
+    def summary(self) -> StoragePath:
         """What the run came to; a run that has one is complete."""
         return self.path / "summary.json"
 
@@ -94,34 +94,34 @@ class RunFolder:
         if self._list.exists() and _read_or_none(self._list) is None and self._list_copy.exists():
             write_json(self._list, json.loads(self._list_copy.read_text()))
 
-    def has_unmeasured(self) -> bool:
+    def has_pending_validation(self) -> bool:
         """Whether checkpoints are still to be measured that an earlier start of the run has saved."""
         listed = _read_or_none(self._list)
         return bool(listed and listed["pending_training_results"])
 
     @property
-    def _list(self) -> Place:
+    def _list(self) -> StoragePath:
         return self.checkpoints / CHECKPOINT_LIST
 
     @property
-    def _list_copy(self) -> Place:
+    def _list_copy(self) -> StoragePath:
         return self.path / "checkpoints.json"
 
-    def evaluated_checkpoints(self) -> list[tuple[Place, dict[str, Any]]]:
+    def evaluated_checkpoints(self) -> list[tuple[StoragePath, dict[str, Any]]]:
         """Whole checkpoints with their metrics, oldest first. A crash may leave others, half written."""
         listed = train_result(self.checkpoints).best_checkpoints or []
         folders = [self.checkpoints / name for name in sorted(PurePath(found.path).name for found, _ in listed)]
         return [(folder, read_metrics(folder)) for folder in folders]
 
 
-def _read(path: Place) -> dict[str, Any] | None:
+def _read(path: StoragePath) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
 
 
-def _read_or_none(path: Place) -> dict[str, Any] | None:
+def _read_or_none(path: StoragePath) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):

@@ -18,7 +18,7 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from rayclip.data.segment import Leg
+from rayclip.data.segment import StreamSegment
 from rayclip.data.stream import Batch, Stream, cut
 
 _AHEAD_S = 20.0
@@ -29,7 +29,7 @@ _Item = TypeVar("_Item")
 _END: Any = object()
 
 
-class Part(NamedTuple):
+class SegmentSplit(NamedTuple):
     """One worker's part of a leg."""
 
     blocks: ray.data.DataIterator
@@ -37,16 +37,16 @@ class Part(NamedTuple):
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
-class Planner:
+class SegmentCoordinator:
     """Plans one leg after another, the first one ahead of time, and forgets it when the last worker has its part.
 
     One serves all groups of workers that a run has, one after another: it is soon there for the next.
     """
 
-    def __init__(self, leg_windows: int, context: ray.data.DataContext) -> None:
-        self._leg_windows, self._context = leg_windows, context
+    def __init__(self, segment_windows: int, context: ray.data.DataContext) -> None:
+        self._segment_windows, self._context = segment_windows, context
         self._group: str | None = None
-        self._parts: dict[int, dict[int, Part | None]] = {}
+        self._parts: dict[int, dict[int, SegmentSplit | None]] = {}
 
     @ray.method(max_task_retries=-1)  # a process that takes the place of one that died can do it as well
     def begin(self, remaining: Callable[[], Stream], num_workers: int) -> str:
@@ -60,7 +60,7 @@ class Planner:
         self._parts = {0: self._plan()}
         return self._group
 
-    def part(self, group: str, number: int, rank: int) -> Part | None:
+    def part(self, group: str, number: int, rank: int) -> SegmentSplit | None:
         """The part of a leg that a worker of the group gets; None behind the last one."""
         if group != self._group:
             raise RuntimeError("the stream was shared out to other workers since, or what planned it has died")
@@ -72,32 +72,32 @@ class Planner:
             del self._parts[number]
         return part
 
-    def _plan(self) -> dict[int, Part | None]:
+    def _plan(self) -> dict[int, SegmentSplit | None]:
         while self._windows:
-            leg = Leg(self._stream, self._windows[: self._leg_windows])
-            self._windows = self._windows[self._leg_windows :]
-            if num_samples := leg.num_remaining():
-                return dict(enumerate(self._split(leg, num_samples)))
+            segment = StreamSegment(self._stream, self._windows[: self._segment_windows])
+            self._windows = self._windows[self._segment_windows :]
+            if num_samples := segment.num_remaining():
+                return dict(enumerate(self._split(segment, num_samples)))
         return dict.fromkeys(range(self._num_workers))
 
-    def _split(self, leg: Leg, num_samples: int) -> list[Part]:
+    def _split(self, segment: StreamSegment, num_samples: int) -> list[SegmentSplit]:
         # Ray splits a leg into equal parts and drops a remainder; rows that stand for no sample leave it none.
         padding = -num_samples % self._num_workers
-        windows = leg.windows()
+        windows = segment.windows()
         with ray.data.DataContext.current(self._context):
             numbers = ray.data.range(len(windows), override_num_blocks=len(windows))
-            dataset = numbers.map_batches(partial(_read, leg=leg, padding=padding), batch_size=1, num_cpus=1)
+            dataset = numbers.map_batches(partial(_read, segment=segment, padding=padding), batch_size=1, num_cpus=1)
             parts = dataset.streaming_split(self._num_workers, equal=True)
-        return [Part(part, (num_samples + padding) // self._num_workers) for part in parts]
+        return [SegmentSplit(part, (num_samples + padding) // self._num_workers) for part in parts]
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerStream:
     """What one worker gets of the stream: its part of each leg. Small and picklable."""
 
-    planner: ActorHandle
+    coordinator: ActorHandle
     group: ray.ObjectRef
-    """What `Planner.begin` gives."""
+    """What `SegmentCoordinator.begin` gives."""
     rank: int
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -105,25 +105,25 @@ class Share:
         return _ahead(cut(self._blocks(), batch_size), _BATCHES_AHEAD)
 
     def _blocks(self) -> Iterator[Batch]:
-        started, num_given = time.monotonic(), 0
+        started, samples_consumed = time.monotonic(), 0
         coming = self._begin(0)
         for number in itertools.count(1):
-            leg, following, given_before = coming, None, num_given
-            for block, num_left in leg:
-                num_given += len(block["row"])
-                if following is None and num_left * (time.monotonic() - started) <= num_given * _AHEAD_S:
+            segment, following, consumed_before = coming, None, samples_consumed
+            for block, num_left in segment:
+                samples_consumed += len(block["row"])
+                if following is None and num_left * (time.monotonic() - started) <= samples_consumed * _AHEAD_S:
                     following = self._begin(number)
                 yield block
-            if num_given == given_before:
+            if samples_consumed == consumed_before:
                 return
             coming = following or self._begin(number)
 
     def _begin(self, number: int) -> Iterator[tuple[Batch, int]]:
-        return _ahead(self._leg(number), 1)
+        return _ahead(self._segment(number), 1)
 
-    def _leg(self, number: int) -> Iterator[tuple[Batch, int]]:
+    def _segment(self, number: int) -> Iterator[tuple[Batch, int]]:
         """Each block with the number of rows that the worker's part has after it; none behind the last leg."""
-        part: Any = ray.get(self.planner.part.remote(self.group, number, self.rank))
+        part: Any = ray.get(self.coordinator.part.remote(self.group, number, self.rank))
         if part is None:
             return
         num_left = part.num_rows
@@ -145,10 +145,10 @@ def _ahead(items: Iterator[_Item], depth: int) -> Iterator[_Item]:
     return taken()
 
 
-def _read(row: dict[str, np.ndarray], leg: Leg, padding: int) -> Batch:
-    windows, number = leg.windows(), int(row["id"][0])
-    block = leg.read(windows[number])
+def _read(row: dict[str, np.ndarray], segment: StreamSegment, padding: int) -> Batch:
+    windows, number = segment.windows(), int(row["id"][0])
+    block = segment.read(windows[number])
     if number == len(windows) - 1 and padding:
-        rest = leg.padding(padding)
+        rest = segment.padding(padding)
         block = {name: np.concatenate([block[name], rest[name]]) for name in block}
     return block

@@ -6,14 +6,14 @@ import ray
 
 
 @ray.remote(num_cpus=0)
-class Monitor:
+class RunStatusActor:
     """What the first worker last said of itself, for the driver to show; and what outlives a process that measures."""
 
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}
         self._notes: list[str] = []
-        self._measured: list[dict[str, float]] = []
-        self._verdicts: dict[int, bool] = {}
+        self._evaluations: list[dict[str, float]] = []
+        self._decisions: dict[int, bool] = {}
         self._attempts: dict[int, int] = {}
         self._error: str | None = None
 
@@ -25,17 +25,17 @@ class Monitor:
         """Something to tell once."""
         self._notes.append(text)
 
-    def measure(self, measured: dict[str, float]) -> None:
+    def add_evaluation(self, evaluations: dict[str, float]) -> None:
         """What an evaluation gave, `samples_seen` among it."""
-        self._measured.append(measured)
+        self._evaluations.append(evaluations)
 
-    def judge(self, samples_seen: int, goes_on: bool) -> None:
+    def decide(self, samples_seen: int, goes_on: bool) -> None:
         """Say whether the run goes on after the evaluation there."""
-        self._verdicts[samples_seen] = goes_on
+        self._decisions[samples_seen] = goes_on
 
-    def verdict(self, samples_seen: int) -> bool | None:
+    def decision(self, samples_seen: int) -> bool | None:
         """What was said of the evaluation there; None before it was."""
-        return self._verdicts.get(samples_seen)
+        return self._decisions.get(samples_seen)
 
     def attempt(self, samples_seen: int) -> int:
         """Count the attempts to measure the checkpoint there: this is the first, the second, ..."""
@@ -44,7 +44,7 @@ class Monitor:
 
     def stopped(self) -> bool:
         """Whether it was said that the run does not go on."""
-        return not all(self._verdicts.values())
+        return not all(self._decisions.values())
 
     def stop(self, error: str) -> None:
         """The run has ended for a reason that a restart would meet again."""
@@ -53,8 +53,8 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """The state, and the notes and evaluations since the last call."""
         notes, self._notes = self._notes, []
-        measured, self._measured = self._measured, []
-        return self._state | {"notes": notes, "measured": measured}
+        evaluations, self._evaluations = self._evaluations, []
+        return self._state | {"notes": notes, "measured": evaluations}
 
     def error(self) -> str | None:
         """Why the run was stopped, if it was."""
@@ -62,7 +62,7 @@ class Monitor:
 
 
 @ray.remote(num_cpus=0)
-class Board:
+class SweepStatusActor:
     """Where trials say how far they are, for the driver to show."""
 
     def __init__(self) -> None:

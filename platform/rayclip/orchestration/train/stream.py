@@ -9,12 +9,12 @@ import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayclip.data.stream import Stream, StreamSpec
-from rayclip.io.paths import Place, place_of
+from rayclip.io.paths import StoragePath, storage_path
 from rayclip.orchestration.cluster.ray_storage import CHECKPOINT_LIST, train_result
-from rayclip.orchestration.train.segments import Planner, Share
+from rayclip.orchestration.train.segments import SegmentCoordinator, WorkerStream
 from rayclip.training.checkpoint import read_state
 
-LEG_WINDOWS = 2_048
+SEGMENT_WINDOWS = 2_048
 """Windows that Ray plans at once."""
 
 
@@ -22,38 +22,42 @@ class StreamConfig(ray.train.DataConfig):
     """Gives each group of workers its stream: however many they are, it is what their checkpoint's ledger lacks."""
 
     def __init__(
-        self, spec: StreamSpec, checkpoints: str, origin: Place | None = None, leg_windows: int | None = None
+        self,
+        spec: StreamSpec,
+        checkpoints: str,
+        parent_checkpoint: StoragePath | None = None,
+        segment_windows: int | None = None,
     ) -> None:
         super().__init__()
-        self._spec, self._checkpoints, self._origin = spec, checkpoints, origin
+        self._spec, self._checkpoints, self._parent_checkpoint = spec, checkpoints, parent_checkpoint
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
-        options = Planner.options(scheduling_strategy=here)  # type: ignore[attr-defined]
-        self._planner = options.remote(leg_windows or LEG_WINDOWS, context)
+        options = SegmentCoordinator.options(scheduling_strategy=here)  # type: ignore[attr-defined]
+        self._coordinator = options.remote(segment_windows or SEGMENT_WINDOWS, context)
 
     def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
         """Ray Train calls this whenever it has started workers, that are to restore the latest checkpoint.
 
-        A ledger from anywhere else could belong to other weights. Each worker gets a `Share`.
+        A ledger from anywhere else could belong to other weights. Each worker gets a `WorkerStream`.
         """
-        remaining = partial(remaining_stream, self._spec, self._checkpoints, self._origin)
-        group = self._planner.begin.remote(remaining, world_size)
-        return [{"train": Share(self._planner, group, rank)} for rank in range(world_size)]
+        remaining = partial(remaining_stream, self._spec, self._checkpoints, self._parent_checkpoint)
+        group = self._coordinator.begin.remote(remaining, world_size)
+        return [{"train": WorkerStream(self._coordinator, group, rank)} for rank in range(world_size)]
 
 
-def remaining_stream(spec: StreamSpec, checkpoints: str, origin: Place | None = None) -> Stream:
+def remaining_stream(spec: StreamSpec, checkpoints: str, parent_checkpoint: StoragePath | None = None) -> Stream:
     """What the latest checkpoint's ledger lacks.
 
-    Before the first one that is the ledger of `origin`, the checkpoint of another run that this one goes on from.
+    Before the first one that is the ledger of `parent_checkpoint`, of the run that this one branches off from.
     """
-    folder = latest_checkpoint(checkpoints) or origin
+    folder = latest_checkpoint(checkpoints) or parent_checkpoint
     return Stream(spec, read_state(folder).ledger if folder else None)
 
 
-def latest_checkpoint(checkpoints: str) -> Place | None:
+def latest_checkpoint(checkpoints: str) -> StoragePath | None:
     """The checkpoint folder that a restart of the workers restores, None before the first."""
-    folder = place_of(checkpoints)
+    folder = storage_path(checkpoints)
     if not (folder / CHECKPOINT_LIST).is_file():
         return None
     checkpoint = train_result(folder).checkpoint

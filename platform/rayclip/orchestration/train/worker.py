@@ -19,31 +19,37 @@ from rayclip.data.decode import CAUSES
 from rayclip.data.stream import Batch, Stream
 from rayclip.errors import UserError
 from rayclip.io.files import write_text
-from rayclip.io.paths import Place, S3Path, append, local_copy, place_of, staged
+from rayclip.io.paths import S3Path, StoragePath, append, local_copy, staged, storage_path
 from rayclip.models.clip import CLIP
 from rayclip.models.transformer import checkpoint_activations, compile_blocks
 from rayclip.models.weights import fit_weights
 from rayclip.orchestration.cluster.ray_storage import upload_checkpoint
-from rayclip.orchestration.train.checkpoint_metrics import checkpoint_metrics, measure, points, told, with_average
-from rayclip.orchestration.train.run_context import Job, StoppedError
+from rayclip.orchestration.train.checkpoint_metrics import (
+    checkpoint_metrics,
+    evaluate_model,
+    format_metrics,
+    mlflow_metrics,
+    with_ema,
+)
+from rayclip.orchestration.train.run_context import RunContext, StoppedError
 from rayclip.orchestration.train.run_folder import RunFolder
-from rayclip.orchestration.train.validation import to_measure, wait_until_measured, waiting_checkpoints
+from rayclip.orchestration.train.validation import pending_checkpoints, validation_task, wait_until_validated
 from rayclip.tracking.mlflow import MlflowTracker, connect, flatten
 from rayclip.tracking.registry import link_checkpoint, resolve_model
 from rayclip.training.checkpoint import RunState, read_metrics, restore, write_checkpoint
 from rayclip.training.ema import Ema
-from rayclip.training.loop import Hooks, Metrics, Plan, Trainer, passes
+from rayclip.training.loop import Hooks, LoopPlan, Metrics, Trainer, passes
 from rayclip.training.optimizer import RowAdamW, build_optimizer
 
 _PROGRESS_EVERY_S = 0.5
-_VERDICT_POLL_S = 0.1
+_DECISION_POLL_S = 0.1
 _KEPT_SCORE = 1e18  # above any metric and any number of samples: Ray deletes what has the least
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Ray Train's entry point on each worker."""
-    job: Job = config["job"]
-    worker = Worker(job)
+    context: RunContext = config["job"]
+    worker = TrainingWorker(context)
     try:
         worker.run()
     except StoppedError:
@@ -51,24 +57,24 @@ def train_worker(config: dict[str, Any]) -> None:
     except UserError as error:
         # Raised on all workers alike; an exception here would only make Ray try the same again.
         if worker.is_first:
-            ray.get(job.monitor.stop.remote(str(error)))
+            ray.get(context.status_actor.stop.remote(str(error)))
     finally:
         worker.close()
 
 
-class Worker:
+class TrainingWorker:
     """One process of the run: model, optimizer and hooks around the pure loop."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.config = job, job.config
-        self.folder = RunFolder(place_of(job.folder))
-        context = ray.train.get_context()
-        self.is_first = context.get_world_rank() == 0
-        self.world_size = context.get_world_size()
-        self._told_at = 0.0
+    def __init__(self, context: RunContext) -> None:
+        self.context, self.config = context, context.config
+        self.folder = RunFolder(storage_path(context.folder))
+        train_context = ray.train.get_context()
+        self.is_first = train_context.get_world_rank() == 0
+        self.world_size = train_context.get_world_size()
+        self._shown_at = 0.0
         # First of all: what reads the stream starts while this process gets ready.
         self.batches = ray.train.get_dataset_shard("train").batches(self._local_batch)
-        self.tracker = MlflowTracker(job.tracking_uri, job.mlflow_run_id) if self.is_first else None
+        self.tracker = MlflowTracker(context.tracking_uri, context.mlflow_run_id) if self.is_first else None
 
     def run(self) -> None:
         """Train from the latest checkpoint to the end of the stream."""
@@ -82,7 +88,7 @@ class Worker:
         self.optimizer: RowAdamW = build_optimizer(self.model, self.config.optimizer)
         self.ema = Ema(self.model, self.config.ema) if self.config.ema else None
         state = self._restore()
-        ledger = Stream(self.job.spec, state.ledger).ledger()
+        ledger = Stream(self.context.spec, state.ledger).ledger()
         hooks = Hooks(
             self._step,
             self._log,
@@ -90,7 +96,7 @@ class Worker:
             self._save,
             self._notice,
             self._replay,
-            Stream(self.job.spec).shard_at,
+            Stream(self.context.spec).shard_at,
         )
         trainer = Trainer(self._plan(), self.model, self.optimizer, state, ledger, hooks, self.ema)
         if not isinstance(self.config.cluster.num_workers, int):
@@ -107,11 +113,11 @@ class Worker:
         if self.tracker:
             self.tracker.close()
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> LoopPlan:
         config = self.config
-        return Plan(
+        return LoopPlan(
             optimizer=config.optimizer,
-            total_samples=self.job.total_samples,
+            total_samples=self.context.total_samples,
             log_every=config.tracking.log_every_samples,
             checkpoint_every=config.checkpoint.every_samples,
             evaluate_every=config.evaluation.every_samples,
@@ -121,14 +127,14 @@ class Worker:
             precision=config.precision,
             guard=config.guard,
             checkpoint_at=config.checkpoint.at_samples,
-            evaluate_beside=self.job.measures_beside,
+            evaluate_asynchronously=self.context.validates_asynchronously,
         )
 
     def _new_model(self, settings: ModelConfig) -> CLIP:
         """Fresh, or with the weights that a run starts from; a checkpoint, where there is one, is restored later."""
         model = CLIP(settings)
         if self.config.weights is not None and ray.train.get_checkpoint() is None:
-            source = resolve_model(self.config.weights, self.job.tracking_uri)
+            source = resolve_model(self.config.weights, self.context.tracking_uri)
             model.load_state_dict(fit_weights(source.folder, settings))
         if self.config.lock != "none":
             model.lock(self.config.lock)
@@ -136,31 +142,31 @@ class Worker:
 
     def _restore(self) -> RunState:
         checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None and self.job.origin:
-            with local_copy(self.job.origin) as path:
+        if checkpoint is None and self.context.parent_checkpoint:
+            with local_copy(self.context.parent_checkpoint) as path:
                 state = restore(path, self.model, self.optimizer, self.ema).branch()
         elif checkpoint is None:
-            state = RunState(manifest_digest=self.job.spec.digest)
+            state = RunState(manifest_digest=self.context.spec.digest)
         else:
             with checkpoint.as_directory() as path:
                 state = restore(Path(path), self.model, self.optimizer, self.ema)
             name = Path(checkpoint.path).name
-            if self.is_first and name not in waiting_checkpoints():
+            if self.is_first and name not in pending_checkpoints():
                 self._link(self.folder.checkpoints / name, state.samples_seen)
-        if state.manifest_digest != self.job.spec.digest:
-            raise UserError(f"the data set in '{self.job.spec.folder}' is not the one this run began with")
-        state.code_version, state.device = self.job.code_version, _device_name()
+        if state.manifest_digest != self.context.spec.digest:
+            raise UserError(f"the data set in '{self.context.spec.folder}' is not the one this run began with")
+        state.code_version, state.device = self.context.code_version, _device_name()
         if self.is_first:
             _forget_quarantined_after(self.folder.quarantine, state.samples_seen)
         return state
 
     def _step(self, metrics: Metrics, state: RunState) -> None:
-        told_lately = time.monotonic() - self._told_at < _PROGRESS_EVERY_S
-        if not self.is_first or (told_lately and state.samples_seen < self.job.total_samples):
+        shown_lately = time.monotonic() - self._shown_at < _PROGRESS_EVERY_S
+        if not self.is_first or (shown_lately and state.samples_seen < self.context.total_samples):
             return
-        self._told_at = time.monotonic()
+        self._shown_at = time.monotonic()
         shown = {"samples_seen": state.samples_seen, "loss": metrics["loss"], **metrics["rates"]}
-        self.job.monitor.update.remote(shown)
+        self.context.status_actor.update.remote(shown)
 
     def _log(self, metrics: Metrics, state: RunState) -> None:
         if self.tracker:
@@ -168,42 +174,42 @@ class Worker:
 
     def _notice(self, line: str) -> None:
         if self.is_first:
-            self.job.monitor.note.remote(line)
+            self.context.status_actor.note.remote(line)
 
     def _replay(self, samples: np.ndarray) -> Iterator[Batch]:
         rank = ray.train.get_context().get_world_rank()
-        return Stream(self.job.spec).again(samples, self._local_batch, rank, self.world_size)
+        return Stream(self.context.spec).again(samples, self._local_batch, rank, self.world_size)
 
     def _evaluate(self) -> Metrics:
-        self._wait_until_measured()
-        with staged(self.folder.pictures) as pictures:
-            metrics = measure(self.config, self.model, pictures if self.is_first else None)
+        self._wait_until_validated()
+        with staged(self.folder.contact_sheets) as contact_sheets:
+            metrics = evaluate_model(self.config, self.model, contact_sheets if self.is_first else None)
         if self.ema is None:
             return metrics
         with self.ema.in_place():
-            return with_average(metrics, measure(self.config, self.model))
+            return with_ema(metrics, evaluate_model(self.config, self.model))
 
-    def _wait_until_measured(self) -> None:
+    def _wait_until_validated(self) -> None:
         """Wait for what is measured beside training: it comes in order, and no more than one checkpoint is behind."""
-        if not self.job.measures_beside:
+        if not self.context.validates_asynchronously:
             return
-        for name in waiting_checkpoints() if self.is_first else ():
+        for name in pending_checkpoints() if self.is_first else ():
             self._notice(f"waiting for the evaluation at {int(name[-12:]):,} samples")
-        wait_until_measured()
+        wait_until_validated()
 
     def _save(self, state: RunState, metrics: Metrics | None, seen: np.ndarray) -> None:
         """Metrics of None are measured beside training, from the checkpoint."""
         name = f"samples-{state.samples_seen:012}"
         if metrics is None:
-            self._wait_until_measured()
+            self._wait_until_validated()
         content = checkpoint_metrics(self.config, state.samples_seen, metrics or {})
-        is_kept = passes(self.config.checkpoint.at_samples, state.num_given - len(seen), state.num_given)
+        is_kept = passes(self.config.checkpoint.at_samples, state.samples_consumed - len(seen), state.samples_consumed)
         reported = {"score": _KEPT_SCORE if is_kept else content["score"]}
         if not self.is_first:
             ray.train.report(reported, checkpoint_dir_name=name)
-            self._wait_for_verdict(state, metrics)
+            self._wait_for_decision(state, metrics)
             return
-        validation = to_measure(state.samples_seen, is_kept) if metrics is None else False
+        validation = validation_task(state.samples_seen, is_kept) if metrics is None else False
         self._quarantine(seen[seen[:, 2] > 0], state.samples_seen)
         config = self.config.model_dump(mode="json")
         with tempfile.TemporaryDirectory() as scratch:
@@ -229,35 +235,35 @@ class Worker:
             self._link(there, state.samples_seen)
         if metrics:
             self._show(metrics, state)
-        self._wait_for_verdict(state, metrics)
+        self._wait_for_decision(state, metrics)
 
-    def _wait_for_verdict(self, state: RunState, metrics: Metrics | None) -> None:
+    def _wait_for_decision(self, state: RunState, metrics: Metrics | None) -> None:
         """Raise StoppedError, on all workers, where the run does not go on; one that has ended has nothing to ask."""
-        if not (self.job.judged and metrics) or state.num_given >= self.job.total_samples:
+        if not (self.context.awaits_decision and metrics) or state.samples_consumed >= self.context.total_samples:
             return
         if self.is_first:
-            self.job.monitor.measure.remote({"samples_seen": state.samples_seen, **flatten(metrics)})
+            self.context.status_actor.evaluate_model.remote({"samples_seen": state.samples_seen, **flatten(metrics)})
         goes_on: Any = None
-        while (goes_on := ray.get(self.job.monitor.verdict.remote(state.samples_seen))) is None:
-            time.sleep(_VERDICT_POLL_S)
+        while (goes_on := ray.get(self.context.status_actor.decision.remote(state.samples_seen))) is None:
+            time.sleep(_DECISION_POLL_S)
         if not goes_on:
             raise StoppedError
 
-    def _link(self, folder: Place, step: int) -> None:
+    def _link(self, folder: StoragePath, step: int) -> None:
         link_checkpoint(
-            connect(self.job.tracking_uri), self.job.mlflow_run_id, folder, step, read_metrics(folder)["tasks"]
+            connect(self.context.tracking_uri), self.context.mlflow_run_id, folder, step, read_metrics(folder)["tasks"]
         )
 
     def _show(self, metrics: Metrics, state: RunState) -> None:
         assert self.tracker
-        self.tracker.log(points(metrics), state.samples_seen)
-        with local_copy(self.folder.pictures) as pictures:
-            for picture in pictures.glob("*.png"):
-                self.tracker.log_picture(picture)
-        self._notice(told(state.samples_seen, metrics))
+        self.tracker.log(mlflow_metrics(metrics), state.samples_seen)
+        with local_copy(self.folder.contact_sheets) as contact_sheets:
+            for image in contact_sheets.glob("*.png"):
+                self.tracker.log_image(image)
+        self._notice(format_metrics(state.samples_seen, metrics))
 
     def _quarantine(self, skipped: np.ndarray, samples_seen: int) -> None:
-        stream = Stream(self.job.spec)
+        stream = Stream(self.context.spec)
         lines = []
         for position, row, cause in skipped.tolist():
             shard, offset = stream.place_at(position)
@@ -272,7 +278,7 @@ def _device_name() -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
 
 
-def _forget_quarantined_after(path: Place, samples_seen: int) -> None:
+def _forget_quarantined_after(path: StoragePath, samples_seen: int) -> None:
     """Drop what was written for a checkpoint that was never finished; the stream meets those samples again."""
     if path.is_file():
         lines = [line for line in path.read_text().splitlines() if json.loads(line)["samples_seen"] <= samples_seen]
