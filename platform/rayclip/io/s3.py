@@ -38,6 +38,10 @@ class StorageError(OSError):
     """A file that cannot be read or written; the message names it."""
 
 
+class ChangedError(StorageError):
+    """A file is not, or not any more, as a conditional write wants it."""
+
+
 class File(NamedTuple):
     """A file that a listing found. `stamp` changes when its content does: an ETag, or the time of the last change."""
 
@@ -110,8 +114,7 @@ def upload(source: Path, path: str) -> None:
     if size <= _PART_BYTES:
         write_bytes(path, source.read_bytes())
         return
-    bucket, _, key = path.removeprefix(SCHEME).partition("/")
-    there: dict[str, Any] = {"Bucket": bucket, "Key": key}
+    there: dict[str, Any] = {**_address(path)}
     begun = _written(path, lambda: client().call_s3("create_multipart_upload", **there))
     there["UploadId"] = begun["UploadId"]
 
@@ -136,6 +139,61 @@ def upload(source: Path, path: str) -> None:
         with suppress(Exception):  # what is left is not seen, but paid for
             client().call_s3("abort_multipart_upload", **there)
         raise
+
+
+def read_tagged(path: str) -> tuple[bytes, str]:
+    """A small file's content with its ETag, of one moment. Raises FileNotFoundError and StorageError."""
+
+    def once() -> tuple[bytes, str]:
+        from fsspec.asyn import sync
+
+        async def ask() -> tuple[bytes, str]:
+            answer = await client()._call_s3("get_object", **_address(path))
+            async with answer["Body"] as body:
+                return await body.read(), answer["ETag"]
+
+        return sync(client().loop, ask)
+
+    return _retried(path, once)
+
+
+def write_if(path: str, data: bytes, tag: str | None) -> str:
+    """Write a file that has this ETag, or, with None, where there is none; its new ETag.
+
+    Raises ChangedError where that is not so. One whose answer was lost on the way, and that was tried again, raises it
+    too: what lies there then is `data`.
+    """
+    condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+    return _conditional(path, "put_object", Body=data, **condition)["ETag"]
+
+
+def remove_if(path: str, tag: str) -> None:
+    """Delete a file that has this ETag. Raises ChangedError where it has another."""
+    _conditional(path, "delete_object", IfMatch=tag)
+
+
+def _conditional(path: str, request: str, **asked: Any) -> dict[str, Any]:
+    def once() -> dict[str, Any]:
+        try:
+            return client().call_s3(request, **_address(path), **asked)
+        except FileExistsError as error:  # what s3fs makes of 412
+            raise ChangedError(path) from error
+        except FileNotFoundError as error:
+            if "IfMatch" in asked:
+                raise ChangedError(path) from error
+            raise
+        except OSError as error:
+            answer = getattr(error.__cause__, "response", {})
+            if answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412:
+                raise ChangedError(path) from error
+            raise
+
+    return _written(path, once)
+
+
+def _address(path: str) -> dict[str, str]:
+    bucket, _, key = path.removeprefix(SCHEME).partition("/")
+    return {"Bucket": bucket, "Key": key}
 
 
 def remove(path: str) -> None:
@@ -231,7 +289,7 @@ def _retried(path: str, request: Callable[[], T]) -> T:
             time.sleep(random.uniform(0.5, 1) * min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 3 ** (attempt - 1)))
         try:
             return request()
-        except _FINAL:
+        except (*_FINAL, ChangedError):
             raise
         except Exception as error:  # botocore's and aiohttp's have no base in common
             last = error
