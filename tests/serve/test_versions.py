@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from rayclip.tracking.mlflow import connect
-from rayclip.tracking.registry import link_checkpoint, register
+from rayclip.tracking.registry import link_checkpoint, move_alias, register
 from tests.serve.load import Load
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,8 @@ def registry(tmp_path_factory, write_model):
     for seed in (1, 2, 3):
         checkpoint = write_model(folder / f"checkpoint-{seed}", seed)
         model = link_checkpoint(client, run, checkpoint, seed, {})
-        register(client, model, checkpoint, "tiny", "champion" if seed == 1 else f"other-{seed}")
+        number = register(client, model, checkpoint, "tiny")
+        move_alias(client, "tiny", "champion" if seed == 1 else f"other-{seed}", number)
     return uri
 
 
@@ -108,7 +109,8 @@ def test_a_damaged_version_never_takes_over_and_is_named(service, registry, tmp_
     checkpoint = write_model(tmp_path / "damaged", 9)
     whole = (checkpoint / "model.safetensors").read_bytes()
     (checkpoint / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    number = register(client, link_checkpoint(client, run, checkpoint, 9, {}), checkpoint, "tiny", "champion")
+    number = register(client, link_checkpoint(client, run, checkpoint, 9, {}), checkpoint, "tiny")
+    move_alias(client, "tiny", "champion", number)
     body = {"image": encoded(1), "labels": ["a cat", "a dog"]}
     try:
         with Load(f"{service.url}/v1/zero-shot", body, rate=10) as load:

@@ -18,6 +18,7 @@ from rayclip.tracking.registry import (
     find_version,
     is_registered,
     link_checkpoint,
+    move_alias,
     register,
     resolve_model,
 )
@@ -36,7 +37,9 @@ def publish(uri, checkpoint, step, name="letters"):
     """Register a checkpoint as the model's next version and champion; its number."""
     client = connect(uri)
     run_id = open_run(uri, "tests", "run", {}, {}, None)
-    return register(client, link_checkpoint(client, run_id, checkpoint, step, {}), checkpoint, name, "champion")
+    number = register(client, link_checkpoint(client, run_id, checkpoint, step, {}), checkpoint, name)
+    move_alias(client, name, "champion", number)
+    return number
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,7 @@ def test_the_average_of_the_weights_can_be_the_version(uri, tmp_path):
     client = connect(uri)
     run_id = open_run(uri, "tests", "averaged", {}, {}, None)
     model = link_checkpoint(client, run_id, checkpoint, 3, {"letters": {"top1": 0.5, "ema": {"top1": 0.6}}})
-    assert register(client, model, checkpoint, "averages", "champion", ema=True) == 1
+    assert register(client, model, checkpoint, "averages", ema=True) == 1
     source = resolve_model("models:/averages/1", uri)
     assert {path.name for path in source.folder.iterdir()} >= set(MODEL_FILES)
     assert load_file(source.folder / "model.safetensors")["weight"][0] == 8

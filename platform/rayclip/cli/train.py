@@ -48,6 +48,11 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if summary["model_version"] is not None:
         rows.append(("model version", f"{summary['registered_model']} version {summary['model_version']}"))
+    if summary.get("promotion"):  # a summary of an older version does not have it
+        decision = summary["promotion"]
+        kept = f"'{decision['alias']}' stays at version {decision['against']}: " if decision["against"] else ""
+        stays = "" if decision["outcome"] == "promoted" else kept
+        rows.append((decision["outcome"], stays + decision["reason"]))
     return rows
 
 

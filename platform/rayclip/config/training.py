@@ -1,6 +1,6 @@
 """Settings of a training run."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -97,7 +97,15 @@ class TrackingConfig(Config):
         None, description="where a new experiment keeps its files, a folder or s3://...; None: where MLflow says"
     )
     register_as: str | None = Field(None, description="model name under which the best checkpoint becomes a version")
-    alias: str = Field("champion", description="alias that is moved to the new version")
+    alias: str = Field("champion", description="alias that is moved to a new version that is promoted")
+    promote: Literal["if_better", "always", "never"] = Field(
+        "if_better",
+        description="when a new version takes the alias; if_better: evaluation.best, or else the first task's first "
+        "metric, is higher than that of the version that has it, on the same data",
+    )
+    gate: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        {}, description="TASK.METRIC and the most that a promoted version may lose of it, by its 95% interval's low end"
+    )
     log_every_samples: int = Field(10_000, gt=0, description="samples seen between logged points")
     parent_run_id: str | None = Field(None, description="MLflow run that this one is nested in; a sweep sets it")
 

@@ -4,6 +4,8 @@ A data set for zero-shot has a class index in each sample's `cls` and the classe
 `classnames.txt` beside the shards, or beside their folder; one for retrieval has captions, one or more, a line each.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,19 @@ class Evaluator:
             Manifest.load(task.path).check_shards()
             if isinstance(task, ZeroShotTask) and not class_names(task.path):
                 raise UserError(f"task '{name}': '{task.path}/classnames.txt' names no classes")
+
+    def digests(self) -> dict[str, str]:
+        """A SHA-256 of what each task measures on: its data set, with the classes' names and templates if it has any.
+
+        Metrics of two models can be compared where these are equal.
+        """
+        found = {}
+        for name, task in self.tasks.items():
+            names = class_names(task.path) if isinstance(task, ZeroShotTask) else []
+            settings = task.model_dump(mode="json", exclude={"path"})
+            content = [settings, names, Manifest.load(task.path).digest]
+            found[name] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return found
 
     def run(self, encoder: Encoder, images: Path | None = None) -> dict[str, Metrics]:
         """Every task's metrics by task, the same on all workers, which must all call this.

@@ -73,10 +73,8 @@ def link_checkpoint(
     return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
 
-def register(
-    client: MlflowClient, model: LoggedModel, checkpoint: StoragePath, name: str, alias: str, ema: bool = False
-) -> int:
-    """Make a checkpoint a version of the registered model `name`, move the alias to it, and return its number.
+def register(client: MlflowClient, model: LoggedModel, checkpoint: StoragePath, name: str, ema: bool = False) -> int:
+    """Make a checkpoint a version of the registered model `name`, and return its number.
 
     `ema` makes the moving average of its weights the version's weights.
 
@@ -85,7 +83,6 @@ def register(
     """
     for version in client.search_model_versions(f"name = '{name}'"):
         if version.source == f"models:/{model.model_id}":
-            move_alias(client, name, alias, int(version.version))
             return int(version.version)
     with tempfile.TemporaryDirectory() as scratch:
         for file in MODEL_FILES:
@@ -98,7 +95,6 @@ def register(
         client.create_registered_model(name)
     source = f"models:/{model.model_id}"
     version = client.create_model_version(name, source, run_id=model.source_run_id, model_id=model.model_id)
-    move_alias(client, name, alias, int(version.version))
     return int(version.version)
 
 

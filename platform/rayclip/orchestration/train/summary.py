@@ -1,10 +1,14 @@
 """The end of a run: its best checkpoint is registered, and what it came to is summed up."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from rayclip.config import TrainConfig
+from rayclip.config import ModelConfig, TrainConfig
+from rayclip.evaluation.tasks import Evaluator
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.tracking import mlflow as tracking
+from rayclip.tracking.promotion import Measured, promote
 from rayclip.tracking.registry import link_checkpoint, register
 from rayclip.training.checkpoint import read_state
 
@@ -18,12 +22,14 @@ def sum_up(config: TrainConfig, folder: RunFolder, uri: str, run_id: str, num_sa
     best, metrics = max(evaluated, key=lambda pair: (pair[1]["score"], pair[0].name))
     state, best_state = read_state(evaluated[-1][0]), read_state(best)
     trained = state.samples_seen - state.branched_at
-    version = None
+    decision = None
     if config.tracking.register_as:
         client = tracking.connect(uri)
         model = link_checkpoint(client, run_id, best, best_state.samples_seen, metrics["tasks"])
         by_average = ".ema." in (config.evaluation.best or "")
-        version = register(client, model, best, config.tracking.register_as, config.tracking.alias, by_average)
+        version = register(client, model, best, config.tracking.register_as, by_average)
+        measured = _measured(config, metrics["tasks"])
+        decision = promote(client, config.tracking, version, measured, _compared_by(config))
     by_kind: dict[str, dict[str, Any]] = {}
     for name, task in config.evaluation.tasks.items():
         if name in metrics["tasks"]:
@@ -44,7 +50,22 @@ def sum_up(config: TrainConfig, folder: RunFolder, uri: str, run_id: str, num_sa
         "checkpoint_samples_seen": best_state.samples_seen,
         "mlflow_run_id": run_id,
         "registered_model": config.tracking.register_as,
-        "model_version": version,
+        "model_version": decision and decision.version,
+        "promotion": decision and asdict(decision),
         "manifest_digest": state.manifest_digest,
         "code_version": state.code_version,
     }
+
+
+def _measured(config: TrainConfig, tasks: Mapping[str, Any]) -> dict[str, Measured]:
+    assert isinstance(config.model, ModelConfig)
+    evaluator = Evaluator(config.evaluation.tasks, config.model.vision.image_size, config.evaluation.batch_size)
+    digests = evaluator.digests()
+    return {name: Measured(digests[name], metrics) for name, metrics in tasks.items()}
+
+
+def _compared_by(config: TrainConfig) -> str | None:
+    """The metric that versions are compared by: TASK.METRIC."""
+    if config.evaluation.best is not None:
+        return config.evaluation.best
+    return next((f"{name}.{task.metrics[0]}" for name, task in config.evaluation.tasks.items()), None)
