@@ -22,11 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: install ## build the embedded data, train a small CLIP on it, evaluate and register it
-	@$(BIN)/python -m jobs.ingest platform/rayclip/recipes/ingest_glyphs.yaml
-	@$(BIN)/python -m jobs.train platform/rayclip/recipes/demo.yaml
+	@$(BIN)/rayclip demo
 
 serve: install ## serve what `make demo` trained, on 127.0.0.1:8000, with a page to try it
-	@$(BIN)/python -m serve platform/rayclip/recipes/serve_demo.yaml
+	@$(BIN)/rayclip serve serve_demo
 
 test: install peers browser ## run all tests
 	@$(BIN)/python -m pytest -n 2 --durations=40
@@ -38,8 +37,7 @@ check: install ## style, types and import rules
 	@$(BIN)/lint-imports
 
 ui: install ## open MLflow over the embedded database, on 127.0.0.1:5000
-	@mkdir -p mlflow
-	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow/mlflow.db --host 127.0.0.1 --port 5000
+	@$(BIN)/rayclip ui
 
 peers: $(PEERS) ## add what benchmarks and parity tests compare with
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.config import BenchmarkConfig
-from rayclip.cli.command import print_table, run_job
+from rayclip.cli.command import Command, print_table, run_and_exit
 
 
 def main(config: BenchmarkConfig) -> dict[str, Any]:
@@ -26,4 +26,12 @@ def main(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_job(main, BenchmarkConfig, lambda config: Path("runs/benchmarks") / f"{config.name}.json", ("name",))
+    run_and_exit(
+        Command(
+            "python -m benchmarks",
+            BenchmarkConfig,
+            main,
+            lambda config: Path("runs/benchmarks") / f"{config.name}.json",
+            ("name",),
+        )
+    )

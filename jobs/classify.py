@@ -1,6 +1,7 @@
-"""Label a data set's pictures zero-shot, to Parquet: python -m jobs.classify CONFIG key=value ..."""
+"""`rayclip classify` where a cluster runs scripts: python -m jobs.classify"""
 
 from rayclip.cli.classify import command
+from rayclip.cli.command import run_and_exit
 
 if __name__ == "__main__":
-    command()
+    run_and_exit(command)

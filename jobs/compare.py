@@ -1,6 +1,7 @@
-"""Hold evaluated models against each other: python -m jobs.compare REPORT [REPORT ...] key=value ..."""
+"""`rayclip compare` where a cluster runs scripts: python -m jobs.compare"""
 
+from rayclip.cli.command import run_and_exit
 from rayclip.cli.compare import command
 
 if __name__ == "__main__":
-    command()
+    run_and_exit(command)

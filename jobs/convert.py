@@ -1,6 +1,7 @@
-"""Convert weights between formats: python -m jobs.convert INPUT OUTPUT format=rayclip|open_clip|huggingface"""
+"""`rayclip convert` where a cluster runs scripts: python -m jobs.convert"""
 
+from rayclip.cli.command import run_and_exit
 from rayclip.cli.convert import command
 
 if __name__ == "__main__":
-    command()
+    run_and_exit(command)

@@ -1,6 +1,7 @@
-"""Curate a data set by CLIP's recipe, queries, balance and duplicates, into a new one: python -m jobs.curate CONFIG"""
+"""`rayclip curate` where a cluster runs scripts: python -m jobs.curate"""
 
+from rayclip.cli.command import run_and_exit
 from rayclip.cli.curate import command
 
 if __name__ == "__main__":
-    command()
+    run_and_exit(command)

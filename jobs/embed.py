@@ -1,6 +1,7 @@
-"""Embed a data set's pictures and captions to Parquet: python -m jobs.embed CONFIG key=value ..."""
+"""`rayclip embed` where a cluster runs scripts: python -m jobs.embed"""
 
+from rayclip.cli.command import run_and_exit
 from rayclip.cli.embed import command
 
 if __name__ == "__main__":
-    command()
+    run_and_exit(command)

@@ -1,6 +1,7 @@
-"""Measure a model with a suite of data sets: python -m jobs.evaluate MODEL CONFIG key=value ..."""
+"""`rayclip evaluate` where a cluster runs scripts: python -m jobs.evaluate"""
 
+from rayclip.cli.command import run_and_exit
 from rayclip.cli.evaluate import command
 
 if __name__ == "__main__":
-    command()
+    run_and_exit(command)

@@ -1,6 +1,7 @@
-"""Fit a scaling law to runs: python -m jobs.fit SOURCE form=power key=value ..."""
+"""`rayclip fit` where a cluster runs scripts: python -m jobs.fit"""
 
+from rayclip.cli.command import run_and_exit
 from rayclip.cli.fit import command
 
 if __name__ == "__main__":
-    command()
+    run_and_exit(command)

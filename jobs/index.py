@@ -1,6 +1,7 @@
-"""Write the manifest of shards, tables or pictures that exist already: python -m jobs.index URI"""
+"""`rayclip index` where a cluster runs scripts: python -m jobs.index"""
 
+from rayclip.cli.command import run_and_exit
 from rayclip.cli.index import command
 
 if __name__ == "__main__":
-    command()
+    run_and_exit(command)

@@ -1,6 +1,7 @@
-"""Turn pictures and captions into a data set: python -m jobs.ingest CONFIG key=value ..."""
+"""`rayclip ingest` where a cluster runs scripts: python -m jobs.ingest"""
 
+from rayclip.cli.command import run_and_exit
 from rayclip.cli.ingest import command
 
 if __name__ == "__main__":
-    command()
+    run_and_exit(command)

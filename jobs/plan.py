@@ -1,6 +1,7 @@
-"""Plan a training: model, samples, days, loaders and cost: python -m jobs.plan CONFIG key=value ..."""
+"""`rayclip plan` where a cluster runs scripts: python -m jobs.plan"""
 
+from rayclip.cli.command import run_and_exit
 from rayclip.cli.plan import command
 
 if __name__ == "__main__":
-    command()
+    run_and_exit(command)

@@ -1,6 +1,7 @@
-"""Run a job on a cluster: python -m jobs.submit JOB CONFIG key=value ... --address http://HEAD:8265"""
+"""`rayclip submit` where a cluster runs scripts: python -m jobs.submit"""
 
+from rayclip.cli.command import run_and_exit
 from rayclip.cli.submit import command
 
 if __name__ == "__main__":
-    command()
+    run_and_exit(command)

@@ -1,6 +1,7 @@
-"""Train a ladder of models for a scaling law, or search for the best settings; after a crash it goes on."""
+"""`rayclip sweep` where a cluster runs scripts: python -m jobs.sweep"""
 
+from rayclip.cli.command import run_and_exit
 from rayclip.cli.sweep import command
 
 if __name__ == "__main__":
-    command()
+    run_and_exit(command)

@@ -1,6 +1,7 @@
-"""Train a CLIP, evaluate it, register the best checkpoint; the same command goes on with a run that was interrupted."""
+"""`rayclip train` where a cluster runs scripts: python -m jobs.train"""
 
+from rayclip.cli.command import run_and_exit
 from rayclip.cli.train import command
 
 if __name__ == "__main__":
-    command()
+    run_and_exit(command)

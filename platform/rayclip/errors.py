@@ -13,7 +13,7 @@ class UserError(ValueError):
     """
 
 
-def exit_with(command: Callable[[], int], interrupted: str = "") -> NoReturn:
+def exit_with(command: Callable[[], int]) -> NoReturn:
     """Run a command and exit with its code: 2 and one line for a user's error, 130 when it is interrupted."""
     try:
         sys.exit(command())
@@ -21,8 +21,6 @@ def exit_with(command: Callable[[], int], interrupted: str = "") -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        if interrupted:
-            print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayclip.cli import train as train_job
-from rayclip.cli.command import run_job
+from rayclip.cli.command import run_and_exit
 from rayclip.config import TrainConfig
 from rayclip.data.manifest import Manifest
 from rayclip.orchestration.train.driver import resolve
@@ -39,9 +39,9 @@ def train(values, monkeypatch, capsys):
     """Runs the job's command line in this process; gives the line that follows `error: `."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["jobs/train.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["rayclip", *arguments])
         with pytest.raises(SystemExit) as caught:
-            run_job(train_job.main, TrainConfig, lambda config: RunFolder(Path("runs") / config.name).summary)
+            run_and_exit(train_job.command)
         output = capsys.readouterr()
         assert output.out == ""
         return only_error(caught.value.code, output.err)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from rayclip.cli import classify as classify_job
 from rayclip.cli import embed as embed_job
-from rayclip.cli.command import run_job
+from rayclip.cli.command import run_and_exit
 from rayclip.config import ClassifyConfig, EmbedConfig, WorkersConfig
 from rayclip.data.decode import eval_array, read_image
 from rayclip.data.formats.tar import read_samples
@@ -467,13 +467,13 @@ def run(checkpoint, data, tmp_path, monkeypatch, capsys):
     common = {"model": str(checkpoint), "data": data.folder, "output": str(tmp_path / "out")}
     (tmp_path / "embed.yaml").write_text(json.dumps(common))
     (tmp_path / "classify.yaml").write_text(json.dumps({**common, "labels": LABELS}))
-    jobs = {"embed": (embed_job.main, EmbedConfig), "classify": (classify_job.main, ClassifyConfig)}
+    jobs = {"embed": embed_job.command, "classify": classify_job.command}
     monkeypatch.setattr(pool, "connect", lambda **_: pytest.fail("Ray was started"))
 
     def call(name, *overrides):
-        monkeypatch.setattr(sys, "argv", [f"jobs/{name}.py", str(tmp_path / f"{name}.yaml"), *overrides])
+        monkeypatch.setattr(sys, "argv", ["rayclip", str(tmp_path / f"{name}.yaml"), *overrides])
         with pytest.raises(SystemExit) as caught:
-            run_job(*jobs[name], lambda config: Path(config.output) / "summary.json")
+            run_and_exit(jobs[name])
         output = capsys.readouterr()
         assert caught.value.code == 2, output.err
         assert output.out == ""

@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from rayclip.cli import train as train_job
-from rayclip.cli.command import run_job
+from rayclip.cli.command import run_and_exit
 from rayclip.config import TrainConfig
 from rayclip.data.manifest import Manifest
 from rayclip.data.order import Order
@@ -131,9 +131,9 @@ def test_too_many_bad_samples_end_the_run_with_one_line(tmp_path, data, make_con
     monkeypatch.chdir(tmp_path)
     config = make_config("bad", data[0], epochs=1, data={"max_bad_fraction": 0.02}, cluster={"num_workers": 2})
     (tmp_path / "bad.yaml").write_text(json.dumps(config))
-    monkeypatch.setattr(sys, "argv", ["jobs/train.py", "bad.yaml"])
+    monkeypatch.setattr(sys, "argv", ["rayclip", "bad.yaml"])
     with pytest.raises(SystemExit) as caught:
-        run_job(train_job.main, TrainConfig, lambda config: RunFolder(tmp_path / "runs" / config.name).summary)
+        run_and_exit(train_job.command)
     assert caught.value.code == 2
     err = capsys.readouterr().err
     errors = [line for line in err.splitlines() if line.startswith("error: ")]

@@ -9,9 +9,11 @@ from pydantic import ValidationError
 
 from rayclip.config import Config, IndexConfig, IngestConfig, TrainConfig
 from rayclip.config.loader import describe, load, validate
+from rayclip.config.recipes import list_recipes
 from rayclip.errors import UserError
+from rayclip.serve.config import ServeConfig
 
-REPOSITORY = Path(__file__).parents[2]
+RECIPES = Path(__file__).parents[2] / "platform/rayclip/recipes"
 
 MINIMAL = {"name": "small", "model": "ViT-Nano/8@32", "data": {"path": "somewhere"}, "epochs": 3, "batch_size": 64}
 TASKS = {"a": {"kind": "retrieval", "path": "p"}}
@@ -99,12 +101,31 @@ def test_the_resolved_settings_are_settings_again(settings):
 
 def test_a_missing_file_names_the_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert message_of(load, TrainConfig, "x.yaml", []) == "no config at 'x.yaml': give a YAML file"
-    (tmp_path / "platform/rayclip/recipes").mkdir(parents=True)
-    (tmp_path / "platform/rayclip/recipes/demo.yaml").write_text("{}")
-    expected = "no config at 'platform/rayclip/recipes/dmo.yaml': did you mean 'platform/rayclip/recipes/demo.yaml'?"
-    assert message_of(load, TrainConfig, "platform/rayclip/recipes/dmo.yaml", []) == expected
+    expected = "no config at 'my/dmo.yaml': give a YAML file, or a recipe's name; did you mean 'demo'?"
+    assert message_of(load, TrainConfig, "my/dmo.yaml", []) == expected
+    assert message_of(load, TrainConfig, "dmo", []) == "no recipe 'dmo': did you mean 'demo'?"
+    assert message_of(load, TrainConfig, "q.yaml", []) == "no config at 'q.yaml': give a YAML file, or a recipe's name"
     assert message_of(load, TrainConfig, tmp_path, []).startswith(f"no config at '{tmp_path}'")
+
+
+def test_a_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    demo = load(TrainConfig, "demo", ["seed=5"])
+    assert (demo.name, demo.seed) == ("demo", 5)
+    (tmp_path / "demo").write_text("name: mine")
+    assert load(TrainConfig, "demo", ["seed=5"]) == demo
+    assert "demo" in list_recipes() and list_recipes() == sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    assert capsys.readouterr().err == ""
+    assert load(TrainConfig, "jobs/configs/demo.yaml", ["seed=5"]) == demo
+    assert capsys.readouterr().err.startswith("note: 'jobs/configs/demo.yaml' is the recipe 'demo' now")
+    served = load(ServeConfig, "serve/configs/demo.yaml", [])
+    assert served == load(ServeConfig, "serve_demo", [])
+    # A file that is still there is that file.
+    (tmp_path / "jobs/configs").mkdir(parents=True)
+    (tmp_path / "jobs/configs/demo.yaml").write_text(RECIPES.joinpath("demo.yaml").read_text())
+    capsys.readouterr()
+    assert load(TrainConfig, "jobs/configs/demo.yaml", ["seed=5"]) == demo
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -297,9 +318,7 @@ def test_every_key_has_a_meaning():
     assert not unsaid
 
 
-@pytest.mark.parametrize(
-    "path", sorted((REPOSITORY / "platform/rayclip/recipes").glob("*.yaml")), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_that_comes_with_the_code_is_valid(path):
     schema = IngestConfig if path.name.startswith("ingest") else TrainConfig
     try:

@@ -11,7 +11,6 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
 from rayclip.cli import compare as compare_job
-from rayclip.cli.command import run_job
 from rayclip.config import CompareConfig
 from rayclip.errors import UserError
 from rayclip.evaluation.page import Cell, table
@@ -104,10 +103,7 @@ def test_the_job_writes_a_page_that_needs_nothing_else(tmp_path, ranks, capsys):
 def test_the_command_takes_any_number_of_reports(tmp_path, ranks, monkeypatch):
     paths = [str(write_report(tmp_path / name, f"{name}@1", ranks[0])) for name in ("a", "b", "c")]
     output = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["compare", *paths, f"output={output}", "--json", str(tmp_path / "s.json")])
-    with pytest.raises(SystemExit) as ended:
-        run_job(compare_job.main, CompareConfig, lambda config: None, positional=("runs...",))
-    assert ended.value.code == 0
+    assert compare_job.command([*paths, f"output={output}", "--json", str(tmp_path / "s.json")]) == 0
     assert json.loads((tmp_path / "s.json").read_text())["models"] == ["a@1", "b@1", "c@1"]
 
 

@@ -161,10 +161,10 @@ def test_a_cluster_is_asked_by_its_address_alone(monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="give the address of the cluster"):
-        submit.main(["list"])
+        submit.command(["list"])
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"no Ray cluster answers at http://127\.0\.0\.1:9"):
-        submit.main(["list"])
+        submit.command(["list"])
     with pytest.raises(UserError, match="status takes one ID"):
         submit.look(None, "status", [])
 

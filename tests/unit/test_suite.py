@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
-from rayclip.cli.command import run_job
+from rayclip.cli import evaluate
 from rayclip.config import DataSetConfig, SuiteConfig
 from rayclip.config.loader import load
 from rayclip.data.formats.tar import read_samples
@@ -199,12 +199,9 @@ def test_what_is_not_there_is_listed_or_stops_the_job(shards, tmp_path):
         open_suite(config(tmp_path, {"cifar10": {}}, require="any"))
 
 
-def test_a_job_that_takes_a_model_and_a_file_asks_for_both(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["evaluate", "model"])
-    with pytest.raises(SystemExit) as ended:
-        run_job(lambda config: {}, SuiteConfig, lambda config: None, ("model",), from_file=True)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: give CONFIG.YAML; --help shows every key\n"
+def test_a_command_that_takes_a_model_and_a_config_asks_for_both():
+    with pytest.raises(UserError, match=r"^give CONFIG; --help shows every key$"):
+        evaluate.command(["model"])
 
 
 # Figures

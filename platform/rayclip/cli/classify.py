@@ -1,18 +1,19 @@
-"""Label a data set's pictures zero-shot, to Parquet: python -m jobs.classify CONFIG key=value ..."""
+"""Label a data set's images with zero-shot classification, to Parquet; after a crash it goes on."""
 
-from typing import Any, NoReturn
+from typing import Any
 
-from rayclip.cli.command import print_table, run_job
+from rayclip.cli.command import Command, print_table
 from rayclip.config import ClassifyConfig
 from rayclip.io.storage import format_path, join
-from rayclip.orchestration.batch.classify import classify
-from rayclip.orchestration.batch.partitioned_output import format_causes
 
 _SHOWN_LABELS = 5
 
 
 def main(config: ClassifyConfig) -> dict[str, Any]:
     """Label the pictures, or what an interrupted run left of them; returns the summary. Raises UserError."""
+    from rayclip.orchestration.batch.classify import classify
+    from rayclip.orchestration.batch.partitioned_output import format_causes
+
     summary = classify(config)
     often = list(summary["labels"].items())[:_SHOWN_LABELS]
     print()
@@ -29,6 +30,4 @@ def main(config: ClassifyConfig) -> dict[str, Any]:
     return summary
 
 
-def command() -> NoReturn:
-    """Run the command that `sys.argv` gives, and exit."""
-    run_job(main, ClassifyConfig, lambda config: join(config.output, "summary.json"))
+command = Command("rayclip classify", ClassifyConfig, main, lambda config: join(config.output, "summary.json"))

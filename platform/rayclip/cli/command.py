@@ -1,10 +1,12 @@
-"""What every job's command line has in common: CONFIG key=value ... --json PATH, --check, --help, one-line errors."""
+"""A command line over one settings class: CONFIG key=value ... --json PATH, --check, --help, one-line errors."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from rayclip.config import Config
 from rayclip.config.loader import describe, load
@@ -12,73 +14,99 @@ from rayclip.errors import UserError, exit_with
 from rayclip.io.s3 import StorageError
 from rayclip.io.storage import write_bytes
 
-Main = Callable[[Any], dict[str, Any]]
+
+class Settings(NamedTuple):
+    """What a command line asks for: the checked settings, and where the summary will be written."""
+
+    config: Config
+    summary: str
 
 
-def run_job(
-    main: Main,
-    schema: type[Config],
-    summary_path: Callable[[Any], Path | str],
-    positional: tuple[str, ...] = (),
-    from_file: bool = False,
-) -> NoReturn:
-    """Parse the command line, run the job, write its summary, and exit: 0, or 2 with one line for a user's error.
+@dataclass(frozen=True)
+class Command:
+    """A job as a command: called with its arguments, it runs the job, writes the summary and returns the exit code.
 
-    A job starts from a YAML file, or, where `positional` names keys, from their values; `from_file`: from both. A name
-    that ends with "..." takes any number of values.
+    The settings start from a YAML file or a recipe's name, or, where `positional` names keys, from their values;
+    `from_file`: from both. A name that ends with "..." takes any number of values. `main` and `summary_path` import
+    what is heavy when they are called: a mistake in the settings must be answered before that.
     """
-    exit_with(
-        lambda: _run(sys.argv[1:], main, schema, summary_path, positional, from_file or not positional),
-        interrupted="interrupted; the same command goes on from where it was",
-    )
 
+    prog: str
+    schema: type[Config]
+    main: Callable[[Any], dict[str, Any]]
+    summary_path: Callable[[Any], Path | str]
+    positional: tuple[str, ...] = ()
+    from_file: bool = False
 
-def _run(
-    arguments: list[str],
-    main: Main,
-    schema: type[Config],
-    summary_path: Callable[[Any], Path | str],
-    positional: tuple[str, ...],
-    from_file: bool,
-) -> int:
-    wanted = (*positional, *["config.yaml"] * from_file)
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        usage = " ".join([f"python -m jobs.{Path(sys.argv[0]).stem}", *(name.upper() for name in wanted)])
-        print(f"usage: {usage} [key=value ...] [--json PATH] [--check]\n\n{describe(schema)}")
-        return 0 if arguments else 2
-    arguments, json_path = take_option(arguments, "--json")
-    check, arguments = "--check" in arguments, [argument for argument in arguments if argument != "--check"]
-    if wanted[0].endswith("..."):
-        arguments = _gather(arguments)
-    if len(arguments) < len(wanted):
-        raise UserError(
-            f"give {' and '.join(name.upper() for name in wanted[len(arguments) :])}; --help shows every key"
-        )
-    given, overrides = arguments[: len(wanted)], arguments[len(wanted) :]
-    overrides = [
-        f"{key.removesuffix('...')}={value}" for key, value in zip(positional, given, strict=False)
-    ] + overrides
-    config = load(schema, given[-1] if from_file else None, overrides)
-    path = json_path or str(summary_path(config))
-    if check:  # the settings alone; what a submitted job will be is read here
-        print(json.dumps({"kind": schema.__name__, "summary": path, "config": config.model_dump(mode="json")}))
+    def __call__(self, arguments: list[str]) -> int:
+        """Run the job; 0, or 130 when it is interrupted. Raises UserError."""
+        if not arguments or "--help" in arguments or "-h" in arguments:
+            print_help(self.help())
+            return 0 if arguments else 2
+        arguments, json_path = take_option(arguments, "--json")
+        check, arguments = "--check" in arguments, [argument for argument in arguments if argument != "--check"]
+        try:
+            config, summary = self.parse(arguments, json_path)
+            if check:
+                found = {"kind": self.schema.__name__, "summary": summary, "config": config.model_dump(mode="json")}
+                print(json.dumps(found))
+                return 0
+            write_bytes(summary, (json.dumps(self.main(config), indent=2) + "\n").encode())
+        except StorageError as error:
+            raise UserError(str(error)) from None
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on from where it was", file=sys.stderr)
+            return 130
         return 0
-    try:
-        write_bytes(path, (json.dumps(main(config), indent=2) + "\n").encode())
-    except StorageError as error:
-        raise UserError(str(error)) from None
-    return 0
+
+    def help(self) -> str:
+        """Return the usage and every key with its default and meaning."""
+        usage = " ".join([self.prog, *(name.upper() for name in self._required)])
+        return f"usage: {usage} [key=value ...] [--json PATH] [--check]\n\n{describe(self.schema)}"
+
+    def parse(self, arguments: list[str], json_path: str | None = None) -> Settings:
+        """Return the settings that the arguments give, options aside. Raises UserError."""
+        required = self._required
+        if required[0].endswith("..."):
+            arguments = _gather(arguments)
+        if len(arguments) < len(required):
+            missing = " and ".join(name.upper() for name in required[len(arguments) :])
+            raise UserError(f"give {missing}; --help shows every key")
+        given, overrides = arguments[: len(required)], arguments[len(required) :]
+        named = [f"{key.removesuffix('...')}={value}" for key, value in zip(self.positional, given, strict=False)]
+        config = load(self.schema, given[-1] if self._takes_file else None, named + overrides)
+        return Settings(config, json_path or str(self.summary_path(config)))
+
+    @property
+    def _takes_file(self) -> bool:
+        return self.from_file or not self.positional
+
+    @property
+    def _required(self) -> tuple[str, ...]:
+        return (*self.positional, *["config"] * self._takes_file)
+
+
+def run_and_exit(command: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command with this process's arguments and exit with its code: 2 and one line for a user's error."""
+    exit_with(lambda: command(sys.argv[1:]))
+
+
+def print_help(text: str) -> None:
+    """Print a help text; whoever reads only its head, as `| head` does, gets no traceback after it."""
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    print(text)
 
 
 def print_table(rows: list[tuple[str, str]]) -> None:
-    """Two columns for people."""
+    """Print two aligned columns, indented."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"  {name:<{width}}  {value}")
 
 
 def take_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:
-    """The arguments without an option, and its value where it is given. Raises UserError where that is missing."""
+    """Return the arguments without an option, and its value or None. Raises UserError where the value is missing."""
     if name not in arguments:
         return arguments, None
     at = arguments.index(name)

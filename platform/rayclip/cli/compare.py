@@ -1,19 +1,19 @@
-"""Hold evaluated models against each other: python -m jobs.compare REPORT [REPORT ...] key=value ..."""
+"""Compare evaluated models: a table with intervals, a plot, a page."""
 
-from typing import Any, NoReturn
+from typing import Any
 
-from rayclip.cli.command import print_table, run_job
+from rayclip.cli.command import Command, print_table
 from rayclip.config import CompareConfig
-from rayclip.evaluation.page import difference, score, write_comparison
-from rayclip.evaluation.plots import write_bars, write_radar
-from rayclip.evaluation.reports import compare, find_reports
 from rayclip.io.paths import StoragePath, storage_path
 from rayclip.io.storage import format_path, join
-from rayclip.tracking.experiment import log_result
 
 
 def main(config: CompareConfig) -> dict[str, Any]:
     """Compare, draw and log; returns the comparison. Raises UserError for a path without a report."""
+    from rayclip.evaluation.page import write_comparison
+    from rayclip.evaluation.plots import write_bars, write_radar
+    from rayclip.evaluation.reports import compare, find_reports
+
     comparison = compare(find_reports(config.runs))
     folder = storage_path(config.output)
     images = [folder / "scores.png"]
@@ -29,6 +29,8 @@ def main(config: CompareConfig) -> dict[str, Any]:
 
 
 def _print(comparison: dict[str, Any]) -> None:
+    from rayclip.evaluation.page import difference, score
+
     rows = [("model", comparison["models"][0])]
     for name, of_one in comparison["datasets"].items():
         rows.append((name, f"{of_one['metric']} {score(of_one['scores'][0]).text}"))
@@ -43,6 +45,9 @@ def _print(comparison: dict[str, Any]) -> None:
 def _log(config: CompareConfig, comparison: dict[str, Any], files: list[StoragePath]) -> None:
     if config.experiment is None:
         return
+
+    from rayclip.tracking.experiment import log_result
+
     metrics = {
         f"compare/{name}/{model.replace('@', '-')}": found["value"]
         for name, of_one in comparison["datasets"].items()
@@ -53,6 +58,6 @@ def _log(config: CompareConfig, comparison: dict[str, Any], files: list[StorageP
     log_result(config.tracking_uri, config.experiment, "comparison", "comparison", settings, metrics, files)
 
 
-def command() -> NoReturn:
-    """Run the command that `sys.argv` gives, and exit."""
-    run_job(main, CompareConfig, lambda config: join(config.output, "summary.json"), positional=("runs...",))
+command = Command(
+    "rayclip compare", CompareConfig, main, lambda config: join(config.output, "summary.json"), ("runs...",)
+)

@@ -1,18 +1,19 @@
-"""Convert weights between formats: python -m jobs.convert INPUT OUTPUT format=rayclip|open_clip|huggingface"""
+"""Convert weights between the formats of rayclip, open_clip and Hugging Face."""
 
-from typing import Any, NoReturn
+from typing import Any
 
-from rayclip.cli.command import print_table, run_job
+from rayclip.cli.command import Command, print_table
 from rayclip.config import ConvertConfig
 from rayclip.io.paths import storage_path
 from rayclip.io.storage import format_path, join
-from rayclip.models.presets import preset
-from rayclip.models.weights import read_weights, write_weights
-from rayclip.tracking.registry import resolve_model
 
 
 def main(config: ConvertConfig) -> dict[str, Any]:
     """Write the model of the input in another format; returns what it is. Raises UserError."""
+    from rayclip.models.presets import preset
+    from rayclip.models.weights import read_weights, write_weights
+    from rayclip.tracking.registry import resolve_model
+
     source = resolve_model(config.input, config.tracking_uri)
     weights = read_weights(source.folder, like=preset(config.model) if config.model else None)
     output = storage_path(config.output)
@@ -40,6 +41,6 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     }
 
 
-def command() -> NoReturn:
-    """Run the command that `sys.argv` gives, and exit."""
-    run_job(main, ConvertConfig, lambda config: join(config.output, "summary.json"), positional=("input", "output"))
+command = Command(
+    "rayclip convert", ConvertConfig, main, lambda config: join(config.output, "summary.json"), ("input", "output")
+)

@@ -1,15 +1,16 @@
-"""Curate a data set by CLIP's recipe, queries, balance and duplicates, into a new one: python -m jobs.curate CONFIG"""
+"""Select a better data set from pairs by CLIP's recipe: query matches, balance and duplicates."""
 
-from typing import Any, NoReturn
+from typing import Any
 
-from rayclip.cli.command import print_table, run_job
+from rayclip.cli.command import Command, print_table
 from rayclip.config import CurateConfig
 from rayclip.io.storage import format_path, join
-from rayclip.orchestration.batch.curate import curate
 
 
 def main(config: CurateConfig) -> dict[str, Any]:
     """Write the new data set, or what an interrupted run left of it; returns the summary. Raises UserError."""
+    from rayclip.orchestration.batch.curate import curate
+
     summary = curate(config)
     print()
     print_table([(outcome, f"{count:,}") for outcome, count in summary["outcomes"].items()])
@@ -25,6 +26,4 @@ def main(config: CurateConfig) -> dict[str, Any]:
     return summary
 
 
-def command() -> NoReturn:
-    """Run the command that `sys.argv` gives, and exit."""
-    run_job(main, CurateConfig, lambda config: join(config.output, "summary.json"))
+command = Command("rayclip curate", CurateConfig, main, lambda config: join(config.output, "summary.json"))

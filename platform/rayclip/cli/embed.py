@@ -1,16 +1,17 @@
-"""Embed a data set's pictures and captions to Parquet: python -m jobs.embed CONFIG key=value ..."""
+"""Write the features of a data set's images and captions to Parquet; after a crash it goes on."""
 
-from typing import Any, NoReturn
+from typing import Any
 
-from rayclip.cli.command import print_table, run_job
+from rayclip.cli.command import Command, print_table
 from rayclip.config import EmbedConfig
 from rayclip.io.storage import format_path, join
-from rayclip.orchestration.batch.embed import embed
-from rayclip.orchestration.batch.partitioned_output import format_causes
 
 
 def main(config: EmbedConfig) -> dict[str, Any]:
     """Embed the data set, or what an interrupted run left of it; returns the summary. Raises UserError."""
+    from rayclip.orchestration.batch.embed import embed
+    from rayclip.orchestration.batch.partitioned_output import format_causes
+
     summary = embed(config)
     print()
     print_table(
@@ -26,6 +27,4 @@ def main(config: EmbedConfig) -> dict[str, Any]:
     return summary
 
 
-def command() -> NoReturn:
-    """Run the command that `sys.argv` gives, and exit."""
-    run_job(main, EmbedConfig, lambda config: join(config.output, "summary.json"))
+command = Command("rayclip embed", EmbedConfig, main, lambda config: join(config.output, "summary.json"))

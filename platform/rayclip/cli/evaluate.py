@@ -1,16 +1,16 @@
-"""Measure a model with a suite of data sets: python -m jobs.evaluate MODEL CONFIG key=value ..."""
+"""Measure a model with a suite of data sets: zero-shot, linear probe, retrieval, robustness."""
 
-from typing import Any, NoReturn
+from typing import Any
 
-from rayclip.cli.command import print_table, run_job
+from rayclip.cli.command import Command, print_table
 from rayclip.config import SuiteConfig
 from rayclip.io.storage import format_path
-from rayclip.orchestration.batch.evaluate import evaluate, output_folder
-from rayclip.tracking.registry import resolve_model
 
 
 def main(config: SuiteConfig) -> dict[str, Any]:
     """Measure, or what an interrupted run left of it; returns the summary. Raises UserError."""
+    from rayclip.orchestration.batch.evaluate import evaluate
+
     summary = evaluate(config)
     print()
     print_table(
@@ -39,10 +39,11 @@ def _format_extraction(done: dict[str, Any]) -> str:
 
 
 def _summary_path(config: SuiteConfig) -> str:
+    from rayclip.orchestration.batch.evaluate import output_folder
+    from rayclip.tracking.registry import resolve_model
+
     version = resolve_model(config.model, config.tracking_uri).version
     return str(output_folder(config, version) / "summary.json")
 
 
-def command() -> NoReturn:
-    """Run the command that `sys.argv` gives, and exit."""
-    run_job(main, SuiteConfig, _summary_path, positional=("model",), from_file=True)
+command = Command("rayclip evaluate", SuiteConfig, main, _summary_path, ("model",), from_file=True)

@@ -1,23 +1,25 @@
-"""Fit a scaling law to runs: python -m jobs.fit SOURCE form=power key=value ..."""
+"""Fit a scaling law to runs, from a CSV or an MLflow experiment, with intervals."""
 
 import re
 from pathlib import PurePath
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from rayclip.cli.command import print_table, run_job
+from rayclip.cli.command import Command, print_table
 from rayclip.config import FitConfig
 from rayclip.errors import UserError
 from rayclip.io.paths import StoragePath, storage_path
 from rayclip.io.storage import find_file, format_path
-from rayclip.scaling.experiment import read_experiment
-from rayclip.scaling.plot import write_plot
-from rayclip.scaling.points import Run, read_csv, write_csv
-from rayclip.scaling.report import card, make_report, summarise
-from rayclip.tracking.experiment import log_result
+
+if TYPE_CHECKING:
+    from rayclip.scaling.points import Run
 
 
 def main(config: FitConfig) -> dict[str, Any]:
     """Fit the law, draw it, and log it; returns the summary. Raises UserError for a source that cannot be read."""
+    from rayclip.scaling.plot import write_plot
+    from rayclip.scaling.points import write_csv
+    from rayclip.scaling.report import card, make_report, summarise
+
     report = make_report(_read(config), config)
     summary = summarise(report)
     folder = output_folder(config)
@@ -39,7 +41,10 @@ def _is_table(config: FitConfig) -> bool:
     return config.source.lower().endswith(".csv") or find_file(config.source) is not None
 
 
-def _read(config: FitConfig) -> list[Run]:
+def _read(config: FitConfig) -> "list[Run]":
+    from rayclip.scaling.experiment import read_experiment
+    from rayclip.scaling.points import read_csv
+
     if _is_table(config):
         if config.metric is not None:
             raise UserError("metric is for an MLflow experiment; a CSV has its column error")
@@ -53,6 +58,9 @@ def _log(config: FitConfig, summary: dict[str, Any], files: list[StoragePath]) -
     experiment = config.log_to or (None if _is_table(config) else config.source)
     if experiment is None:
         return
+
+    from rayclip.tracking.experiment import log_result
+
     figures = {key: value["value"] for key, value in summary.items() if isinstance(value, dict) and "value" in value}
     metrics = {f"fit/{key}": value for key, value in figures.items() if value is not None}
     log_result(
@@ -60,6 +68,6 @@ def _log(config: FitConfig, summary: dict[str, Any], files: list[StoragePath]) -
     )
 
 
-def command() -> NoReturn:
-    """Run the command that `sys.argv` gives, and exit."""
-    run_job(main, FitConfig, lambda config: str(output_folder(config) / "summary.json"), positional=("source",))
+command = Command(
+    "rayclip fit", FitConfig, main, lambda config: str(output_folder(config) / "summary.json"), ("source",)
+)

@@ -1,16 +1,16 @@
-"""Write the manifest of shards, tables or pictures that exist already: python -m jobs.index URI"""
+"""Write the manifest of shards, tables or folders of images that exist already."""
 
-from typing import Any, NoReturn
+from typing import Any
 
-from rayclip.cli.command import run_job
+from rayclip.cli.command import Command
 from rayclip.config import IndexConfig
-from rayclip.data.index import output_folder
 from rayclip.io.storage import join
-from rayclip.orchestration.batch.index import index
 
 
 def main(config: IndexConfig) -> dict[str, Any]:
     """Read the shards that are new or have changed and write `manifest.parquet`; returns what there is."""
+    from rayclip.orchestration.batch.index import index
+
     summary = index(config)
     print(f"{'samples':>11}  {'shards':>7}  {'chunks':>9}  {'MB':>9}  folder")
     print(
@@ -23,6 +23,10 @@ def main(config: IndexConfig) -> dict[str, Any]:
     return summary
 
 
-def command() -> NoReturn:
-    """Run the command that `sys.argv` gives, and exit."""
-    run_job(main, IndexConfig, lambda config: join(output_folder(config), "index.json"), ("path",))
+def _summary_path(config: IndexConfig) -> str:
+    from rayclip.data.index import output_folder
+
+    return join(output_folder(config), "index.json")
+
+
+command = Command("rayclip index", IndexConfig, main, _summary_path, ("path",))

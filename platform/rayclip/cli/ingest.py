@@ -1,15 +1,16 @@
-"""Turn pictures and captions into a data set: python -m jobs.ingest CONFIG key=value ..."""
+"""Turn images and captions into a data set in shards; after a crash it goes on."""
 
-from typing import Any, NoReturn
+from typing import Any
 
-from rayclip.cli.command import run_job
+from rayclip.cli.command import Command
 from rayclip.config import IngestConfig
 from rayclip.io.storage import join
-from rayclip.orchestration.batch.ingest import ingest
 
 
 def main(config: IngestConfig) -> dict[str, Any]:
     """Write the data set, or what an interrupted run left of it; returns what it holds."""
+    from rayclip.orchestration.batch.ingest import ingest
+
     summary = ingest(config)
     print(f"{summary['output']} {'was complete already' if summary['complete'] else 'is complete'}")
     print(f"{'split':<20}  {'samples':>11}  {'classes':>7}  {'shards':>7}  {'MB':>9}  skipped")
@@ -22,6 +23,4 @@ def main(config: IngestConfig) -> dict[str, Any]:
     return summary
 
 
-def command() -> NoReturn:
-    """Run the command that `sys.argv` gives, and exit."""
-    run_job(main, IngestConfig, lambda config: join(config.output, "summary.json"))
+command = Command("rayclip ingest", IngestConfig, main, lambda config: join(config.output, "summary.json"))

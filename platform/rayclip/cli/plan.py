@@ -1,21 +1,24 @@
-"""Plan a training: model, samples, days, loaders and cost: python -m jobs.plan CONFIG key=value ..."""
+"""Plan a training: model size, samples, days, loader cores and cost."""
 
 import json
 import math
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from rayclip.cli.command import print_table, run_job
+from rayclip.cli.command import Command, print_table
 from rayclip.config import PlanConfig
 from rayclip.errors import UserError
 from rayclip.io.paths import storage_path
-from rayclip.scaling.fit import Estimate
-from rayclip.scaling.plan import TrainingPlan, batch_size, checkpoint_bytes, make_plan, measured_flops, read_law
+
+if TYPE_CHECKING:
+    from rayclip.scaling.fit import Estimate
+    from rayclip.scaling.plan import TrainingPlan
 
 
 def main(config: PlanConfig) -> dict[str, Any]:
     """Answer the question; returns the summary. Raises UserError for one that cannot be answered."""
+    from rayclip.scaling.plan import make_plan, measured_flops, read_law
+
     fitted = read_law(storage_path(config.law)) if config.law is not None else None
     plan = make_plan(config, fitted, measured_flops(config, _samples_per_s(config)))
     summary = summarise(config, plan)
@@ -23,8 +26,10 @@ def main(config: PlanConfig) -> dict[str, Any]:
     return summary
 
 
-def summarise(config: PlanConfig, plan: TrainingPlan) -> dict[str, Any]:
-    """Everything, as plain values; an interval's end that is infinite is None."""
+def summarise(config: PlanConfig, plan: "TrainingPlan") -> dict[str, Any]:
+    """Return the plan as plain values; an interval's end that is infinite is None."""
+    from rayclip.scaling.plan import batch_size, checkpoint_bytes
+
     samples, hours = plan.samples.value or 0.0, plan.gpu_hours
     speed, price = plan.samples_per_s, config.price_per_gpu_hour
     cores = config.loader_samples_per_core_s
@@ -52,7 +57,7 @@ def summarise(config: PlanConfig, plan: TrainingPlan) -> dict[str, Any]:
 
 
 def card(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Two columns for people."""
+    """Return the rows that `rayclip plan` prints: what was planned, and which key would tell what is missing."""
     missing = {
         "loader_cores": "loader_samples_per_core_s",
         "read_mb_per_s": "bytes_per_pair",
@@ -75,7 +80,7 @@ def _samples_per_s(config: PlanConfig) -> float | None:
         raise UserError(f"'{config.run}' is no summary of jobs.train: {' '.join(str(error).split())}") from None
 
 
-def _plain(estimate: Estimate, factor: float = 1.0) -> dict[str, Any]:
+def _plain(estimate: "Estimate", factor: float = 1.0) -> dict[str, Any]:
     plain = {key: value for key, value in asdict(estimate).items() if key != "reason"}
     return {key: value * factor if value is not None and math.isfinite(value) else None for key, value in plain.items()}
 
@@ -93,6 +98,4 @@ def _number(value: float | None) -> str:
     return "no end" if value is None else f"{value:,.4g}" if value < 1e6 else f"{value:.4g}"
 
 
-def command() -> NoReturn:
-    """Run the command that `sys.argv` gives, and exit."""
-    run_job(main, PlanConfig, lambda config: Path("runs/plans/summary.json"))
+command = Command("rayclip plan", PlanConfig, main, lambda config: "runs/plans/summary.json")

@@ -1,15 +1,15 @@
-"""Run a job on a cluster: python -m jobs.submit JOB CONFIG key=value ... --address http://HEAD:8265"""
+"""Run a command on a Ray cluster, and follow it; also list, status, logs and stop."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import rayclip.config
-from rayclip.cli.command import print_table, take_option
+from rayclip.cli.command import print_help, print_table, take_option
 from rayclip.config import Config
-from rayclip.errors import UserError, exit_with, nearest
+from rayclip.errors import UserError, nearest
 from rayclip.orchestration.cluster.resources import resource_request, shortage
 from rayclip.orchestration.cluster.runtime_env import check_config, check_paths, pack
 from rayclip.orchestration.cluster.submission import Cluster
@@ -24,17 +24,17 @@ USAGE = """usage: python -m jobs.submit JOB CONFIG key=value ... [--detach]    r
   ctrl-c leaves the job running; the exit code is the job's"""
 
 
-def main(arguments: list[str]) -> int:
+def command(arguments: list[str]) -> int:
     """Run a command; the exit code. Raises UserError."""
     if not arguments or {"-h", "--help"} & set(arguments[:1]):
-        print(USAGE)
+        print_help(USAGE)
         return 0 if arguments else 2
     arguments, address = take_option(arguments, "--address")
-    command, rest = arguments[0], arguments[1:]
-    if command in ("list", "status", "logs", "stop"):
-        return show(Cluster(address), command, rest)
+    first, rest = arguments[0], arguments[1:]
+    if first in ("list", "status", "logs", "stop"):
+        return show(Cluster(address), first, rest)
     detach, rest = "--detach" in rest, [argument for argument in rest if argument != "--detach"]
-    return submit(address, command, rest, detach)
+    return submit(address, first, rest, detach)
 
 
 def show(cluster: Cluster, command: str, rest: list[str]) -> int:
@@ -99,8 +99,3 @@ def follow(cluster: Cluster, job_id: str) -> int:
     except KeyboardInterrupt:
         print(f"\n{job_id} runs on; python -m jobs.submit logs|status|stop {job_id}", file=sys.stderr)
         return 130
-
-
-def command() -> NoReturn:
-    """Run the command that `sys.argv` gives, and exit."""
-    exit_with(lambda: main(sys.argv[1:]))

@@ -1,17 +1,18 @@
 """Train a ladder of models for a scaling law, or search for the best settings; after a crash it goes on."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 from rayclip.cli import fit
-from rayclip.cli.command import print_table, run_job
+from rayclip.cli.command import Command, print_table
 from rayclip.config import FitConfig, LadderPlan, SweepConfig
 from rayclip.errors import UserError
 from rayclip.io.storage import format_path
-from rayclip.orchestration.sweep.driver import run_sweep, sweep_folder
 
 
 def main(config: SweepConfig) -> dict[str, Any]:
     """Run the sweep; returns its summary. Raises UserError for a mistake in the config, and where trials failed."""
+    from rayclip.orchestration.sweep.driver import run_sweep, sweep_folder
+
     summary = run_sweep(config)
     folder = sweep_folder(config)
     print()
@@ -23,7 +24,7 @@ def main(config: SweepConfig) -> dict[str, Any]:
         summary["fit"] = fit.main(law)
     else:
         print("\nnext:")
-        print_table([(f"python -m jobs.train {format_path(str(folder.path / 'best.yaml'))}", "train the best")])
+        print_table([(f"rayclip train {format_path(str(folder.path / 'best.yaml'))}", "train the best")])
     folder.write_summary(summary)
     if summary["failed"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in summary["failed"].items())
@@ -43,6 +44,10 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return rows if best else [*rows[:1], ("compute", f"{spent:.3g} of {whole:.3g} training FLOPs")]
 
 
-def command() -> NoReturn:
-    """Run the command that `sys.argv` gives, and exit."""
-    run_job(main, SweepConfig, lambda config: str(sweep_folder(config).summary))
+def _summary_path(config: SweepConfig) -> str:
+    from rayclip.orchestration.sweep.driver import sweep_folder
+
+    return str(sweep_folder(config).summary)
+
+
+command = Command("rayclip sweep", SweepConfig, main, _summary_path)

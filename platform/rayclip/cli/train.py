@@ -1,29 +1,31 @@
-"""Train a CLIP, evaluate it, register the best checkpoint; the same command goes on with a run that was interrupted."""
+"""Train a CLIP, evaluate it, register the best checkpoint; after a crash it goes on."""
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from rayclip.cli.command import print_table, run_job
+from rayclip.cli.command import Command, print_table
 from rayclip.config import TrainConfig
 from rayclip.io.paths import storage_path
 from rayclip.io.storage import format_path
-from rayclip.orchestration.train.driver import run_training
-from rayclip.orchestration.train.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from rayclip.orchestration.train.run_folder import RunFolder
 
 
 def main(config: TrainConfig) -> dict[str, Any]:
     """Run the job. Returns the summary. Raises UserError."""
-    folder = RunFolder(storage_path(config.runs) / config.name)
+    from rayclip.orchestration.train.driver import run_training
+
     summary = run_training(config)
-    print_summary(summary, folder)
+    print_summary(summary, _run_folder(config))
     return summary
 
 
-def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
+def print_summary(summary: dict[str, Any], folder: "RunFolder") -> None:
     """The short table at the end, and what to do next."""
     print()
     print_table(list(_rows(summary)))
     print("\nnext:")
-    then = [("make ui", "the run in MLflow"), ("python -m jobs.train --help", "every setting")]
+    then = [("rayclip ui", "the run in MLflow"), ("rayclip train --help", "every setting")]
     if folder.contact_sheets.is_dir():
         then.insert(1, (format_path(str(folder.contact_sheets)), "right and wrong answers, as pictures"))
     print_table(then)
@@ -62,6 +64,10 @@ def _seen(summary: dict[str, Any]) -> str:
     return f"{seen:,}" if trained == seen else f"{seen - trained:,} before the branch, {trained:,}"
 
 
-def command() -> NoReturn:
-    """Run the command that `sys.argv` gives, and exit."""
-    run_job(main, TrainConfig, lambda config: str(RunFolder(storage_path(config.runs) / config.name).summary))
+def _run_folder(config: TrainConfig) -> "RunFolder":
+    from rayclip.orchestration.train.run_folder import RunFolder
+
+    return RunFolder(storage_path(config.runs) / config.name)
+
+
+command = Command("rayclip train", TrainConfig, main, lambda config: str(_run_folder(config).summary))

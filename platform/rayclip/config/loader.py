@@ -10,18 +10,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from rayclip.config import Config
+from rayclip.config.recipes import find_config
 from rayclip.errors import UserError, nearest
 
 Schema = TypeVar("Schema", bound=Config)
 
 
 def load(schema: type[Schema], path: str | Path | None, overrides: list[str]) -> Schema:
-    """The settings: defaults, then the YAML file where one is given, then the overrides in order.
+    """Return the settings: defaults, then the YAML file or the named recipe, if any, then the overrides in order.
 
     Raises UserError for a file that is missing or no YAML mapping, an unknown key (with the nearest one that exists),
     and a value of the wrong type.
     """
-    values = _read_yaml(Path(path)) if path is not None else {}
+    values = _read_yaml(str(path)) if path is not None else {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -59,12 +60,10 @@ def describe(schema: type[Config]) -> str:
     return "\n".join(f"  {key:<{width}}  {default:<14}  {meaning}" for key, default, meaning in lines)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        configs = sorted(str(p) for p in Path("platform/rayclip/recipes").glob("*.yaml"))
-        raise UserError(f"no config at '{path}': {nearest(str(path), configs) if configs else 'give a YAML file'}")
+def _read_yaml(path: str) -> dict[str, Any]:
+    file = find_config(path)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

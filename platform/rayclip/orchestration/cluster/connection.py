@@ -43,6 +43,11 @@ def connect(local_cpus: int = 0) -> None:
         )
 
 
+def disconnect() -> None:
+    """Leave the cluster, or end the Ray that `connect` started; the next job starts one with what it needs."""
+    ray.shutdown()
+
+
 def check_resources(bundles: list[Bundle], what: str) -> None:
     """Raise UserError where the cluster could never have what the bundles come to, however far it grows."""
     needed = {name: amount for name, amount in total(bundles).items() if amount}
