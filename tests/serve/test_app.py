@@ -13,9 +13,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from rayclip.cli.serve import command
 from rayclip.config.loader import load, validate
 from rayclip.errors import UserError
-from rayclip.serve.__main__ import main
 from rayclip.serve.app import build_app
 from rayclip.serve.config import AuthConfig, ServeConfig
 from rayclip.serve.launch import ENVIRONMENT
@@ -117,7 +117,7 @@ def test_a_mistake_is_said_before_anything_starts(tmp_path, monkeypatch, model_f
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
     with pytest.raises(UserError, match=re.escape(said)) as caught:
-        main([each.replace("MODEL", str(model_folder)) for each in arguments])
+        command([each.replace("MODEL", str(model_folder)) for each in arguments])
     assert "\n" not in str(caught.value)
 
 
@@ -136,7 +136,7 @@ def test_a_taken_port_is_one_line_and_exit_code_2(tmp_path, service, model_folde
 
 
 def test_a_key_is_made_and_its_line_is_accepted(capsys):
-    assert main(["key", "team"]) == 0
+    assert command(["key", "team"]) == 0
     output = capsys.readouterr()
     key = output.err.split()[-1]
     keys = ApiKeys.load(AuthConfig(), {KEYS_VARIABLE: output.out.strip()})
