@@ -76,7 +76,7 @@ def test_a_run_goes_on_where_a_shard_has_gone_since(tmp_path, make_samples, writ
         cluster={"num_workers": 1},
     )
     with pytest.raises(StoppedError):
-        run_training(TrainConfig.model_validate(config), judge=lambda measured: False)
+        run_training(TrainConfig.model_validate(config), should_continue=lambda evaluation: False)
     shard = data / manifest.shards[2]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-512])

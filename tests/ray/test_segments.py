@@ -110,14 +110,14 @@ def test_workers_of_a_group_that_is_over_get_nothing_of_the_next(spec, whole):
     assert identities(share.batches(BATCH)) == identities(whole)
 
 
-def test_a_planner_that_was_killed_is_there_for_the_next_group(spec, whole):
-    others = processes("Planner")
+def test_a_coordinator_that_was_killed_is_there_for_the_next_group(spec, whole):
+    others = processes("SegmentCoordinator")
     (former,) = shares(Stream(spec), 1, LEG)
     ray.get(former.group)
-    (coordinator,) = set(processes("Planner")) - set(others)
+    (coordinator,) = set(processes("SegmentCoordinator")) - set(others)
     coordinator.kill()
     coordinator.wait(10)
-    # As in a run: whoever begins a group has not asked this planner before.
+    # As in a run: whoever begins a group has not asked this coordinator before.
     begin = ray.remote(num_cpus=0)(lambda coordinator: ray.get(coordinator.begin.remote(lambda: Stream(spec), 1)))
     share = replace(former, group=begin.remote(former.coordinator))
     assert identities(share.batches(BATCH)) == identities(whole)
