@@ -42,9 +42,13 @@ ui: install ## open MLflow over the embedded database, on 127.0.0.1:5000
 peers: $(PEERS) ## add what benchmarks and parity tests compare with
 
 # open_clip imports torchvision, which pins a torch of its own: neither may bring its dependencies along.
-$(PEERS): $(STAMP)
+$(PEERS): $(STAMP) benchmarks/site/torchvision_without_operators.py
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps \
 		open_clip_torch clip_benchmark torchvision timm webdataset braceexpand regex transformers
+	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+		cp benchmarks/site/torchvision_without_operators.py "$$site" && \
+		echo 'import torchvision_without_operators' > "$$site/torchvision_without_operators.pth"
+	@$(BIN)/python -c 'import open_clip; from transformers import CLIPModel'
 	@touch $@
 
 # For the tests of the page. Debian's package, since a driver's own download needs more network than a package registry.

@@ -2,42 +2,27 @@
 
 import importlib
 import importlib.util
-from functools import cache
 from types import ModuleType
-
-import torch
 
 from rayclip.errors import UserError
 
-_TORCHVISION_OPS = ("nms", "qnms")
 
-
-@cache  # the operators' names may be given once
 def load_open_clip() -> ModuleType:
-    """open_clip, or a UserError that says how to get it."""
-    if importlib.util.find_spec("open_clip") is None:
-        raise UserError("open_clip is not installed: run make peers")
-    _name_torchvision_ops()
-    return importlib.import_module("open_clip")
+    """Return open_clip. Raises UserError, which says how to get it, where it is not installed."""
+    return _load("open_clip", "open_clip")
 
 
 def load_open_clip_data() -> ModuleType:
-    """The module with the data pipelines of open_clip's training script."""
-    load_open_clip()
-    return importlib.import_module("open_clip_train.data")
+    """Return the module with the data pipelines of open_clip's training script. Raises UserError likewise."""
+    return _load("open_clip_train.data", "open_clip")
 
 
 def load_transformers() -> ModuleType:
-    """Hugging Face's transformers, or a UserError that says how to get it."""
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError("transformers is not installed: run make peers")
-    _name_torchvision_ops()
-    return importlib.import_module("transformers")
+    """Return Hugging Face's transformers. Raises UserError likewise."""
+    return _load("transformers", "transformers")
 
 
-@cache
-def _name_torchvision_ops() -> None:
-    # Both import torchvision and call none of its operators; a torchvision built for another torch lacks them and
-    # fails to import unless their names exist.
-    for name in _TORCHVISION_OPS:
-        torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+def _load(module: str, package: str) -> ModuleType:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{package} is not installed: run make peers")
+    return importlib.import_module(module)
