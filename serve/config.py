@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rayclip.config import Config
+from rayclip.inference.prompts import DEFAULT_TEMPLATES
 
 
 class UrlConfig(Config):
@@ -89,7 +90,7 @@ class ServeConfig(Config):
     retire_s: float = Field(30.0, ge=0, description="how long a version that was replaced stays loaded")
     host: str = Field("127.0.0.1", description="address to listen on; another one needs API keys")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
-    templates: str | tuple[str, ...] = Field("photo_ensemble", description="what labels are put into by default")
+    templates: str | tuple[str, ...] = Field(DEFAULT_TEMPLATES, description="what labels are put into by default")
     label_sets: dict[str, LabelSet] = Field({}, description="named label sets that are there from the start")
     state_folder: str | None = Field(None, description="where label sets put over HTTP are kept; none: in memory")
     cache_bytes: int = Field(256_000_000, gt=0, description="class matrices that an ingress replica keeps")

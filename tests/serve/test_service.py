@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import InferenceClient
 from PIL import Image
 
+import rayclip
 from rayclip.data.decode import eval_array
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.inference.encoder import Encoder
@@ -267,3 +268,16 @@ def test_what_is_wrong_is_said_in_a_line(service, encoded, body, status, said):
 def test_pages_elsewhere_may_not_call_it_unless_allowed(service):
     headers = service.ask("POST", "/v1/embeddings", {"input": "a"}, {"Origin": "https://evil.example"})[2]
     assert "access-control-allow-origin" not in {name.lower() for name in headers}
+
+
+def test_the_python_api_gives_the_same_answers(service, model_folder, make_image):
+    """`rayclip.load(...).classify` beside /v1/zero-shot, in each kind of scores."""
+    model = rayclip.load(model_folder, device="cpu")
+    images = [make_image(seed, kind, (30 + seed, 44)) for seed, kind in enumerate(["PNG", "JPEG", "GIF"])]
+    body = {"images": [base64.b64encode(data).decode() for data in images], "labels": LABELS}
+    for scores in ("softmax", "sigmoid", "cosine"):
+        answer = service.post("/v1/zero-shot", {**body, "scores": scores})
+        result = model.classify(images, LABELS, scores=scores)
+        served = [scores_of(each, len(LABELS)) for each in answer["results"]]
+        np.testing.assert_allclose(result.probabilities, served, atol=1e-5)
+        assert answer["model"] == result.model_version

@@ -1,6 +1,8 @@
 """From a YAML file and `dotted.key=value` overrides to settings, with one clear line for every mistake."""
 
+import os
 from collections.abc import Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -33,6 +35,55 @@ def load(schema: type[Schema], path: str | Path | None, overrides: list[str]) ->
             raise UserError(f"'{override}': the value is not YAML: {' '.join(str(error).split())}") from None
         _set(values, key.split("."), value, override)
     return validate(schema, values, str(path or "command line"))
+
+
+def load_from_python(
+    schema: type[Schema], base: str | PathLike[str] | Mapping[str, Any] | Schema | None, overrides: Mapping[str, Any]
+) -> Schema:
+    """Return the settings that a Python caller gives.
+
+    Args:
+        schema: the kind of settings.
+        base: a YAML file, values as nested mappings, settings, or None for defaults alone.
+        overrides: values by key. A dotted key sets what it names; a mapping is merged into what is there.
+
+    Raises:
+        UserError: as `load` does.
+    """
+    if isinstance(base, Config):
+        if not isinstance(base, schema):
+            raise UserError(f"a {schema.__name__} is needed, not a {type(base).__name__}")
+        values, source = base.model_dump(exclude_unset=True), schema.__name__
+    elif isinstance(base, Mapping):
+        values, source = _merge({}, base), "config"
+    elif base is None or isinstance(base, str | PathLike):
+        values, source = (_read_yaml(Path(base)) if base is not None else {}), str(base or "arguments")
+    else:
+        raise UserError(f"a config is a YAML file, a mapping or a {schema.__name__}, not a {type(base).__name__}")
+    for key, value in overrides.items():
+        if "." in key:
+            _set(values, key.split("."), _plain(value), f"{key}={value}")
+        else:
+            values = _merge(values, {key: value})
+    return validate(schema, values, source)
+
+
+def _merge(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with the others in their place; mappings that both have are merged in turn."""
+    merged = {key: _plain(value) for key, value in values.items()}
+    for key, value in others.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else _plain(value)
+    return merged
+
+
+def _plain(value: object) -> Any:
+    """Return the value as YAML would hold it."""
+    if isinstance(value, Config):
+        return value.model_dump(exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return os.fspath(value) if isinstance(value, PathLike) else value
 
 
 def validate(schema: type[Schema], values: dict[str, Any], source: str) -> Schema:

@@ -25,6 +25,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "emoji": ("{}", "an emoji of {}", "a picture of {}"),
 }
 
+DEFAULT_TEMPLATES = "photo_ensemble"
+"""What the service and `Model.classify` put labels into where nothing else is asked for."""
+
 
 def resolve_templates(value: str | Sequence[str]) -> tuple[str, ...]:
     """Templates from a set's name, one template, or a list of templates; each holds "{}" where the name goes.

@@ -175,6 +175,30 @@ def is_registered(uri: str) -> bool:
     return False
 
 
+def find_by_name(name: str, tracking_uri: str | None) -> str:
+    """Return the URI of a registered model that is given by its bare name: its only alias, or its only version.
+
+    Raises UserError for an unknown name, one with several aliases, and where MLflow does not answer.
+    """
+    tracking_uri = resolve_uri(tracking_uri)
+    client = connect_existing(tracking_uri)
+    try:
+        names = [model.name for model in client.search_registered_models()]
+        if name not in names:
+            known = f"; {nearest(name, names)}" if names else ""
+            raise UserError(f"no model '{name}': no such path, nor such a registered model in {tracking_uri}{known}")
+        aliases = sorted(client.get_registered_model(name).aliases)
+        numbers = sorted(int(version.version) for version in client.search_model_versions(f"name = '{name}'"))
+    except MlflowException as error:
+        raise UserError(f"MLflow cannot be read at {tracking_uri}: {_first_line(error)}") from None
+    if len(aliases) == 1:
+        return f"models:/{name}@{aliases[0]}"
+    if not aliases and len(numbers) == 1:
+        return f"models:/{name}/{numbers[0]}"
+    choices = [f"models:/{name}@{alias}" for alias in aliases] or [f"models:/{name}/{number}" for number in numbers]
+    raise UserError(f"'{name}' may be several models: give one of {', '.join(choices) or 'its versions; it has none'}")
+
+
 def find_version(uri: str, tracking_uri: str | None) -> Version:
     """The version that a registered model's URI stands for now: milliseconds, one look at MLflow, no download.
 

@@ -1,8 +1,25 @@
 """One calm line of progress for people: it rewrites itself on a terminal, and elsewhere is printed now and then."""
 
+import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol, TextIO
+
+_logger = logging.getLogger(__name__)
+_shown: ContextVar[bool] = ContextVar("progress_shown", default=True)
+
+
+@contextmanager
+def progress_shown(shown: bool) -> Iterator[None]:
+    """Show or hide the progress of what runs inside; what is hidden says its notes to the log, at level INFO."""
+    token = _shown.set(shown)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
 
 
 class Line(Protocol):
@@ -25,6 +42,7 @@ class ProgressLine:
         self, total: int, unit: str = "samples", start: int = 0, stream: TextIO | None = None, every_s: float = 10.0
     ) -> None:
         self.total, self.unit, self.stream = total, unit, stream or sys.stderr
+        self._hidden = not _shown.get()
         self._terminal = self.stream.isatty()
         self._every_s = 0.2 if self._terminal else every_s
         self._first = (time.monotonic(), start)
@@ -46,18 +64,25 @@ class ProgressLine:
 
     def note(self, text: str) -> None:
         """A line of its own that stays above the progress."""
+        if self._hidden:
+            _logger.info(text)
+            return
         print(f"\r\x1b[K{text}" if self._terminal else text, file=self.stream, flush=True)
         if self._terminal:
             self._written = ""  # it took the progress line's place
 
     def close(self) -> None:
         """Leave the last state standing."""
+        if self._hidden:
+            return
         if self._last != self._written:
             self._write()
         if self._last and self._terminal:
             print(file=self.stream, flush=True)
 
     def _write(self) -> None:
+        if self._hidden:
+            return
         self._written = self._last
         if self._terminal:
             print(f"\r\x1b[K{self._last}", end="", file=self.stream, flush=True)

@@ -1,0 +1,1 @@
+"""What `import rayclip` offers: `load` in loading, `train`, `evaluate` and `embed` in jobs."""
