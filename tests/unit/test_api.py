@@ -108,7 +108,8 @@ def test_a_registered_model_by_its_uri_and_by_its_bare_name(model, checkpoint, t
     uri = f"sqlite:///{tmp_path}/mlflow/mlflow.db"
     client = connect(uri)
     logged = link_checkpoint(client, open_run(uri, "tests", "run", {}, {}, None), checkpoint, 1, {})
-    register(client, logged, checkpoint, "letters", "champion")
+    register(client, logged, checkpoint, "letters")
+    client.set_registered_model_alias("letters", "champion", "1")
     for name in ("models:/letters@champion", "models:/letters/1", "letters"):
         loaded = rayclip.load(name)
         assert (loaded.version, loaded.uri) == ("letters/1", "models:/letters/1")

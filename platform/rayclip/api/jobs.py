@@ -116,7 +116,12 @@ def train(
         folder=str(RunFolder(storage_path(settings.runs) / settings.name).path),
         checkpoint=summary["checkpoint"],
         model=None if version is None else f"models:/{summary['registered_model']}/{version}",
-        metrics={f"{task}.{name}": value for task, figures in tasks.items() for name, value in figures.items()},
+        metrics={
+            f"{task}.{name}": value
+            for task, figures in tasks.items()
+            for name, value in figures.items()
+            if isinstance(value, int | float)
+        },
         samples_seen=summary["samples_seen"],
         samples_per_s=summary["samples_per_s"],
         mlflow_run_id=summary["mlflow_run_id"],

@@ -44,7 +44,7 @@ def load_from_python(
 
     Args:
         schema: the kind of settings.
-        base: a YAML file, values as nested mappings, settings, or None for defaults alone.
+        base: a recipe's name, a YAML file, values as nested mappings, settings, or None for defaults alone.
         overrides: values by key. A dotted key sets what it names; a mapping is merged into what is there.
 
     Raises:
@@ -57,7 +57,7 @@ def load_from_python(
     elif isinstance(base, Mapping):
         values, source = _merge({}, base), "config"
     elif base is None or isinstance(base, str | PathLike):
-        values, source = (_read_yaml(Path(base)) if base is not None else {}), str(base or "arguments")
+        values, source = (_read_yaml(os.fspath(base)) if base is not None else {}), str(base or "arguments")
     else:
         raise UserError(f"a config is a YAML file, a mapping or a {schema.__name__}, not a {type(base).__name__}")
     for key, value in overrides.items():
