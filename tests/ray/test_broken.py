@@ -10,9 +10,9 @@ from rayclip.cli import train as job
 from rayclip.config import TrainConfig
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
-from rayclip.orchestration.train.driver import run_training
+from rayclip.orchestration.cluster.progress import ProgressLine
+from rayclip.orchestration.train.driver import run_training, start_training
 from rayclip.orchestration.train.run_folder import RunFolder
-from rayclip.orchestration.train.worker import StoppedError
 from tests.broken_corpus import CHUNK_SAMPLES, GONE, HALF, NUM_SAMPLES, SHARD_SAMPLES, SIDE, build_corpus
 
 pytestmark = pytest.mark.slow
@@ -75,8 +75,9 @@ def test_a_run_goes_on_where_a_shard_has_gone_since(tmp_path, make_samples, writ
         evaluation={"every_samples": 60, "tasks": {"pairs": {"kind": "retrieval", "path": str(pairs)}}},
         cluster={"num_workers": 1},
     )
-    with pytest.raises(StoppedError):
-        run_training(TrainConfig.model_validate(config), should_continue=lambda evaluation: False)
+    training = start_training(TrainConfig.model_validate(config), ProgressLine, awaits_decision=True)
+    assert next(filter(None, training))["samples_seen"] == 60
+    training.close()
     shard = data / manifest.shards[2]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-512])

@@ -13,12 +13,14 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
+from ray.util.placement_group import placement_group_table
 
 from rayclip.cli import sweep as sweep_job
 from rayclip.config import SweepConfig, TrainConfig
 from rayclip.config.loader import load
 from rayclip.errors import UserError
 from rayclip.orchestration.sweep import driver as sweep_module
+from rayclip.orchestration.sweep.trial import TrialTask, _train
 
 pytestmark = pytest.mark.slow
 
@@ -185,6 +187,19 @@ def test_asha_stops_a_trial_at_its_evaluation_and_a_mistake_is_told_not_retried(
     values["base"]["batch_size"] = 8
     with pytest.raises(UserError, match="holds a run with batch_size = 16, not 8"):
         sweep_job.main(SweepConfig.model_validate(values))
+
+
+def test_a_trial_whose_log_cannot_be_written_fails_and_keeps_nobody_waiting(tmp_path, data, make_config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/logs").write_text("a file where the folder of logs would be")
+    evaluation = {"every_samples": 64, "tasks": {"classes": {"kind": "zero_shot", "path": str(data / "pictures")}}}
+    config = make_config("unheard", data / "train", samples=256, evaluation=evaluation, cluster={"num_workers": 2})
+    trial = _train(TrialTask("unheard", (TrainConfig.model_validate(config),), (0,), awaits_decision=True))
+    with pytest.raises(FileExistsError, match="runs/logs"):
+        list(trial)
+    placed = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    assert not placed, "the workers have ended, and their place is free for the next try"
 
 
 def start(folder):

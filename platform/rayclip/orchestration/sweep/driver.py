@@ -5,12 +5,9 @@ started again trains what is missing. Only the decisions of a search are kept be
 """
 
 import os
-import threading
 from typing import Any
 
-import ray
 import yaml
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayclip.config import SearchPlan, SweepConfig, TrainConfig
 from rayclip.errors import UserError
@@ -25,13 +22,10 @@ from rayclip.orchestration.sweep.trials import Outcomes, Planned, TrialPlanner, 
 from rayclip.orchestration.sweep.tuner import run_trials
 from rayclip.orchestration.train.driver import code_version, resolve
 from rayclip.orchestration.train.run_folder import RunFolder
-from rayclip.orchestration.train.status import SweepStatusActor
 from rayclip.scaling.rungs import Row, write_rows
 from rayclip.scaling.search import trial_config, trial_name
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.experiment import log_files, open_group
-
-_LOOK_EVERY_S = 0.5
 
 
 def run_sweep(config: SweepConfig) -> dict[str, Any]:
@@ -80,17 +74,10 @@ class Sweep:
             self.table.note(f"sweep '{self.config.name}' is complete already")
             return
         at_once = self._connect()
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._status_actor = SweepStatusActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self.table.note(f"sweep '{self.config.name}': {num_left} trials to train, {at_once} at a time")
-        done = threading.Event()
-        watcher = threading.Thread(target=self._watch, args=(done,), daemon=True)
-        watcher.start()
         try:
             run_trials(self, self._asha(), num_left, at_once, self.config.max_failures, self.folder.path / "tune")
         finally:
-            done.set()
-            watcher.join()
             self.table.refresh(at_once=True)
 
     def finish(self) -> dict[str, Any]:
@@ -131,13 +118,12 @@ class Sweep:
         self.table.change(name, state=STARTING)
         planned = self.trials[name]
         awaits_decision = isinstance(self.plan, SearchPlan) and self.plan.algorithm == "asha"
-        return TrialTask(name, planned.trial.runs, planned.starts, awaits_decision, self._status_actor)
+        return TrialTask(name, planned.trial.runs, planned.starts, awaits_decision)
 
     def heard(self, name: str, result: dict[str, Any]) -> None:
         """A result of a trial."""
         metric = result.get(self.config.metric)
-        if metric is not None:
-            self.table.change(name, metric=metric)
+        self.table.change(name, **result.get("progress", {}), **({} if metric is None else {"metric": metric}))
         if "finished" in result:
             self.write_rows()
             text = "" if metric is None else f": {self.config.metric} {metric:.1%}"
@@ -159,6 +145,10 @@ class Sweep:
         """A trial's processes died, and it goes on from its checkpoint."""
         self.table.note(f"{name} is begun again where it was: {reason}")
         self.table.change(name, state=STARTING)
+
+    def refresh(self) -> None:
+        """Show how far the trials are, where it is time."""
+        self.table.refresh()
 
     # What is done
 
@@ -225,14 +215,6 @@ class Sweep:
         self.lines[planned.name] = TrialLine(planned.name, planned.totals[0], planned.cost.training_flops)
         self.table.add(self.lines[planned.name])
         return planned.name
-
-    def _watch(self, done: threading.Event) -> None:
-        while not done.wait(_LOOK_EVERY_S):
-            for name, news in ray.get(self._status_actor.take.remote()).items():
-                if self.lines[name].state in (FINISHED, STOPPED, FAILED):  # it was told before that
-                    continue
-                self.table.change(name, **news)
-            self.table.refresh()
 
     def _totals(self) -> dict[str, Any]:
         """Compute spent, and what all trials would have taken to their end."""

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from typing import TextIO
@@ -45,47 +44,42 @@ class TrialLine:
 
 
 class SweepTable:
-    """All trials, in their order. Any thread may change one."""
+    """The table of all trials, in their order."""
 
     def __init__(self, lines: list[TrialLine], stream: TextIO | None = None) -> None:
         self._lines = {line.name: line for line in lines}
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._every_s = 1.0 if self._terminal else 10.0
-        self._lock = threading.RLock()
         self._drawn = 0
         self._shown_at = time.monotonic()
         self._first = (time.monotonic(), self._done())
 
     def add(self, line: TrialLine) -> None:
         """One more trial."""
-        with self._lock:
-            self._lines[line.name] = line
+        self._lines[line.name] = line
 
     def change(self, name: str, **changes: object) -> None:
         """Take what is new of a trial; a new state is shown at once, the rest at the next look."""
-        with self._lock:
-            line = self._lines[name]
-            before = line.state
-            for key, value in changes.items():
-                setattr(line, key, value)
-            if line.state != before and not self._terminal:
-                print("  ".join(filter(None, line.cells())), file=self._stream, flush=True)
+        line = self._lines[name]
+        before = line.state
+        for key, value in changes.items():
+            setattr(line, key, value)
+        if line.state != before and not self._terminal:
+            print("  ".join(filter(None, line.cells())), file=self._stream, flush=True)
 
     def refresh(self, at_once: bool = False) -> None:
         """Show the table where it is time."""
-        with self._lock:
-            now = time.monotonic()
-            if not at_once and now - self._shown_at < self._every_s:
-                return
-            self._shown_at = now
-            self._draw() if self._terminal else print(self.total_line(), file=self._stream, flush=True)
+        now = time.monotonic()
+        if not at_once and now - self._shown_at < self._every_s:
+            return
+        self._shown_at = now
+        self._draw() if self._terminal else print(self.total_line(), file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
         """A line that stays, above the table."""
-        with self._lock:
-            print(f"{self._up()}{text}", file=self._stream, flush=True)
-            self._drawn = 0
+        print(f"{self._up()}{text}", file=self._stream, flush=True)
+        self._drawn = 0
 
     def total_line(self) -> str:
         """All trials together; the time left is by compute, as the sweep has gone since it was started."""

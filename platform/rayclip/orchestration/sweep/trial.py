@@ -1,26 +1,25 @@
 """One trial of a sweep, as Ray Tune's actor: runs of training, one after another, with this process as their driver.
 
-Training runs on a thread of its own. At each evaluation it waits in `should_continue` until Tune, which has got the
-result from `step`, asks for the next one, and so decides that it goes on. Where Tune stops the trial, the run ends at
-its evaluation, its workers and their placement group with it; killing this process would leave both behind.
+Each `step` trains up to the next news. Where that is an evaluation, the workers wait until Tune, which has got it, asks
+for the next step and so decides that the trial goes on; where Tune stops the trial instead, the run ends at its
+evaluation, its workers and their placement group with it. Killing this process would leave the placement group behind:
+Ray's own cleaner of these asks the dashboard, which a Ray on one machine is started without.
 """
 
-import threading
 import time
 import traceback
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
-from queue import Queue
 from typing import Any
 
 import ray.tune
-from ray.actor import ActorHandle
 
 from rayclip.config import TrainConfig
 from rayclip.errors import UserError
 from rayclip.io.paths import append, storage_path
 from rayclip.orchestration.sweep.table import TRAINING
-from rayclip.orchestration.train.driver import CrashedError, run_training
-from rayclip.orchestration.train.run_context import StoppedError
+from rayclip.orchestration.train.driver import CrashedError, start_training
 from rayclip.tracking.mlflow import flatten
 
 
@@ -32,62 +31,56 @@ class TrialTask:
     runs: tuple[TrainConfig, ...]
     starts: tuple[int, ...]
     awaits_decision: bool
-    status_actor: ActorHandle
 
     def log(self, text: str) -> None:
-        """A line in the trial's own log, in the sweep's folder."""
+        """Add a line to the trial's own log, in the sweep's folder."""
         path = storage_path(self.runs[0].runs) / "logs" / f"{self.name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         append(path, f"{time.strftime('%H:%M:%S')} {text}\n".encode())
 
 
-class SweepStatusLine:
-    """Puts a run's progress on the board; `before` are the samples that the trial trained in earlier runs."""
+class TrialProgress:
+    """Keeps a run's progress for the sweep's table; `before` are the samples that the trial trained in earlier runs."""
 
     def __init__(self, task: TrialTask, before: int) -> None:
         self._task, self._before = task, before
+        self._news: dict[str, Any] = {}
 
     def update(self, done: int, rate: float | None = None, **shown: str) -> None:
-        """Tell the board."""
-        news = {"samples": self._before + done, "rate": rate or 0.0, "loss": shown.get("loss", "")}
-        self._task.status_actor.tell.remote(self._task.name, state=TRAINING, **news)
+        """Keep how far the run is."""
+        samples = {"samples": self._before + done, "rate": rate or 0.0, "loss": shown.get("loss", "")}
+        self._news = {"progress": {"state": TRAINING, **samples}}
 
     def note(self, text: str) -> None:
-        """A line in the trial's log."""
+        """Add a line to the trial's log."""
         self._task.log(text)
 
     def close(self) -> None:
         """Nothing is left standing."""
 
+    def take(self) -> dict[str, Any]:
+        """Return what is new since the last call, as part of a result."""
+        news, self._news = self._news, {}
+        return news
+
 
 class TrialActor(ray.tune.Trainable):
-    """Results are `samples_seen` and each TASK.METRIC of an evaluation; `finished` names a run that has ended. The last
-    one is `done`, with `failed` where a mistake ended the trial that another try would meet again.
+    """Results hold `progress`, for the table, and what an evaluation gave: `samples_seen` and each TASK.METRIC; or
+    `finished`, the name of a run that has ended. The last one is `done`, with `failed` where a mistake ended the trial
+    that another try would meet again.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Begin to train."""
-        self._task: TrialTask = config["task"]
-        self._results: Queue[dict[str, Any] | BaseException] = Queue()
-        self._decisions: Queue[bool] = Queue()
-        self._is_asked = False
-        self._thread = threading.Thread(target=self._train, daemon=True)
-        self._thread.start()
+        """Take the trial."""
+        self._results = _train(config["task"])
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next result. Raises what ended the training."""
-        if self._is_asked:
-            self._decisions.put(True)
-        result = self._results.get()
-        if isinstance(result, BaseException):
-            raise result
-        self._is_asked = result.pop("asks", False)
-        return result
+        """Train up to the next result. Raises what ended the training."""
+        return next(self._results)
 
     def cleanup(self) -> None:
         """End the run that waits to hear if it goes on."""
-        self._decisions.put(False)
-        self._thread.join()
+        self._results.close()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial in this process: it has everything imported."""
@@ -95,35 +88,35 @@ class TrialActor(ray.tune.Trainable):
         self.setup(new_config)
         return True
 
-    def _train(self) -> None:
-        before = 0
-        try:
-            for config, start in zip(self._task.runs, self._task.starts, strict=True):
-                before += self._run(config, before - start) - start
-            self._results.put({"done": True})
-        except StoppedError:
-            pass
-        except CrashedError as error:
-            self._results.put(error)
-        except UserError as error:
-            self._results.put({"done": True, "failed": str(error)})
-        except BaseException as error:
-            self._task.log(traceback.format_exc())  # the sweep shows a line of it
-            self._results.put(error)
 
-    def _run(self, config: TrainConfig, before: int) -> int:
-        """Train one run and put what it came to; returns the samples it has seen."""
+def _train(task: TrialTask) -> Generator[dict[str, Any], None, None]:
+    before = 0
+    try:
+        for config, start in zip(task.runs, task.starts, strict=True):
+            before += (yield from _run(task, config, before - start)) - start
+        yield {"done": True}
+    except CrashedError:
+        raise
+    except UserError as error:
+        yield {"done": True, "failed": str(error)}
+    except Exception:
+        task.log(traceback.format_exc())  # the sweep shows a line of it
+        raise
 
-        def new_line(total: int, start: int = 0) -> SweepStatusLine:
-            return SweepStatusLine(self._task, before)
 
-        summary = run_training(config, new_line, self._should_continue if self._task.awaits_decision else None)
-        measured = flatten(summary.get("zero_shot", {})) | flatten(summary.get("retrieval", {}))
-        samples: int = summary["samples_seen"]
-        self._task.status_actor.tell.remote(self._task.name, samples=before + samples)
-        self._results.put({"finished": config.name, "samples_seen": samples, **measured})
-        return samples
-
-    def _should_continue(self, measured: dict[str, float]) -> bool:
-        self._results.put({**measured, "asks": True})
-        return self._decisions.get()
+def _run(task: TrialTask, config: TrainConfig, before: int) -> Generator[dict[str, Any], None, int]:
+    """Train one run, and yield its results; returns the samples it has seen."""
+    line = TrialProgress(task, before)
+    with closing(start_training(config, lambda total, start=0: line, task.awaits_decision)) as training:
+        while True:
+            try:
+                evaluation = next(training)
+            except StopIteration as ended:
+                summary = ended.value
+                break
+            if news := line.take() | (evaluation or {}):
+                yield news
+    evaluated = flatten(summary.get("zero_shot", {})) | flatten(summary.get("retrieval", {}))
+    samples: int = summary["samples_seen"]
+    yield {"finished": config.name, "progress": {"samples": before + samples}, "samples_seen": samples, **evaluated}
+    return samples

@@ -37,6 +37,9 @@ class Trials(Protocol):
     def restarted(self, name: str, reason: str) -> None:
         """A trial's processes died, and it goes on from its checkpoint."""
 
+    def refresh(self) -> None:
+        """Show how far the trials are; called every few tenths of a second."""
+
 
 def run_trials(
     trials: Trials,
@@ -102,6 +105,9 @@ class _Listener(InFolder, ray.tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._trials.restarted(_name(trial), _reason(trial))
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._trials.refresh()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._trials.ended(_name(trial), _reason(trial))

@@ -9,7 +9,8 @@ import math
 import os
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from rayclip.orchestration.cluster.progress import Line, ProgressLine
 from rayclip.orchestration.cluster.ray_storage import ray_storage
 from rayclip.orchestration.cluster.resources import resource_request, total
 from rayclip.orchestration.train.branch import branch_checkpoint, branch_tags
-from rayclip.orchestration.train.run_context import RunContext, StoppedError
+from rayclip.orchestration.train.run_context import RunContext
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.orchestration.train.status import RunStatusActor
 from rayclip.orchestration.train.stream import StreamConfig, latest_checkpoint
@@ -49,21 +50,35 @@ from rayclip.training.checkpoint import read_metrics, read_state
 _POLL_S = 0.5
 
 
-ShouldContinue = Callable[[dict[str, float]], bool]
-"""Hears what an evaluation gave, `samples_seen` and each TASK.METRIC, and says whether the run goes on."""
+Evaluation = dict[str, float]
+"""What an evaluation gave: `samples_seen` and each TASK.METRIC."""
+Training = Generator[Evaluation | None, None, dict[str, Any]]
 
 
 class CrashedError(UserError):
     """Workers died more often than `cluster.max_failures` allows; another try may go better."""
 
 
-def run_training(
-    config: TrainConfig, new_line: Callable[..., Line] = ProgressLine, should_continue: ShouldContinue | None = None
-) -> dict[str, Any]:
+def run_training(config: TrainConfig, new_line: Callable[..., Line] = ProgressLine) -> dict[str, Any]:
     """Train, or go on with a run that was interrupted, and return its summary. One that is complete is left as it is.
 
     `new_line(total, start=samples_seen)` makes what shows the progress. Raises UserError for everything that a user can
-    mend, CrashedError among it, and StoppedError where the `should_continue` ends the run.
+    mend, CrashedError among it.
+    """
+    training = start_training(config, new_line)
+    while True:
+        try:
+            next(training)
+        except StopIteration as ended:
+            summary: dict[str, Any] = ended.value
+            return summary
+
+
+def start_training(config: TrainConfig, new_line: Callable[..., Line], awaits_decision: bool = False) -> Training:
+    """`run_training` as a generator, which yields now and then while the workers train.
+
+    Where `awaits_decision`, it yields each evaluation, and the workers wait: for `next`, and the run goes on; or for
+    `close`, and it ends there. Every other time it yields None.
     """
     config = resolve(config)
     folder = RunFolder(storage_path(config.runs) / config.name)
@@ -97,7 +112,6 @@ def run_training(
     run_id = _open_mlflow_run(config, uri, folder, record, spec, version, parent_checkpoint)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
     status_actor = RunStatusActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    awaits_decision = should_continue is not None
     context = RunContext(
         config,
         spec,
@@ -112,9 +126,9 @@ def run_training(
     )
     succeeded = stopped = False
     try:
-        _fit(context, folder, new_line, should_continue)
+        yield from _fit(context, folder, new_line)
         succeeded = True
-    except StoppedError:
+    except GeneratorExit:
         stopped = True
         raise
     finally:
@@ -233,8 +247,8 @@ def _open_mlflow_run(
 
 
 def _fit(
-    context: RunContext, folder: RunFolder, new_line: Callable[..., Line], should_continue: ShouldContinue | None
-) -> None:
+    context: RunContext, folder: RunFolder, new_line: Callable[..., Line]
+) -> Generator[Evaluation | None, None, None]:
     config = context.config
     workers = config.cluster
     checkpoint = latest_checkpoint(str(folder.checkpoints))
@@ -245,8 +259,8 @@ def _fit(
         line.note(f"branching off at {start:,} samples, from '{context.parent_checkpoint}'")
     elif found:
         line.note(f"going on with run '{config.name}' from {start:,} samples")
-    if should_continue and checkpoint and not _goes_on_from(checkpoint, context.total_samples, should_continue):
-        raise StoppedError
+    if context.awaits_decision and checkpoint:
+        yield _last_evaluation(checkpoint, context.total_samples)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": context},
@@ -272,46 +286,65 @@ def _fit(
         else None,
         dataset_config=StreamConfig(context.spec, str(folder.checkpoints), context.parent_checkpoint),
     )
-    done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(context.status_actor, line, should_continue, done), daemon=True)
-    watcher.start()
+    fit = _start(trainer)
     try:
-        trainer.fit()
+        yield from _follow(context.status_actor, line, fit)
+        fit.result()
     except ray.train.TrainingFailedError as error:
         raise CrashedError(f"training failed after {workers.max_failures} restarts: {_last_line(error)}") from error
+    except KeyboardInterrupt:  # the workers end with this process
+        raise
+    except BaseException:  # whatever it is, workers that wait for a decision, now or later, hear that there is none
+        ray.get(context.status_actor.end.remote())
+        wait([fit])
+        raise
     finally:
-        done.set()
-        watcher.join()
         line.close()
     mistake: Any = ray.get(context.status_actor.error.remote())
     if mistake:
         raise UserError(mistake)
-    if ray.get(context.status_actor.stopped.remote()):
-        raise StoppedError
 
 
-def _goes_on_from(found: StoragePath, total_samples: int, should_continue: ShouldContinue) -> bool:
-    """Ask again what may have been asked, and not heard, when the crash came."""
+def _last_evaluation(found: StoragePath, total_samples: int) -> Evaluation | None:
+    """What the checkpoint's evaluation gave: the crash may have come before it was decided on. None: nothing to ask."""
     state, tasks = read_state(found), read_metrics(found)["tasks"]
-    ended = state.samples_consumed >= total_samples
-    return ended or not tasks or should_continue({"samples_seen": state.samples_seen, **tracking.flatten(tasks)})
+    if state.samples_consumed >= total_samples or not tasks:
+        return None
+    return {"samples_seen": state.samples_seen, **tracking.flatten(tasks)}
 
 
-def _watch(status_actor: Any, line: Line, should_continue: ShouldContinue | None, done: threading.Event) -> None:
+def _start(trainer: TorchTrainer) -> "Future[None]":
+    fit: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            trainer.fit()
+            fit.set_result(None)
+        except BaseException as error:
+            fit.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # an executor's would keep an interrupted process waiting
+    return fit
+
+
+def _follow(status_actor: Any, line: Line, fit: "Future[None]") -> Generator[Evaluation | None, None, None]:
+    """Show how far the workers are, until they have ended."""
     last: dict[str, Any] = {}
     finished = False
     while not finished:
-        finished = done.wait(_POLL_S)  # one more look after the end
+        finished = bool(wait([fit], _POLL_S).done)  # one more look after the end
         state = ray.get(status_actor.state.remote())
         for note in state.pop("notes"):
             line.note(note)
-        for measured in state.pop("measured"):
-            assert should_continue
-            status_actor.should_continue.remote(int(measured["samples_seen"]), should_continue(measured))
+        evaluations = state.pop("evaluations")
         if state and state != last:
             shown = {"loss": f"{state['loss']:.3f}", "data wait": f"{state['data_wait_share']:.0%}"}
             line.update(state["samples_seen"], state["samples_per_s"], **shown)
             last = state
+        yield None
+        for evaluation in evaluations:
+            yield evaluation
+            ray.get(status_actor.go_on.remote(int(evaluation["samples_seen"])))
 
 
 def _last_line(error: BaseException) -> str:

@@ -33,4 +33,4 @@ class RunContext:
 
 
 class StoppedError(Exception):
-    """The run was judged and does not go on; what it has trained is in its last checkpoint."""
+    """The run was stopped at an evaluation; what it has trained is in its last checkpoint."""

@@ -1,5 +1,6 @@
-"""Actors between those that train and those that show it. They import nothing of the library: they are soon there."""
+"""The actor between those that train and those that show it. It imports nothing of the library: it is soon there."""
 
+import asyncio
 from typing import Any
 
 import ray
@@ -7,13 +8,15 @@ import ray
 
 @ray.remote(num_cpus=0)
 class RunStatusActor:
-    """What the first worker last said of itself, for the driver to show; and what outlives a process that measures."""
+    """What the first worker last said of itself, for the driver to show; and what outlives a process that validates."""
 
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}
         self._notes: list[str] = []
         self._evaluations: list[dict[str, float]] = []
-        self._decisions: dict[int, bool] = {}
+        self._continued: set[int] = set()
+        self._has_ended = False
+        self._changed = asyncio.Condition()
         self._attempts: dict[int, int] = {}
         self._error: str | None = None
 
@@ -22,57 +25,46 @@ class RunStatusActor:
         self._state = state
 
     def note(self, text: str) -> None:
-        """Something to tell once."""
+        """Keep a line for people, which is shown once."""
         self._notes.append(text)
 
-    def add_evaluation(self, evaluations: dict[str, float]) -> None:
-        """What an evaluation gave, `samples_seen` among it."""
-        self._evaluations.append(evaluations)
+    def add_evaluation(self, evaluation: dict[str, float]) -> None:
+        """Keep what an evaluation gave, `samples_seen` among it, for the driver to decide on."""
+        self._evaluations.append(evaluation)
 
-    def decide(self, samples_seen: int, goes_on: bool) -> None:
-        """Say whether the run goes on after the evaluation there."""
-        self._decisions[samples_seen] = goes_on
+    async def go_on(self, samples_seen: int) -> None:
+        """Let the run go on after the evaluation there."""
+        async with self._changed:
+            self._continued.add(samples_seen)
+            self._changed.notify_all()
 
-    def decision(self, samples_seen: int) -> bool | None:
-        """What was said of the evaluation there; None before it was."""
-        return self._decisions.get(samples_seen)
+    async def end(self) -> None:
+        """Let the run end at its next evaluation, or at the one it waits at."""
+        async with self._changed:
+            self._has_ended = True
+            self._changed.notify_all()
+
+    async def goes_on(self, samples_seen: int) -> bool:
+        """Whether the run goes on after the evaluation there; returns once that is decided."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._has_ended or samples_seen in self._continued)
+        return samples_seen in self._continued
 
     def attempt(self, samples_seen: int) -> int:
-        """Count the attempts to measure the checkpoint there: this is the first, the second, ..."""
+        """Count the attempts to validate the checkpoint there: this is the first, the second, ..."""
         self._attempts[samples_seen] = self._attempts.get(samples_seen, 0) + 1
         return self._attempts[samples_seen]
 
-    def stopped(self) -> bool:
-        """Whether it was said that the run does not go on."""
-        return not all(self._decisions.values())
-
     def stop(self, error: str) -> None:
-        """The run has ended for a reason that a restart would meet again."""
+        """Keep the reason for which the run has ended, and which a restart would meet again."""
         self._error = error
 
     def state(self) -> dict[str, Any]:
-        """The state, and the notes and evaluations since the last call."""
+        """Return the state, and the notes and evaluations since the last call."""
         notes, self._notes = self._notes, []
         evaluations, self._evaluations = self._evaluations, []
-        return self._state | {"notes": notes, "measured": evaluations}
+        return self._state | {"notes": notes, "evaluations": evaluations}
 
     def error(self) -> str | None:
         """Why the run was stopped, if it was."""
         return self._error
-
-
-@ray.remote(num_cpus=0)
-class SweepStatusActor:
-    """Where trials say how far they are, for the driver to show."""
-
-    def __init__(self) -> None:
-        self._news: dict[str, dict[str, Any]] = {}
-
-    def tell(self, name: str, **news: Any) -> None:
-        """Something new of a trial."""
-        self._news.setdefault(name, {}).update(news)
-
-    def take(self) -> dict[str, dict[str, Any]]:
-        """What was told since the last call, by trial."""
-        news, self._news = self._news, {}
-        return news

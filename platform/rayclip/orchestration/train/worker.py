@@ -42,7 +42,6 @@ from rayclip.training.loop import Hooks, LoopPlan, Metrics, Trainer, passes
 from rayclip.training.optimizer import RowAdamW, build_optimizer
 
 _PROGRESS_EVERY_S = 0.5
-_DECISION_POLL_S = 0.1
 _KEPT_SCORE = 1e18  # above any metric and any number of samples: Ray deletes what has the least
 
 
@@ -242,11 +241,9 @@ class TrainingWorker:
         if not (self.context.awaits_decision and metrics) or state.samples_consumed >= self.context.total_samples:
             return
         if self.is_first:
-            self.context.status_actor.evaluate_model.remote({"samples_seen": state.samples_seen, **flatten(metrics)})
-        goes_on: Any = None
-        while (goes_on := ray.get(self.context.status_actor.decision.remote(state.samples_seen))) is None:
-            time.sleep(_DECISION_POLL_S)
-        if not goes_on:
+            evaluation = {"samples_seen": state.samples_seen, **flatten(metrics)}
+            self.context.status_actor.add_evaluation.remote(evaluation)
+        if not ray.get(self.context.status_actor.goes_on.remote(state.samples_seen)):
             raise StoppedError
 
     def _link(self, folder: StoragePath, step: int) -> None:
