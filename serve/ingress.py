@@ -4,9 +4,9 @@ import os
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.context import _get_global_client  # the only way to learn where Serve listens
 from ray.serve.handle import DeploymentHandle
 
+from rayclip.orchestration.cluster.ray_internals import serve_host
 from rayclip.serve.api import build_api
 from rayclip.serve.config import ServeConfig
 from rayclip.serve.middleware.auth import ApiKeys, require_keys
@@ -22,8 +22,7 @@ class Ingress:
     ) -> None:
         keys = ApiKeys.load(config.auth, os.environ)
         # Where Serve itself was told to listen, whoever started it: the config's own host is only a wish.
-        client = _get_global_client()
-        host = client.http_config.host if client else config.host
+        host = serve_host() or config.host
         self._keys = keys if require_keys(host or "127.0.0.1", config.auth, keys) else None
         self._service = Service(config, image, text, coordinator)
         await self._service.start()

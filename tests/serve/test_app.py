@@ -16,9 +16,9 @@ from ray.serve.schema import ServeDeploySchema
 from rayclip.cli.serve import command
 from rayclip.config.loader import load, validate
 from rayclip.errors import UserError
+from rayclip.orchestration.cluster.ray_internals import SERVE_ENVIRONMENT
 from rayclip.serve.app import build_app
 from rayclip.serve.config import AuthConfig, ServeConfig
-from rayclip.serve.launch import ENVIRONMENT
 from rayclip.serve.middleware.auth import KEYS_VARIABLE, ApiKeys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ def test_the_environment_of_a_cluster_is_the_one_that_is_tested():
     lines = (ROOT / "infra" / "serve" / "environment").read_text().splitlines()
     given = {name: value.strip('"') for name, _, value in (line.partition("=") for line in lines if line[0] != "#")}
     threads = "RAY_SERVE_HAPROXY_NBTHREAD"  # by the machine's cores
-    assert {**given, threads: ""} == {**ENVIRONMENT, threads: ""}
+    assert {**given, threads: ""} == {**SERVE_ENVIRONMENT, threads: ""}
 
 
 def test_the_demos_file_is_a_config():

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from pyarrow.fs import FileSelector, FileType, PyFileSystem
+from pyarrow.fs import FileSelector, FileType, FSSpecHandler, PyFileSystem
 from safetensors.torch import load_file
 
 from rayclip.cli import convert
@@ -26,7 +26,7 @@ from rayclip.io.paths import S3Path, append, local_copy, matching, remove_tree, 
 from rayclip.models.clip import CLIP
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, open_complete
 from rayclip.orchestration.cluster.connection import s3_environment
-from rayclip.orchestration.cluster.ray_storage import S3Handler, ray_storage, train_result, upload_checkpoint
+from rayclip.orchestration.cluster.ray_storage import S3FileSystem, ray_storage, train_result, upload_checkpoint
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.registry import resolve_model
@@ -126,7 +126,7 @@ def test_rays_storage_names_the_run_and_holds_no_secret(folder, s3):
 
 
 def test_pyarrow_reads_and_writes_through_the_same_requests(folder):
-    filesystem = PyFileSystem(S3Handler())
+    filesystem = PyFileSystem(FSSpecHandler(S3FileSystem()))
     with filesystem.open_output_stream(f"{folder.key}/a/b") as stream:
         stream.write(b"content")
     with filesystem.open_input_stream(f"{folder.key}/a/b") as stream:
@@ -134,7 +134,11 @@ def test_pyarrow_reads_and_writes_through_the_same_requests(folder):
     types = {info.path: info.type for info in filesystem.get_file_info([f"{folder.key}/a", f"{folder.key}/none"])}
     assert types == {f"{folder.key}/a": FileType.Directory, f"{folder.key}/none": FileType.NotFound}
     assert [info.path for info in filesystem.get_file_info(FileSelector(folder.key))] == [f"{folder.key}/a"]
-    assert filesystem == PyFileSystem(S3Handler())
+    everything = {info.path for info in filesystem.get_file_info(FileSelector(folder.key, recursive=True))}
+    assert everything == {f"{folder.key}/a", f"{folder.key}/a/b"}
+    assert filesystem == PyFileSystem(FSSpecHandler(S3FileSystem()))
+    with pytest.raises(PermissionError, match="bucket 'data' is not to be deleted"):
+        filesystem.delete_dir("data")
     filesystem.delete_dir(f"{folder.key}/a")
     assert not folder.exists()
 

@@ -1,12 +1,9 @@
 """Parts of an output as one Ray Data job: a row is a part; an actor of a pool, its model at hand, does all of it."""
 
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +15,7 @@ from rayclip.errors import UserError
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, Tally, add, check_bad, format_causes
 from rayclip.orchestration.cluster.connection import check_resources, connect
 from rayclip.orchestration.cluster.progress import ProgressLine
+from rayclip.orchestration.cluster.ray_internals import silent_stderr
 from rayclip.orchestration.cluster.resources import worker_resources
 
 Work = Callable[[int], Part]
@@ -125,29 +123,13 @@ def run_jobs(
         num_gpus=int(workers.use_gpu),
     )
     results = iter(dataset.iter_rows())
-    with _silent_stderr():
+    with silent_stderr():
         first = next(results)
     for row in chain([first], results):
         done = pickle.loads(row["done"])
         if isinstance(done, UserError):
             raise done
         yield int(row["job"]), done
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Until a pool has started: Ray warns of each whose actors may restart, from C++, where no log level reaches it.
-
-    See ray-project/ray#57733. What goes wrong meanwhile is raised.
-    """
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("wb") as nothing:
-            os.dup2(nothing.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 class _PoolActor:

@@ -10,11 +10,11 @@ import ray
 from ray.data import DataContext  # sets log levels as it is imported: before _quieten does
 
 from rayclip.errors import UserError
+from rayclip.orchestration.cluster.ray_internals import LOCAL_ENVIRONMENT, is_submitted_job, quieten
 from rayclip.orchestration.cluster.resources import Bundle, format_resources, most_of, num_times_placed, total
 
 _LEAST_LOGICAL_CPUS = 4  # two workers, a reader, and one to spare
 _S3_NAMES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL")
-_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for what a submitted job runs
 _ROOT = Path(__file__).resolve().parents[4]
 
 
@@ -29,7 +29,7 @@ def connect(local_cpus: int = 0) -> None:
         return
     if os.environ.get("RAY_ADDRESS"):
         # A submitted job's processes have its environment already.
-        environment = None if _JOB_CONFIG in os.environ else {"env_vars": s3_environment()}
+        environment = None if is_submitted_job() else {"env_vars": s3_environment()}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
         return
     cores = os.cpu_count() or 1
@@ -93,16 +93,12 @@ def _worker_environment() -> dict[str, str]:
     paths = [str(_ROOT), str(_ROOT / "platform"), os.environ.get("PYTHONPATH", "")]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        # Workers wait for the controller's next look at every checkpoint, and a dead one is found at the next look.
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away; it is one process less a run
+        **LOCAL_ENVIRONMENT,
     }
 
 
 def _quieten() -> None:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else every worker warns that this will change
-    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quieten()
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False

@@ -1,18 +1,15 @@
-"""S3 as Ray Train and Ray Tune write to it: pyarrow's interface, with the retries of storage.py below it."""
+"""S3 as Ray Train and Ray Tune write to it: a file system of fsspec's, with the retries of storage.py below it."""
 
 import io
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray.train
-from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileSystemHandler, FileType, PyFileSystem
+from fsspec import AbstractFileSystem
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
 from rayclip.io import storage
 from rayclip.io.paths import S3Path, StoragePath, upload_folder
-
-CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of the checkpoints that are whole: one that is not in it does not count."""
 
 
 def ray_storage(folder: StoragePath) -> dict[str, Any]:
@@ -36,7 +33,7 @@ def upload_checkpoint(checkpoint: ray.train.Checkpoint, target: S3Path) -> ray.t
 
 
 def _filesystem() -> FileSystem:
-    return PyFileSystem(S3Handler())
+    return PyFileSystem(FSSpecHandler(S3FileSystem()))
 
 
 class _Upload(io.BytesIO):
@@ -53,96 +50,67 @@ class _Upload(io.BytesIO):
         super().close()
 
 
-class S3Handler(FileSystemHandler):
-    """Paths are BUCKET/KEY. It holds nothing, credentials least of all: each machine finds its own."""
+class S3FileSystem(AbstractFileSystem):
+    """Files at BUCKET/KEY, written whole. It holds nothing, credentials least of all: each machine finds its own."""
+
+    protocol = "s3"
+    cachable = False  # there is nothing in it to share
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, S3Handler)
+        return isinstance(other, S3FileSystem)
 
     def __hash__(self) -> int:
-        return hash(S3Handler)
+        return hash(S3FileSystem)
 
-    def get_type_name(self) -> str:
-        """For messages."""
-        return "s3"
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        """Describe a file or a folder. Raises FileNotFoundError."""
+        found = storage.find_file(_address(path))
+        if found is None and not S3Path(_address(path)).is_dir():
+            raise FileNotFoundError(path)
+        return _entry(path, found)
 
-    def normalize_path(self, path: str) -> str:
-        """As it is."""
-        return path
-
-    def get_file_info(self, paths: list[str]) -> list[FileInfo]:
-        """Whether each is a file, a folder or nothing."""
-        return [_info(path) for path in paths]
-
-    def get_file_info_selector(self, selector: FileSelector) -> list[FileInfo]:
-        """What lies below a folder. Raises FileNotFoundError for none, unless that is allowed."""
-        files = [file for file in storage.list_files(_address(selector.base_dir)) if file.name]
-        if not files and not selector.allow_not_found:
-            raise FileNotFoundError(selector.base_dir)
-        found: dict[str, FileInfo] = {}
-        for file in files:
+    def find(
+        self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **options: Any
+    ) -> dict[str, dict[str, Any]] | list[str]:
+        """List what lies below a folder by one listing, however deep it is."""
+        found = {}
+        for file in storage.list_files(_address(path)):
             parts = file.name.split("/")
-            for depth in range(1, len(parts) + 1 if selector.recursive else 2):
-                path = "/".join([selector.base_dir, *parts[:depth]])
-                is_file = depth == len(parts)
-                found[path] = FileInfo(path, FileType.File, size=file.size) if is_file else _folder(path)
-        return list(found.values())
+            for depth in range(1, min(len(parts), maxdepth or len(parts)) + 1):
+                if withdirs or depth == len(parts):
+                    name = "/".join([path, *parts[:depth]])
+                    found[name] = _entry(name, file if depth == len(parts) else None)
+        return found if detail else list(found)
 
-    def create_dir(self, path: str, recursive: bool) -> None:
-        """Nothing: a folder comes with its first file."""
+    def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
+        """List what lies in a folder."""
+        found = self.find(path, maxdepth=1, withdirs=True, detail=True)
+        assert isinstance(found, dict)
+        return list(found.values() if detail else found)
 
-    def delete_dir(self, path: str) -> None:
-        """Delete all that is below."""
-        storage.remove_folder(_address(path))
+    def mkdir(self, path: str, create_parents: bool = True, **options: Any) -> None:
+        """Do nothing: a folder comes with its first file."""
 
-    def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
-        """Delete all that is below."""
-        storage.remove_folder(_address(path))
+    def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
+        """Delete a file, or all that is below a folder; never all of a bucket."""
+        if "/" not in path.strip("/"):
+            raise PermissionError(f"bucket '{path}' is not to be deleted")
+        (storage.remove_folder if recursive else storage.remove)(_address(path))
 
-    def delete_root_dir_contents(self) -> None:
-        """Never: that would be all buckets."""
-        raise PermissionError("all buckets are not to be deleted")
+    def cp_file(self, path1: str, path2: str, **options: Any) -> None:
+        """Copy a file, through this machine."""
+        storage.write_bytes(_address(path2), storage.read_bytes(_address(path1)))
 
-    def delete_file(self, path: str) -> None:
-        """Delete it."""
-        storage.remove(_address(path))
-
-    def move(self, src: str, dest: str) -> None:
-        """Copy, and delete what was copied."""
-        self.copy_file(src, dest)
-        self.delete_file(src)
-
-    def copy_file(self, src: str, dest: str) -> None:
-        """Through this machine."""
-        storage.write_bytes(_address(dest), storage.read_bytes(_address(src)))
-
-    def open_input_stream(self, path: str) -> pa.PythonFile:
-        """To read from its begin to its end."""
-        return pa.PythonFile(storage.open_file(_address(path)), mode="r")
-
-    def open_input_file(self, path: str) -> pa.PythonFile:
-        """To read and seek in."""
-        return self.open_input_stream(path)
-
-    def open_output_stream(self, path: str, metadata: Any) -> pa.PythonFile:
-        """To write; it is there once it is closed."""
-        return pa.PythonFile(_Upload(_address(path)), mode="w")
-
-    def open_append_stream(self, path: str, metadata: Any) -> pa.PythonFile:
-        """Never: files in S3 are written whole."""
-        raise NotImplementedError("files in S3 cannot be appended to")
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode == "ab":
+            raise NotImplementedError("files in S3 cannot be appended to")
+        return _Upload(_address(path)) if mode == "wb" else storage.open_file(_address(path))
 
 
 def _address(path: str) -> str:
     return f"s3://{path}"
 
 
-def _folder(path: str) -> FileInfo:
-    return FileInfo(path, FileType.Directory)
-
-
-def _info(path: str) -> FileInfo:
-    found = storage.find_file(_address(path))
-    if found is not None:
-        return FileInfo(path, FileType.File, size=found.size)
-    return _folder(path) if S3Path(_address(path)).is_dir() else FileInfo(path, FileType.NotFound)
+def _entry(path: str, file: storage.File | None) -> dict[str, Any]:
+    kind = "directory" if file is None else "file"
+    return {"name": path, "size": file.size if file else None, "type": kind}

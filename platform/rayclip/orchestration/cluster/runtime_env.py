@@ -3,7 +3,6 @@
 A job runs in a temporary folder that holds what was shipped, and what it writes there goes with it.
 """
 
-import logging
 import re
 import tempfile
 from collections.abc import Iterator
@@ -12,23 +11,16 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from ray._private.ray_constants import get_runtime_env_default_excludes
-from ray._private.runtime_env.packaging import create_package
-
 from rayclip.errors import UserError
+from rayclip.orchestration.cluster import ray_internals
+from rayclip.orchestration.cluster.ray_internals import JOB_ENVIRONMENT
 
 WORKING_DIR, PY_MODULES = ".", ["platform/rayclip"]
 RUNTIME_ENV: dict[str, Any] = {
     "working_dir": WORKING_DIR,  # jobs/ and serve/
     "py_modules": PY_MODULES,  # without this, workers find the installed copy of the library, or none
     "excludes": ["__pycache__/"],
-    "env_vars": {
-        # Workers wait for the controller's next look at every checkpoint, and a dead one is found at the next look.
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        # A job that is stopped gets the time to say so to MLflow.
-        "RAY_JOB_STOP_SIGNAL": "SIGINT",
-        "RAY_JOB_STOP_WAIT_TIME_S": "30",
-    },
+    "env_vars": JOB_ENVIRONMENT,
 }
 """What every submitted job runs in; paths are relative to the root of the tree."""
 
@@ -68,12 +60,10 @@ def pack(root: Path) -> Shipment:
     """What Ray would upload of the tree, packed by the same code."""
     files: set[str] = set()
     num_bytes = 0
-    excludes = get_runtime_env_default_excludes() + RUNTIME_ENV["excludes"]
     with tempfile.TemporaryDirectory() as folder:
         for i, module in enumerate([WORKING_DIR, *PY_MODULES]):
             package = Path(folder) / f"{i}.zip"
-            quiet = logging.getLogger(__name__)  # Ray's own tells of every package
-            create_package(str(root / module), package, include_gitignore=True, excludes=excludes, logger=quiet)
+            ray_internals.pack(root / module, package, RUNTIME_ENV["excludes"])
             num_bytes += package.stat().st_size
             with ZipFile(package) as packed:
                 files |= {(Path(module) / name).as_posix() for name in packed.namelist()}

@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import logging
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ from ray.util.state.exception import RayStateApiException
 
 from rayclip.errors import UserError
 from rayclip.orchestration.cluster.connection import s3_environment
+from rayclip.orchestration.cluster.ray_internals import cluster_versions, quieten_job_client
 from rayclip.orchestration.cluster.resources import Capacity, most_of
 from rayclip.orchestration.cluster.runtime_env import RUNTIME_ENV
 
@@ -37,8 +37,7 @@ class Cluster:
     """A cluster's job API. Every method raises UserError for a cluster that does not answer, or not to this caller."""
 
     def __init__(self, address: str | None) -> None:
-        for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        quieten_job_client()
         if address:
             os.environ[ADDRESS] = address  # Ray reads it before any argument
         self.address = os.environ.get(ADDRESS) or os.environ.get("RAY_ADDRESS") or ""
@@ -50,11 +49,9 @@ class Cluster:
     def skew(self) -> str | None:
         """How the cluster's Python and Ray differ from this process's, or None: what is pickled there is read there."""
         with self._explained():
-            there = self._client._do_request("GET", "/api/v0/cluster_metadata").json()["data"]
-        pairs = [
-            ("Ray", there["rayVersion"], ray.__version__),
-            ("Python", there["pythonVersion"], platform.python_version()),
-        ]
+            there = cluster_versions(self._client)
+        here = {"Ray": ray.__version__, "Python": platform.python_version()}
+        pairs = [(name, there[name], own) for name, own in here.items()]
         differ = [f"{name} {its} where this machine has {own}" for name, its, own in pairs if its != own]
         return f"the cluster has {' and '.join(differ)}" if differ else None
 

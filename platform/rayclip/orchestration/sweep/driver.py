@@ -14,6 +14,7 @@ from rayclip.errors import UserError
 from rayclip.io.files import write_text
 from rayclip.io.paths import StoragePath, storage_path
 from rayclip.orchestration.cluster.connection import check_resources, connect, num_that_fit
+from rayclip.orchestration.cluster.ray_internals import SWEEP_ENVIRONMENT
 from rayclip.orchestration.cluster.resources import resource_request, total
 from rayclip.orchestration.sweep.search import Asha, Journal, suggest
 from rayclip.orchestration.sweep.table import FAILED, FINISHED, STARTING, STOPPED, WAITING, SweepTable, TrialLine
@@ -181,8 +182,7 @@ class Sweep:
     def _connect(self) -> int:
         """Join the cluster; how many trials it places at a time. Their drivers take nothing that workers need."""
         workers, bundles = self.config.base.cluster, resource_request(self.config.base)
-        # A trial has about ten processes, most of them idle: Ray warns of so many on few cores.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+        os.environ.update(SWEEP_ENVIRONMENT | os.environ)
         connect(local_cpus=int(total(bundles)["CPU"] * (self.config.max_concurrent or 1)))
         check_resources(bundles, "a trial")
         fit = num_that_fit(bundles)

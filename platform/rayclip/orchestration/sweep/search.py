@@ -17,6 +17,7 @@ from ray.tune.search.optuna import OptunaSearch
 from rayclip.config import Choices, Range, SearchPlan
 from rayclip.io.files import write_text
 from rayclip.io.paths import StoragePath, append
+from rayclip.orchestration.cluster.ray_internals import enter_bracket
 from rayclip.scaling.search import Values
 
 Entry = dict[str, Any]
@@ -77,12 +78,12 @@ class Asha(InFolder, ASHAScheduler):
         for entry in journal.entries:
             if "value" in entry:
                 result = {"samples_seen": entry["samples_seen"], self._metric: entry["value"]}
-                self._trial_info.setdefault(entry["trial"], self._brackets[0])
+                enter_bracket(self, entry["trial"])
                 super().on_trial_result(None, _Named(entry["trial"]), result)  # type: ignore[arg-type]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """A trial that is about to begin."""
-        self._trial_info[_name(trial)] = self._brackets[0]
+        enter_bracket(self, _name(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Whether it goes on."""

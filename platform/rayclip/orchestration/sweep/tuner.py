@@ -9,17 +9,10 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from rayclip.io.paths import StoragePath
+from rayclip.orchestration.cluster.ray_internals import TUNE_ENVIRONMENT
 from rayclip.orchestration.cluster.ray_storage import ray_storage
 from rayclip.orchestration.sweep.search import InFolder
 from rayclip.orchestration.sweep.trial import TrialActor, TrialTask
-
-_TUNE_SETTINGS = {
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a run that has ended is told without being measured again
-}
 
 
 class Trials(Protocol):
@@ -50,7 +43,7 @@ def run_trials(
     folder: StoragePath,
 ) -> None:
     """Run so many trials, some of them at a time, to their ends; `folder` is Ray Tune's own."""
-    os.environ.update(_TUNE_SETTINGS)
+    os.environ.update(TUNE_ENVIRONMENT)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is in the table, and in its log
     ray.tune.Tuner(
         # Next to nothing, of a resource that nothing here waits for: all cores stay free for workers.

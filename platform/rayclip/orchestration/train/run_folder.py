@@ -12,7 +12,8 @@ from rayclip.config import TrainConfig
 from rayclip.errors import UserError
 from rayclip.io.files import write_json
 from rayclip.io.paths import StoragePath
-from rayclip.orchestration.cluster.ray_storage import CHECKPOINT_LIST, train_result
+from rayclip.orchestration.cluster.ray_internals import CHECKPOINT_LIST, lists_pending_validation
+from rayclip.orchestration.cluster.ray_storage import train_result
 from rayclip.training.checkpoint import read_metrics
 
 _MAY_CHANGE = (
@@ -97,7 +98,7 @@ class RunFolder:
     def has_pending_validation(self) -> bool:
         """Whether checkpoints are still to be measured that an earlier start of the run has saved."""
         listed = _read_or_none(self._list)
-        return bool(listed and listed["pending_training_results"])
+        return listed is not None and lists_pending_validation(listed)
 
     @property
     def _list(self) -> StoragePath:

@@ -10,7 +10,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.io.paths import StoragePath, storage_path
-from rayclip.orchestration.cluster.ray_storage import CHECKPOINT_LIST, train_result
+from rayclip.orchestration.cluster.ray_internals import CHECKPOINT_LIST
+from rayclip.orchestration.cluster.ray_storage import train_result
 from rayclip.orchestration.train.segments import SegmentCoordinator, WorkerStream
 from rayclip.training.checkpoint import read_state
 

