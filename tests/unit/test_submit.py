@@ -12,12 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import rayclip.config
 from benchmarks.config import BenchmarkConfig
 from rayclip.cli import submit
-from rayclip.config import Config, EmbedConfig, FitConfig, IndexConfig, TrainConfig
+from rayclip.config import ClassifyConfig, CompareConfig, EmbedConfig, FitConfig, IndexConfig, TrainConfig
 from rayclip.errors import UserError
-from rayclip.orchestration.cluster import runtime_env as shipping
 from rayclip.orchestration.cluster.resources import Capacity, most_of, resource_request, shortage
 from rayclip.orchestration.cluster.runtime_env import check_config, check_paths, pack
 
@@ -75,7 +73,7 @@ def make_train(**sections):
 
 
 def check(config, shipment, summary="/shared/summary.json"):
-    return check_paths(config.model_dump(mode="json"), summary, shipment, ROOT)
+    return check_paths(config, summary, shipment, ROOT)
 
 
 def test_what_lies_on_shared_storage_is_named(shipment):
@@ -124,22 +122,25 @@ def test_a_config_outside_the_tree_is_refused(shipment):
             check_config([path], shipment)
 
 
-def test_every_key_that_holds_a_path_is_known():
-    written = ("runs", "sweeps", "output")
-    known = (*written, *shipping._PATH_KEYS, *shipping._OTHER_KEYS)
-    models = [value for value in vars(rayclip.config).values() if isinstance(value, type) and issubclass(value, Config)]
-    fields = [(model, name, field) for model in models for name, field in model.model_fields.items()]
-    paths = [
-        f"{model.__name__}.{name}"
-        for model, name, field in fields
-        if "str" in str(field.annotation) and re.search(r"\b(folder|file|path)\b", field.description or "")
-    ]
-    assert len(paths) > 10
-    others = {path for path in paths if path.partition(".")[2] not in known}
-    names = {"folders", "split", "train_split", "validation_split", "class_names"}
-    none = {"TableConfig.image_column", "SweepConfig.name", *(f"DataSetConfig.{name}" for name in names)}
-    kept_for_the_next_run = {"SuiteConfig.cache"}
-    assert others == none | kept_for_the_next_run, "a path, to be added to shipping.py, or none, to be added here"
+def test_every_path_of_a_job_is_looked_for_whatever_its_key(shipment):
+    report = {"output": "/shared/out", "runs": ("/shared/a", "runs/b")}
+    with pytest.raises(UserError, match="runs is 'runs/b', which is not shipped with the job"):
+        check(CompareConfig.model_validate(report), shipment)
+    classify = {"model": "/shared/m", "data": "/shared/data", "output": "/shared/out"}
+    assert check(ClassifyConfig.model_validate(classify | {"labels": ["tests", "docs"]}), shipment)
+    with pytest.raises(UserError, match=r"labels is 'labels.txt', which is not shipped"):
+        check(ClassifyConfig.model_validate(classify | {"labels": "labels.txt"}), shipment)
+    # A name is a path only where something lies at it.
+    assert check(FitConfig(source="an experiment", output="/shared/out", tracking_uri="http://mlflow"), shipment)
+    with pytest.raises(UserError, match="source is 'tests/unit', which is not shipped"):
+        check(FitConfig(source="tests/unit", output="/shared/out"), shipment)
+
+
+def test_an_output_is_shared_even_where_the_summary_is(shipment):
+    with pytest.raises(UserError, match=r"would write 'out' into a folder that is removed with it: output: give an"):
+        check(EmbedConfig(model="/shared/m", data="/shared/data", output="out"), shipment)
+    with pytest.raises(UserError, match=r"would write 'kept' .* tracking.artifacts: give an absolute path"):
+        check(make_train(tracking={"artifacts": "kept"}), shipment)
 
 
 def test_the_errors_are_the_job_s_own(monkeypatch):
@@ -181,18 +182,18 @@ def test_what_a_job_takes():
 
 
 def test_what_measures_beside_training_takes_its_own():
-    evaluation = {"tasks": {"a": {"kind": "retrieval", "path": "a"}}, "every_samples": 8, "beside": True}
+    evaluation = {"tasks": {"a": {"kind": "retrieval", "path": "a"}}, "every_samples": 8, "asynchronous": True}
 
     def beside(use_gpu=False, **changes):
         cluster = {"num_workers": 2, "cpus_per_worker": 4, "use_gpu": use_gpu}
         return resource_request(make_train(cluster=cluster, evaluation=evaluation | changes))[3:]
 
     assert beside() == [{"CPU": 1}]
-    assert beside(beside_cpus=3) == [{"CPU": 3}]
+    assert beside(validation_cpus=3) == [{"CPU": 3}]
     assert beside(use_gpu=True) == [{"CPU": 1, "GPU": 1}]
-    assert beside(use_gpu=True, beside_gpus=0, beside_cpus=8) == [{"CPU": 8}]
-    assert beside(beside_gpus=0.5) == [{"CPU": 1, "GPU": 0.5}]
-    for nothing in ({"beside": False}, {"every_samples": None}, {"tasks": {}}):
+    assert beside(use_gpu=True, validation_gpus=0, validation_cpus=8) == [{"CPU": 8}]
+    assert beside(validation_gpus=0.5) == [{"CPU": 1, "GPU": 0.5}]
+    for nothing in ({"asynchronous": False}, {"every_samples": None}, {"tasks": {}}):
         assert beside(**nothing) == []
     job = resource_request(make_train(cluster={"num_workers": 2, "use_gpu": True}, evaluation=evaluation))
     assert "it needs 4 CPU, 3 GPU" in shortage(job, Capacity([{"CPU": 8, "GPU": 2}], {}))

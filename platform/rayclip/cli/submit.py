@@ -60,10 +60,11 @@ def submit(address: str | None, job: str, arguments: list[str], detach: bool) ->
         raise UserError(f"submit from the root of the tree, '{ROOT}': it is what is shipped")
     shipment = pack(ROOT)
     check_config(arguments, shipment)
-    shared = check_paths(found["config"], found["summary"], shipment, ROOT)
     schema: type[Config] = getattr(rayclip.config, found["kind"])
+    config = schema.model_validate(found["config"])
+    shared = check_paths(config, found["summary"], shipment, ROOT)
     cluster = Cluster(address)
-    if missing := shortage(resource_request(schema.model_validate(found["config"])), cluster.capacity()):
+    if missing := shortage(resource_request(config), cluster.capacity()):
         raise UserError(f"the cluster at {cluster.address} cannot place this job: {missing}")
     for line in (cluster.skew(), f"every node must have {', '.join(shared)}" if shared else None):
         if line:

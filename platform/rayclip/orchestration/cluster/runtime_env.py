@@ -5,12 +5,14 @@ A job runs in a temporary folder that holds what was shipped, and what it writes
 
 import re
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+from rayclip.config import Config
+from rayclip.config.base import PathMark, TrackingMark
+from rayclip.config.fields import MarkedValue, marked_values, marks_in
 from rayclip.errors import UserError
 from rayclip.orchestration.cluster import ray_internals
 from rayclip.orchestration.cluster.ray_internals import JOB_ENVIRONMENT
@@ -24,22 +26,6 @@ RUNTIME_ENV: dict[str, Any] = {
 }
 """What every submitted job runs in; paths are relative to the root of the tree."""
 
-_PATH_KEYS = (
-    "path",
-    "data",
-    "embeddings",
-    "input",
-    "root",
-    "law",
-    "run",
-    "queries",
-    "scores",
-    "branch_from",
-    "artifacts",
-)
-"""Keys that always hold a path: to be read, or, `artifacts`, to be written by the job and read by others."""
-_OTHER_KEYS = ("weights", "model", "labels", "source")
-"""Keys that hold a path where there is something at it."""
 _SHARED = "give an absolute path that all nodes share, or a URI"
 
 
@@ -79,51 +65,51 @@ def check_config(arguments: list[str], shipment: Shipment) -> None:
             )
 
 
-def check_paths(config: dict[str, Any], summary: str, shipment: Shipment, root: Path) -> list[str]:
+def check_paths(config: Config, summary: str, shipment: Shipment, root: Path) -> list[str]:
     """The absolute paths that a job reads and writes, which only the cluster can check.
 
     Raises UserError for one that the job would not find, or whose content would go with the job's temporary folder.
     """
     if not _is_shared(summary):
-        key = next((key for key in ("runs", "sweeps", "output", "path") if key in config), "--json")
-        raise UserError(f"the job would write '{summary}' into a folder that is removed with it: {key}: {_SHARED}")
-    leaves = list(_leaves(config))
-    _check_tracking(leaves)
-    for key, value in leaves:
-        if _names_path(key, value, root) and not _is_shared(value) and not shipment.holds(value):
-            raise UserError(f"{key} is '{value}', which is not shipped with the job: {_SHARED}")
-    return sorted({value for _, value in leaves if value.startswith("/")})
+        raise UserError(_lost(_output_key(type(config)), summary))
+    values = marked_values(config)
+    _check_tracking(values)
+    for key, value, mark in values:
+        if isinstance(mark, PathMark) and _is_path(value, mark, root) and not _is_shared(value):
+            if mark.access == "write":
+                raise UserError(_lost(key, value))
+            if mark.access == "read" and not shipment.holds(value):
+                raise UserError(f"{key} is '{value}', which is not shipped with the job: {_SHARED}")
+    return sorted({value for _, value, mark in values if isinstance(mark, PathMark) and value.startswith("/")})
+
+
+def _lost(key: str, path: str) -> str:
+    return f"the job would write '{path}' into a folder that is removed with it: {key}: {_SHARED}"
+
+
+def _output_key(schema: type[Config]) -> str:
+    """The key that says where a job writes, or the option that says where its summary goes."""
+    for key, field in schema.model_fields.items():
+        if any(mark.access == "write" for mark in marks_in(field, PathMark)):
+            return key
+    return "--json"
 
 
 def _is_shared(path: str) -> bool:
     return re.match(r"/|[a-z0-9]+:/", path) is not None
 
 
-def _check_tracking(leaves: list[tuple[str, str]]) -> None:
-    registered = any(value.startswith("models:/") for _, value in leaves)
-    for key, value in leaves:
-        required = key.endswith("tracking.uri")
-        if not required and key != "tracking_uri":
+def _check_tracking(values: list[MarkedValue]) -> None:
+    registered = any(value.startswith("models:/") for _, value, _ in values)
+    for key, value, mark in values:
+        if not isinstance(mark, TrackingMark):
             continue
         local = not value.removeprefix("sqlite:///").startswith("/") if value.startswith("sqlite:") else False
-        if local or (not value and (required or registered)):
+        if local or (not value and (mark.always or registered)):
             raise UserError(f"{key}: a job on a cluster needs the URI of an MLflow server: {key}=http://HOST:5000")
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Texts by their dotted keys; nothing is an empty one."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner, key)
-    elif value is None or isinstance(value, str):
-        yield key, value or ""
-
-
-def _names_path(key: str, value: str, root: Path) -> bool:
-    last = key.rpartition(".")[2]
-    if not value or value.startswith("models:/"):
+def _is_path(value: str, mark: PathMark, root: Path) -> bool:
+    if not value or mark.access is None or (mark.may_be_registered and value.startswith("models:/")):
         return False
-    return last in _PATH_KEYS or ((last in _OTHER_KEYS or "/" in value) and (root / value).exists())
+    return not mark.may_be_name or (root / value).exists()
