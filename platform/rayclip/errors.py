@@ -1,5 +1,6 @@
 """The error that people cause and can mend."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -22,6 +23,12 @@ def exit_with(command: Callable[[], int]) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def require_extra(module: str, extra: str, what: str) -> None:
+    """Raise UserError that says how to install a module which only some of the package needs, where it is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{what} needs {module}, which is not installed: pip install 'rayclip[{extra}]'")
 
 
 def nearest(name: str, allowed: list[str]) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from rayclip.data.order import Order
-from rayclip.orchestration.train.driver import code_version
+from rayclip.version import code_version
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
@@ -26,13 +27,14 @@ WAIT_S = 300
 
 
 class ClusterProcess:
-    """The cluster, and `python -m jobs.submit` against it."""
+    """The cluster, and `rayclip submit` against it."""
 
     def __init__(self, log):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.log = log
+        self.log, self.folder = log, log.parent / "caller"
+        self.folder.mkdir()
         script = Path(__file__).with_name("small_cluster.py")
         # Jobs find `python` there; the library they find only in what is shipped with them.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -53,13 +55,13 @@ class ClusterProcess:
         self.address, self.raylets = json.loads(said).values()
 
     def submit(self, *arguments, token=TOKEN, wait=True):
-        """Runs jobs.submit; (exit code, what it showed, its notes), or the running process."""
+        """Runs rayclip submit; (exit code, what it showed, its notes), or the running process."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "RAY_API_SERVER_ADDRESS": self.address}
         environment["HOME"] = str(self.log.parent)  # where no other Ray has left a token
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
-        command = [sys.executable, "-m", "jobs.submit", *arguments]
+        command = [sys.executable, "-m", "rayclip", "submit", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+        process = subprocess.Popen(command, cwd=self.folder, env=environment, **pipes)
         return ended(process) if wait else process
 
     def kill_a_node_with_a_worker(self):
@@ -92,8 +94,11 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory, make_samples, write_dataset, tiny_config):
-    """The folder that all nodes share, its manifest, and the arguments of a training that uses it."""
+def training(cluster, tmp_path_factory, make_samples, write_dataset, tiny_config):
+    """The folder that all nodes share, its manifest, and the arguments of a training that uses it.
+
+    The config is a file of the caller's own, in a folder that no node has.
+    """
     folder = tmp_path_factory.mktemp("shared")
     manifest = write_dataset(folder / "data", make_samples(NUM_SAMPLES), shard_samples=150, chunk_samples=16)
     overrides = {
@@ -109,8 +114,10 @@ def training(tmp_path_factory, make_samples, write_dataset, tiny_config):
         "checkpoint": {"every_samples": 320, "keep": 1000, "record_samples": True},
         "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
     }
+    (cluster.folder / "configs").mkdir()
+    (cluster.folder / "configs/small.yaml").write_text(files("rayclip.recipes").joinpath("demo.yaml").read_text())
     arguments = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    return folder, manifest, ["train", "platform/rayclip/recipes/demo.yaml", *arguments]
+    return folder, manifest, ["train", "configs/small.yaml", *arguments]
 
 
 def ended(process):
@@ -156,7 +163,7 @@ def test_a_training_goes_on_when_a_node_is_killed(cluster, training):
     check_samples(np.concatenate([np.load(f / "samples.npy") for f in folders]), manifest)
     # What ran is what was shipped: a package of the library outside git could not tell its commit.
     assert json.loads((folders[-1] / "state.json").read_text())["code_version"] == code_version()
-    assert "succeeded  python -m jobs.train platform/rayclip/recipes/demo.yaml" in cluster.submit("list")[1]
+    assert "succeeded  python -m rayclip train small.yaml" in cluster.submit("list")[1]
 
 
 def test_a_job_s_failure_and_its_stop_come_back(cluster, training):

@@ -43,10 +43,9 @@ class Command:
         if not arguments or "--help" in arguments or "-h" in arguments:
             print_help(self.help())
             return 0 if arguments else 2
-        arguments, json_path = take_option(arguments, "--json")
         check, arguments = "--check" in arguments, [argument for argument in arguments if argument != "--check"]
         try:
-            config, summary = self.parse(arguments, json_path)
+            config, summary = self.parse(arguments)
             if check:
                 found = {"kind": self.schema.__name__, "summary": summary, "config": config.model_dump(mode="json")}
                 print(json.dumps(found))
@@ -64,8 +63,9 @@ class Command:
         usage = " ".join([self.prog, *(name.upper() for name in self._required)])
         return f"usage: {usage} [key=value ...] [--json PATH] [--check]\n\n{describe(self.schema)}"
 
-    def parse(self, arguments: list[str], json_path: str | None = None) -> Settings:
-        """Return the settings that the arguments give, options aside. Raises UserError."""
+    def parse(self, arguments: list[str]) -> Settings:
+        """Return the settings that the arguments give, of which an option may be --json PATH. Raises UserError."""
+        arguments, json_path = take_option(arguments, "--json")
         required = self._required
         if required[0].endswith("..."):
             arguments = _gather(arguments)
@@ -76,6 +76,11 @@ class Command:
         named = [f"{key.removesuffix('...')}={value}" for key, value in zip(self.positional, given, strict=False)]
         config = load(self.schema, given[-1] if self._takes_file else None, named + overrides)
         return Settings(config, json_path or str(self.summary_path(config)))
+
+    @property
+    def config_index(self) -> int | None:
+        """Which of the arguments is the YAML file or the recipe's name; None where the command takes none."""
+        return len(self.positional) if self._takes_file else None
 
     @property
     def _takes_file(self) -> bool:

@@ -4,11 +4,13 @@ from typing import Any
 
 from rayclip.cli.command import Command, print_table
 from rayclip.config import CurateConfig
+from rayclip.errors import require_extra
 from rayclip.io.storage import format_path, join
 
 
 def main(config: CurateConfig) -> dict[str, Any]:
     """Write the new data set, or what an interrupted run left of it; returns the summary. Raises UserError."""
+    require_extra("ahocorasick", "curate", "curate")
     from rayclip.orchestration.batch.curate import curate
 
     summary = curate(config)

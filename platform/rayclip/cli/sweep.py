@@ -4,13 +4,16 @@ from typing import Any
 
 from rayclip.cli import fit
 from rayclip.cli.command import Command, print_table
-from rayclip.config import FitConfig, LadderPlan, SweepConfig
-from rayclip.errors import UserError
+from rayclip.config import FitConfig, LadderPlan, SearchPlan, SweepConfig
+from rayclip.errors import UserError, require_extra
 from rayclip.io.storage import format_path
 
 
 def main(config: SweepConfig) -> dict[str, Any]:
     """Run the sweep; returns its summary. Raises UserError for a mistake in the config, and where trials failed."""
+    if isinstance(config.plan, SearchPlan) and config.plan.algorithm == "tpe":
+        require_extra("optuna", "sweep", "plan.algorithm=tpe")
+
     from rayclip.orchestration.sweep.driver import run_sweep, sweep_folder
 
     summary = run_sweep(config)

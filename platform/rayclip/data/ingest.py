@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rayclip.config import IngestConfig
-from rayclip.config.base import Effect
-from rayclip.config.fields import keys_with, without
 from rayclip.data.decode import BadSampleError
 from rayclip.data.encode import to_sample
 from rayclip.data.formats.tar import Sample, Span, write_shard
@@ -30,6 +28,9 @@ SETTINGS = "ingest.json"
 SKIPPED = "skipped.jsonl"
 CLASS_NAMES = "classnames.txt"
 STATE = ".ingest"
+
+# What does not change the bytes that are written.
+_FREE_KEYS = {"output", "max_bad_fraction"}
 
 
 class ShardTask(NamedTuple):
@@ -74,7 +75,7 @@ def plan(config: IngestConfig, splits: dict[str, Split]) -> list[ShardTask]:
 
 def settings_of(config: IngestConfig) -> dict[str, Any]:
     """The settings that decide the data set's bytes."""
-    return {"format": 1, **without(config.model_dump(mode="json"), keys_with(IngestConfig, Effect.SAME_RESULT))}
+    return {"format": 1, **config.model_dump(mode="json", exclude=_FREE_KEYS)}
 
 
 def digest_of(splits: dict[str, Split]) -> str:

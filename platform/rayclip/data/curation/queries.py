@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import ahocorasick
-
 from rayclip.errors import UserError
 from rayclip.io.storage import read_bytes
 
@@ -29,6 +27,8 @@ class Matcher:
 
     def __init__(self, queries: Sequence[str]) -> None:
         """Queries that have the same words, or none, raise UserError."""
+        import ahocorasick  # an extra: nothing but curation needs it
+
         self._automaton = ahocorasick.Automaton()
         for number, query in enumerate(queries):
             spelled = f" {' '.join(words(query))} "

@@ -20,8 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayclip.config import CurateConfig
-from rayclip.config.base import Effect
-from rayclip.config.fields import keys_with, without
 from rayclip.data.curation.decide import OUTCOMES, Decision, decide
 from rayclip.data.curation.report import write_queries, write_query_plot
 from rayclip.data.curation.sample_stats import SampleStats, sample_stats, to_table
@@ -37,6 +35,8 @@ from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutp
 from rayclip.orchestration.batch.task_runner import run_parts, start
 
 _OUTCOMES = "outcomes.npy"
+_FREE_KEYS = {"output", "cluster", "max_bad_fraction", "queries", "scores"}
+"""Settings that do not decide what is written; for files it is their content that does."""
 
 
 def curate(config: CurateConfig) -> dict[str, Any]:
@@ -52,9 +52,9 @@ def curate(config: CurateConfig) -> dict[str, Any]:
         "kind": "curate", "format": 1, "source": data, "source_digest": manifest.digest,
         "part_samples": config.part_samples,
     }  # fmt: skip
-    # "scores" is what outputs of earlier releases call the digest of the embeddings.
-    settings = without(config.model_dump(mode="json"), keys_with(CurateConfig, Effect.SAME_RESULT, Effect.BY_CONTENT))
-    settings |= {"queries": _content(config.queries), "scores": _content(_summary_of(config.embeddings))}
+    settings = config.model_dump(mode="json", exclude=_FREE_KEYS) | {
+        name: _content(path) for name, path in (("queries", config.queries), ("scores", _summary_of(config.scores)))
+    }
     # It has no parts of its own: it is complete once its summary is there.
     folder = PartitionedOutput(output, identity | {"settings": settings}, 0)
     done = start(folder, config.cluster)
@@ -62,7 +62,7 @@ def curate(config: CurateConfig) -> dict[str, Any]:
         return done
 
     stats = PartitionedOutput(output / "looked", identity, len(parts))
-    score_N = read_scores(storage_path(config.embeddings), manifest) if config.embeddings else None
+    score_N = read_scores(storage_path(config.scores), manifest) if config.scores else None
     if start(stats, config.cluster) is None:
         make_reader = partial(SampleStatsReader, data, manifest.digest, config.part_samples)
         run_parts(stats, make_reader, config.cluster, manifest.total_samples, config.max_bad_fraction)
@@ -169,9 +169,9 @@ def read_scores(path: StoragePath, manifest: Manifest) -> np.ndarray:
     """Cosine of picture and caption of every sample, float32 [N]; NaN where one is missing. Raises UserError."""
     folder, _ = open_complete(path, "embed")
     if folder.identity["source_digest"] != manifest.digest:
-        raise UserError(f"embeddings '{path}' were made from another data set, '{folder.identity['source']}'")
+        raise UserError(f"scores '{path}' were made from another data set, '{folder.identity['source']}'")
     if folder.identity["what"] != "both":
-        raise UserError(f"embeddings '{path}' holds {folder.identity['what']} only: run jobs.embed with what=both")
+        raise UserError(f"scores '{path}' holds {folder.identity['what']} only: run jobs.embed with what=both")
     score_N = np.full(manifest.total_samples, np.nan, dtype=np.float32)
     first = 0
     for part in range(folder.num_parts):
@@ -225,8 +225,8 @@ def _summed_up(decision: Decision, new: Manifest) -> dict[str, Any]:
     }
 
 
-def _summary_of(embeddings: str | None) -> str | None:
-    return join(embeddings, "embed.json") if embeddings else None
+def _summary_of(scores: str | None) -> str | None:
+    return join(scores, "embed.json") if scores else None
 
 
 def _content(path: str | None) -> str | None:

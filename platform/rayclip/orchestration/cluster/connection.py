@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from rayclip.orchestration.cluster.resources import Bundle, format_resources, mo
 
 _LEAST_LOGICAL_CPUS = 4  # two workers, a reader, and one to spare
 _S3_NAMES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL")
-_ROOT = Path(__file__).resolve().parents[4]
+_SOURCE = Path(__file__).resolve().parents[3]
+"""The folder that holds the package: a checkout's platform/, or the site-packages that it is installed in."""
 
 
 def connect(local_cpus: int = 0) -> None:
@@ -89,10 +91,12 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _worker_environment() -> dict[str, str]:
-    # Workers import jobs/ from the repository root and the library from its source.
-    paths = [str(_ROOT), str(_ROOT / "platform"), os.environ.get("PYTHONPATH", "")]
+    # Workers import the package from where this process has it. Site-packages they have anyway, and in their own place:
+    # on PYTHONPATH it would come before the standard library.
+    installed = str(_SOURCE) in map(sysconfig.get_path, ("purelib", "platlib"))
+    paths = [] if installed else [str(_SOURCE)]
     return {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH", "")])),
         **LOCAL_ENVIRONMENT,
     }
 

@@ -1,7 +1,6 @@
 """Jobs on another machine's cluster, through Ray's job API: submit, follow, look at, stop."""
 
 import asyncio
-import copy
 import os
 import platform
 import re
@@ -24,7 +23,7 @@ from rayclip.errors import UserError
 from rayclip.orchestration.cluster.connection import s3_environment
 from rayclip.orchestration.cluster.ray_internals import cluster_versions, quieten_job_client
 from rayclip.orchestration.cluster.resources import Capacity, most_of
-from rayclip.orchestration.cluster.runtime_env import RUNTIME_ENV
+from rayclip.orchestration.cluster.runtime_env import Shipment
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 """In the environment: the cluster that is spoken to; Ray's own name for it."""
@@ -63,12 +62,12 @@ class Cluster:
             nodes = list_nodes(self.address, alive, limit=10_000, detail=True, raise_on_missing_output=False)
         return Capacity([node.resources_total for node in nodes], most_of([node.labels for node in nodes]))
 
-    def submit(self, job: str, name: str, arguments: list[str], code_version: str) -> str:
-        """Ship the tree in the working folder, and start `python -m jobs.JOB ARGUMENTS` in it; the job's id."""
-        environment = copy.deepcopy(RUNTIME_ENV)
+    def submit(self, job: str, name: str, arguments: list[str], shipment: Shipment, code_version: str) -> str:
+        """Upload a shipment, and start `python -m rayclip JOB ARGUMENTS` in its folder; the job's id."""
+        environment = shipment.runtime_env
         environment["env_vars"] |= {**s3_environment(), "RAYCLIP_CODE_VERSION": code_version}
         request: dict[str, Any] = {
-            "entrypoint": shlex.join(["python", "-m", f"jobs.{job}", *arguments]),
+            "entrypoint": shlex.join(["python", "-m", "rayclip", job, *arguments]),
             "submission_id": f"{job}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{uuid.uuid4().hex[:6]}",
             "runtime_env": environment,
             "metadata": {"code_version": code_version},

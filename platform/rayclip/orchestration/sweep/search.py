@@ -7,18 +7,18 @@ state could not be used for that: it is written now and then, and names trials b
 
 import json
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-from ray.tune.search.optuna import OptunaSearch
 
 from rayclip.config import Choices, Range, SearchPlan
 from rayclip.io.files import write_text
 from rayclip.io.paths import StoragePath, append
 from rayclip.orchestration.cluster.ray_internals import enter_bracket
 from rayclip.scaling.search import Values
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 Entry = dict[str, Any]
 
@@ -116,6 +116,9 @@ class _Named(NamedTuple):
 
 def suggest(plan: SearchPlan, index: int, known: list[tuple[Values, float]]) -> Values:
     """TPE's values for the trial of that number, from what is known: a function of these alone."""
+    import optuna  # an extra: nothing but TPE needs it
+    from ray.tune.search.optuna import OptunaSearch
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     search = OptunaSearch(
         space={key: _distribution(span) for key, span in plan.space.items()},
@@ -129,7 +132,9 @@ def suggest(plan: SearchPlan, index: int, known: list[tuple[Values, float]]) -> 
     return {key: _decoded(plan.space[key], value) for key, value in values.items()}
 
 
-def _distribution(span: Range | Choices) -> BaseDistribution:
+def _distribution(span: Range | Choices) -> "BaseDistribution":
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
     if isinstance(span, Choices):
         return CategoricalDistribution(range(len(span.choices)))
     if isinstance(span.low, int) and isinstance(span.high, int):

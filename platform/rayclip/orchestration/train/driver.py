@@ -6,12 +6,9 @@ the workers alive, shows how far they are, and registers the best checkpoint at 
 
 import json
 import math
-import os
-import subprocess
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,10 +16,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayclip import __version__
 from rayclip.config import ModelConfig, TrainConfig
-from rayclip.config.base import PathMark
-from rayclip.config.fields import map_paths
 from rayclip.data.augment import Augmentation
 from rayclip.data.mixture import MixturePart, load_parts
 from rayclip.data.order import Order
@@ -48,6 +42,7 @@ from rayclip.orchestration.train.worker import train_worker
 from rayclip.tracking import mlflow as tracking
 from rayclip.tracking.registry import is_registered, resolve_model
 from rayclip.training.checkpoint import read_metrics, read_state
+from rayclip.version import code_version
 
 _POLL_S = 0.5
 
@@ -144,7 +139,7 @@ def _describe_processes(config: TrainConfig) -> str:
     workers = f"a run with {config.cluster.min_workers} workers"
     if not config.evaluation.is_asynchronous:
         return f"{workers} and a reader"
-    return f"{workers}, a reader and a process that measures beside them (evaluation.asynchronous)"
+    return f"{workers}, a reader and a process that measures beside them (evaluation.beside)"
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -152,11 +147,18 @@ def resolve(config: TrainConfig) -> TrainConfig:
     model = preset(config.model) if isinstance(config.model, str) else config.model
     if config.loss.kind == "sigmoid":
         model = with_logit_bias(model)
-    return map_paths(config.model_copy(update={"model": model}), _absolute)
-
-
-def _absolute(path: str, mark: PathMark) -> str:
-    return path if mark.may_be_registered and is_registered(path) else absolute(path)
+    parts = tuple(part.model_copy(update={"path": absolute(part.path)}) for part in config.data.mixture)
+    data = config.data.model_copy(update={"path": config.data.path and absolute(config.data.path), "mixture": parts})
+    tasks = {
+        name: task.model_copy(update={"path": absolute(task.path)}) for name, task in config.evaluation.tasks.items()
+    }
+    evaluation = config.evaluation.model_copy(update={"tasks": tasks})
+    weights = config.weights
+    if weights is not None and not is_registered(weights):
+        weights = absolute(weights)
+    branch_from = config.branch_from and absolute(config.branch_from)
+    update = {"model": model, "weights": weights, "branch_from": branch_from, "data": data, "evaluation": evaluation}
+    return config.model_copy(update=update)
 
 
 def plan_stream(config: TrainConfig, may_lack_shards: bool = False) -> tuple[StreamSpec, int]:
@@ -201,21 +203,6 @@ def _stream_spec(config: TrainConfig, may_lack_shards: bool) -> StreamSpec:
         captions=config.data.captions,
         mixture=parts,
     )
-
-
-def code_version() -> str:
-    """The commit that the code is at, marked where it was changed since; the package's version outside git.
-
-    A submitted job runs outside git, and is told.
-    """
-    if format_metrics := os.environ.get("RAYCLIP_CODE_VERSION"):
-        return format_metrics
-    root = Path(__file__).parent
-    try:
-        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return __version__
 
 
 def _open_mlflow_run(
