@@ -1,4 +1,4 @@
-"""Features of pictures through Ray Data beside the same code without it, and beside the image tower alone.
+"""Features of images through a pool of Ray actors beside the same code without it, and beside the image tower alone.
 
 All three run in as many processes, with one thread each. What is not counted is what happens once: starting processes,
 loading the model.
@@ -30,7 +30,8 @@ from rayclip.models.presets import preset as preset_of
 from rayclip.models.weights import Weights, write_weights
 from rayclip.orchestration.batch.embed import open_model
 from rayclip.orchestration.batch.features import Extraction, images_of
-from rayclip.orchestration.batch.task_runner import connect_for, run_jobs
+from rayclip.orchestration.batch.output_jobs import run_jobs
+from rayclip.orchestration.batch.task_runner import connect_for
 
 _CLASSES = ("a", "b")
 _SIDE = 256
@@ -80,12 +81,13 @@ def _measure(config: BenchmarkConfig, folder: Path, repeat: int) -> tuple[float,
 def _through_ray(extraction: Extraction, suite: SuiteConfig) -> float:
     """Counted from when every worker has finished a part."""
     connect_for(suite.cluster)
-    folder = extraction.job.folder
-    folder.begin()
-    finished = [
-        (time.perf_counter(), done.tally["rows"]["samples"])
-        for _, done in run_jobs([extraction.job], suite.cluster, [(0, part) for part in range(folder.num_parts)])
-    ]
+    output = extraction.job.output
+    parts = [(0, part) for part in range(output.num_parts)]
+    with output.writing():
+        finished = [
+            (time.perf_counter(), result.tally["rows"]["samples"])
+            for _, result in run_jobs([extraction.job], suite.cluster, parts)
+        ]
     first = suite.cluster.num_workers - 1
     return sum(samples for _, samples in finished[first + 1 :]) / (finished[-1][0] - finished[first][0])
 
@@ -93,7 +95,7 @@ def _through_ray(extraction: Extraction, suite: SuiteConfig) -> float:
 def _without_ray(extraction: Extraction, workers: int) -> float:
     """The same parts, shared out beforehand; the first of each process is not counted."""
     context = multiprocessing.get_context("spawn")
-    shares = [range(worker, extraction.job.folder.num_parts, workers) for worker in range(workers)]
+    shares = [range(worker, extraction.job.output.num_parts, workers) for worker in range(workers)]
     pipes = [context.Pipe() for _ in shares]
     processes = [
         context.Process(target=_work, args=(theirs, extraction.job.make, list(share)), daemon=True)

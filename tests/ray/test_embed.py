@@ -31,6 +31,7 @@ from rayclip.inference.zero_shot import class_matrix, zero_shot_probabilities
 from rayclip.models.clip import CLIP
 from rayclip.orchestration.batch import task_runner as pool
 from rayclip.orchestration.batch.embed import Embedder, open_model, reading_of
+from rayclip.orchestration.batch.output_jobs import run_parts
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, plan_parts
 from rayclip.training.checkpoint import load_model
 
@@ -281,7 +282,7 @@ def test_what_a_worker_finds_wrong_is_one_line_here(tmp_path, capfd):
         return work
 
     with pytest.raises(UserError) as caught:
-        pool.run_parts(folder, make, WorkersConfig(), 4, 0.0)
+        run_parts(folder, make, WorkersConfig(), 4, 0.0)
     assert str(caught.value) == "part 2 is no good"
     assert "constructor arguments in the object store" not in capfd.readouterr().err
     assert not (folder.path / "summary.json").exists()
@@ -302,7 +303,7 @@ def test_a_part_that_kills_every_worker_ends_the_job(tmp_path):
         return work
 
     with pytest.raises(UserError, match="3 workers in a row were lost with part 1, most likely for lack of memory"):
-        pool.run_parts(folder, make, WorkersConfig(), 2, 0.0)
+        run_parts(folder, make, WorkersConfig(), 2, 0.0)
 
 
 def processes(parent, title):
@@ -348,7 +349,7 @@ def test_killed_midway_and_started_again_has_the_same_rows(checkpoint, write_dat
 
     try:
         wait_for(2)
-        workers = processes(psutil.Process(job.pid), "ray::MapWorker")
+        workers = processes(psutil.Process(job.pid), "ray::_TaskWorker")
         assert workers
         workers[0].kill()  # another takes its place, or what it left is done by the others
         wait_for(len(mtimes(output)) + 4)

@@ -1,4 +1,4 @@
-"""Ingest and index as Ray Data jobs, killed on purpose and started again."""
+"""Ingest and index as jobs, killed on purpose and started again."""
 
 import os
 import signal
@@ -13,10 +13,11 @@ from PIL import Image
 from rayclip.cli import index as index_job
 from rayclip.cli import ingest as ingest_job
 from rayclip.config import FolderConfig, IndexConfig, IngestConfig
-from rayclip.data import ingest as plan
+from rayclip.data.ingest import plan_shards, write_shard_of
 from rayclip.data.manifest import Manifest
 from rayclip.data.sources import SOURCES
 from rayclip.errors import UserError
+from rayclip.orchestration.batch.ingest_output import STATE, IngestOutput
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,11 +47,12 @@ def whole(source, tmp_path_factory):
     """What plain functions write."""
     config = config_of(source, tmp_path_factory.mktemp("whole") / "out")
     splits = SOURCES["folder"].splits(config.source, None)
-    tasks = plan.plan(config, splits)
-    plan.begin(config, splits)
-    for task in tasks:
-        plan.write_one_shard(config, task)
-    plan.finish(config, tasks)
+    tasks = plan_shards(config, splits)
+    output = IngestOutput.unlisted(config).listed(splits, tasks)
+    with output.writing():
+        for number, task in enumerate(tasks):
+            output.write(number, write_shard_of(config, task))
+        output.finish({})
     return files_of(config.output)
 
 
@@ -66,7 +68,7 @@ def test_killed_midway_and_started_again_ends_with_the_same_bytes(source, whole,
     (tmp_path / "config.yaml").write_text(config.model_dump_json())
     command = [sys.executable, "-m", "jobs.ingest", str(tmp_path / "config.yaml")]
     job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    records = tmp_path / "out" / plan.STATE / "train"
+    records = tmp_path / "out" / STATE / "train"
     try:
         deadline = time.monotonic() + 120
         while len(list(records.glob("*.json"))) < 3:
@@ -106,7 +108,7 @@ def test_too_many_bad_pairs_end_the_run_with_one_line(tmp_path):
     for i in range(4):
         (tmp_path / f"{i}.jpg").write_bytes(b"broken")
         (tmp_path / f"{i}.txt").write_text("a picture")
-    with pytest.raises(UserError, match="4 of 4 pairs cannot be used") as caught:
+    with pytest.raises(UserError, match="4 of 4 samples cannot be used") as caught:
         ingest_job.main(config_of(tmp_path, tmp_path / "out"))
     assert "\n" not in str(caught.value)
 

@@ -128,11 +128,11 @@ def suite(root, model, cache, datasets):
 
 def extract_here(extraction):
     """In this process, as the workers of a cluster do it."""
-    folder = extraction.job.folder
-    folder.begin()
+    output = extraction.job.output
     work = extraction.job.make()
-    for part in range(folder.num_parts):
-        folder.write(part, work(part))
+    with output.writing():
+        for part in range(output.num_parts):
+            output.write(part, work(part))
     return extraction.features
 
 

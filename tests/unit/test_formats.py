@@ -149,7 +149,7 @@ def joined(stream):
 @pytest.fixture
 def in_process(monkeypatch):
     """Tasks one after another in this process, in the place of a cluster's."""
-    monkeypatch.setattr("rayclip.orchestration.batch.index._run_on_cluster", lambda tasks, work: map(work, tasks))
+    monkeypatch.setattr("rayclip.orchestration.batch.index.run_tasks", lambda tasks, make, **_: map(make(), tasks))
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -6,11 +6,13 @@ import pytest
 from PIL import Image
 
 from rayclip.config import FolderConfig, IngestConfig
-from rayclip.data import ingest
 from rayclip.data.formats.tar import read_samples
+from rayclip.data.ingest import plan_shards, write_shard_of
 from rayclip.data.manifest import Manifest
 from rayclip.data.sources import SOURCES
 from rayclip.errors import UserError
+from rayclip.orchestration.batch.ingest_output import IngestOutput
+from rayclip.orchestration.batch.partitioned_output import check_bad
 
 
 @pytest.fixture
@@ -34,17 +36,35 @@ def config(tmp_path):
 
 
 def begin(config):
+    """(tasks, the output, begun)."""
     splits = SOURCES[config.source.kind].splits(config.source, None)
-    tasks = ingest.plan(config, splits)
-    ingest.begin(config, splits)
-    return tasks
+    tasks = plan_shards(config, splits)
+    output = IngestOutput.unlisted(config)
+    output.check()
+    with output.writing():
+        output = output.listed(splits, tasks)
+        output.check()
+        output.begin()
+    return tasks, output
+
+
+def write_some(config, tasks, output, numbers):
+    for number in numbers:
+        output.write(number, write_shard_of(config, tasks[number]))
 
 
 def write(config):
-    tasks = begin(config)
-    for task in ingest.missing(config, tasks):
-        ingest.write_one_shard(config, task)
-    return ingest.finish(config, tasks)
+    tasks, output = begin(config)
+    write_some(config, tasks, output, output.missing()[0])
+    tally = output.missing()[1]
+    check_bad(tally, config.max_bad_fraction, output.first_bad)
+    return output.finish(tally)
+
+
+def is_complete(config):
+    output = IngestOutput.unlisted(config)
+    output.check()
+    return output.read_summary() is not None
 
 
 def files_of(folder):
@@ -76,21 +96,20 @@ def test_a_data_set_holds_every_good_pair_once(config, tmp_path):
 @pytest.mark.parametrize("written", [0, 1, 2, 3])
 def test_an_interrupted_run_ends_with_the_same_bytes(config, tmp_path, written):
     write(config.model_copy(update={"output": str(tmp_path / "whole")}))
-    tasks = begin(config)
-    for task in tasks[:written]:
-        ingest.write_one_shard(config, task)
+    tasks, output = begin(config)
+    write_some(config, tasks, output, range(written))
     (tmp_path / "out/train/000001.tar.partial-dead").write_bytes(b"half")
-    assert not ingest.is_complete(config)
-    assert len(list(ingest.missing(config, begin(config)))) == 3 - written
+    assert not is_complete(config)
+    assert begin(config)[1].missing()[0] == [0, 1, 2][written:]
     write(config)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    assert ingest.is_complete(config)
+    assert is_complete(config)
 
 
 def test_a_shard_without_its_record_is_written_again(config, tmp_path):
-    tasks = begin(config)
+    _, output = begin(config)
     (tmp_path / "out/train/000000.tar").write_bytes(b"named, but its record was never written")
-    assert len(list(ingest.missing(config, tasks))) == 3
+    assert output.missing()[0] == [0, 1, 2]
     write(config)
     assert len(captions_of(tmp_path / "out/train")) == 22
 
@@ -99,7 +118,7 @@ def test_killed_while_tidying_up(config, tmp_path):
     write(config)
     before = files_of(tmp_path / "out")
     (tmp_path / "out/.ingest").mkdir()
-    assert not ingest.is_complete(config)
+    assert not is_complete(config)
     write(config)
     assert files_of(tmp_path / "out") == before
 
@@ -115,12 +134,12 @@ def test_killed_while_tidying_up(config, tmp_path):
 def test_other_settings_are_refused(config, keys, said):
     write(config)
     with pytest.raises(UserError, match=said):
-        ingest.is_complete(config.model_copy(update=keys))
+        is_complete(config.model_copy(update=keys))
 
 
 def test_settings_that_change_no_bytes_are_not(config):
     write(config)
-    assert ingest.is_complete(config.model_copy(update={"max_bad_fraction": 0.5}))
+    assert is_complete(config.model_copy(update={"max_bad_fraction": 0.5}))
 
 
 def test_a_source_that_changed_between_two_runs_is_refused(config, tmp_path):
@@ -132,16 +151,16 @@ def test_a_source_that_changed_between_two_runs_is_refused(config, tmp_path):
 
 def test_a_folder_of_something_else_is_refused(config, tmp_path):
     (tmp_path / "out").mkdir()
-    assert not ingest.is_complete(config)
+    assert not is_complete(config)
     (tmp_path / "out/thesis.doc").touch()
     with pytest.raises(UserError, match="not empty"):
-        ingest.is_complete(config)
+        is_complete(config)
     with pytest.raises(UserError, match="is a file"):
-        ingest.is_complete(config.model_copy(update={"output": str(tmp_path / "out/thesis.doc")}))
+        is_complete(config.model_copy(update={"output": str(tmp_path / "out/thesis.doc")}))
 
 
 def test_too_many_bad_pairs_stop_the_run_and_may_be_allowed(config):
-    with pytest.raises(UserError, match=r"3 of 25 pairs cannot be used \(.*\), the first being .*max_bad_fraction"):
+    with pytest.raises(UserError, match=r"3 of 25 samples cannot be used \(.*\), the first being .*max_bad_fraction"):
         write(config.model_copy(update={"max_bad_fraction": 0.1}))
     assert write(config)["splits"]["train"]["samples"] == 22
 

@@ -95,7 +95,7 @@ def test_an_output_is_complete_with_its_summary_and_all_parts(folder):
     assert folder.read_summary() is None
     with pytest.raises(UserError, match="is not complete"):
         open_complete(folder.path, "embed")
-    folder.write_summary({"parts": 3, "samples": 9})
+    assert folder.finish({"parts": 3, "samples": 9}) == {"parts": 3, "samples": 9}
     assert folder.read_summary() == {"parts": 3, "samples": 9}
     assert open_complete(folder.path, "embed") == (folder, {"parts": 3, "samples": 9})
     folder.file(1).unlink()
@@ -109,20 +109,12 @@ def test_an_output_is_complete_with_its_summary_and_all_parts(folder):
 def test_what_a_crash_left_is_cleared_away(folder):
     folder.begin()
     (folder.path / "part-000001.parquet.partial-0123abcd").write_bytes(b"half")
-    folder.note_attempt(1)
+    (folder.path / "part-000001.attempts").write_bytes(b".")  # of earlier releases
     folder.check()
-    folder.begin()
+    with folder.writing():
+        assert {path.name for path in folder.path.iterdir()} == {"embed.json"}
+        (folder.path / "part-000001.parquet.partial-4567abcd").write_bytes(b"half")
     assert {path.name for path in folder.path.iterdir()} == {"embed.json"}
-
-
-def test_a_part_that_costs_worker_after_worker_ends_the_job(folder):
-    folder.begin()
-    for _ in range(3):
-        folder.note_attempt(2)
-        folder.note_attempt(1)
-        write(folder, 1)
-    with pytest.raises(UserError, match="3 workers in a row were lost with part 2"):
-        folder.note_attempt(2)
 
 
 # Whose the folder is

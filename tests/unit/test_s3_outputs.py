@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from rayclip.cli import convert
 from rayclip.config import ConvertConfig, IngestConfig
-from rayclip.data import ingest
-from rayclip.data.manifest import Manifest
+from rayclip.data.ingest import plan_shards, write_shard_of
 from rayclip.data.sources import SOURCES
 from rayclip.errors import UserError
 from rayclip.io import s3 as s3_requests
@@ -24,6 +23,7 @@ from rayclip.io.files import whole_file, write_json
 from rayclip.io.latency import LatencyEstimator
 from rayclip.io.paths import S3Path, append, local_copy, matching, remove_tree, staged, storage_path
 from rayclip.models.clip import CLIP
+from rayclip.orchestration.batch.ingest_output import IngestOutput
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, open_complete
 from rayclip.orchestration.cluster.connection import s3_environment
 from rayclip.orchestration.cluster.ray_storage import S3FileSystem, ray_storage, train_result, upload_checkpoint
@@ -171,13 +171,12 @@ def test_parts_of_an_output_go_on_in_s3(folder):
     tally = {"rows": {"samples": 2, "bad": 0}, "causes": {}}
     parts = PartitionedOutput(folder, identity, 2)
     parts.check()
-    parts.begin()
-    parts.note_attempt(0)
-    parts.write(0, Part(pa.table({"a": [1, 2]}), tally))
-    assert parts.missing() == ([1], tally)
-    assert parts.read_summary() is None
-    parts.write(1, Part(pa.table({"a": [3]}), tally))
-    parts.write_summary({"parts": 2})
+    with parts.writing():
+        parts.write(0, Part(pa.table({"a": [1, 2]}), tally))
+        assert parts.missing() == ([1], tally)
+        assert parts.read_summary() is None
+        parts.write(1, Part(pa.table({"a": [3]}), tally))
+        parts.finish({"parts": 2})
     assert open_complete(folder, "embed")[1] == {"parts": 2}
     with pytest.raises(UserError, match="other settings"):
         PartitionedOutput(folder, {"kind": "embed", "settings": 2}, 2).check()
@@ -188,22 +187,25 @@ def test_a_data_set_is_ingested_to_s3_and_goes_on_after_a_crash(folder, tmp_path
     source = {"kind": "digits", "size": 16}
     config = IngestConfig(source=source, output=str(folder), shard_samples=600)
     splits = SOURCES["digits"].splits(config.source, tmp_path)
-    tasks = ingest.plan(config, splits)
-    ingest.begin(config, splits)
-    ingest.write_one_shard(config, tasks[0])
-    assert not ingest.is_complete(config)
-    for task in ingest.missing(config, tasks):
-        assert task is not tasks[0]
-        ingest.write_one_shard(config, task)
-    in_s3 = ingest.finish(config, tasks)
-    assert ingest.is_complete(config)
+    tasks = plan_shards(config, splits)
+    output = IngestOutput.unlisted(config).listed(splits, tasks)
+    with output.writing():
+        output.write(0, write_shard_of(config, tasks[0]))
+        assert output.read_summary() is None
+    output.check()
+    with output.writing():
+        missing = output.missing()[0]
+        assert missing == list(range(1, len(tasks)))
+        for number in missing:
+            output.write(number, write_shard_of(config, tasks[number]))
+        in_s3 = output.finish(output.missing()[1])
+    assert output.read_summary() == in_s3
     on_disk = config.model_copy(update={"output": str(tmp_path / "disk")})
-    ingest.begin(on_disk, splits)
-    for task in tasks:
-        ingest.write_one_shard(on_disk, task)
-    assert ingest.finish(on_disk, tasks)["splits"] == in_s3["splits"]
-    Manifest.load(f"{folder}/train").check_shards()
-    assert not Path("s3:").exists()
+    output = IngestOutput.unlisted(on_disk).listed(splits, tasks)
+    with output.writing():
+        for number, task in enumerate(tasks):
+            output.write(number, write_shard_of(on_disk, task))
+        assert output.finish(output.missing()[1])["splits"] == in_s3["splits"]
 
 
 def test_mlflow_keeps_files_in_s3_and_says_where(s3, tmp_path):

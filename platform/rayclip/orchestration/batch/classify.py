@@ -1,14 +1,14 @@
-"""Labelling a data set's pictures zero-shot, to Parquet parts; from the pictures, or from embeddings of them.
+"""Labelling a data set's images zero-shot, to Parquet parts; from the images, or from embeddings of them.
 
 A part's table, a row a sample, in the data set's order:
 
     id      string                        shard name / sample key, as in the embeddings
-    label   string                        the best label; null where the picture cannot be read
+    label   string                        the best label; null where the image cannot be read
     score   float32                       its probability: the softmax over all labels
     top     list<struct<label, score>>    the best of them, best first
-    error   string                        null, or why the picture cannot be read
+    error   string                        null, or why the image cannot be read
 
-Shapes: B pictures that can be read, C labels, K kept of them, E embedding.
+Shapes: B images that can be read, C labels, K kept of them, E embedding.
 """
 
 import hashlib
@@ -33,15 +33,15 @@ from rayclip.io.files import whole_file
 from rayclip.io.paths import StoragePath, storage_path, to_read
 from rayclip.io.storage import absolute, read_bytes
 from rayclip.orchestration.batch.embed import Embedder, EmbeddingModel, open_model, reading_of
+from rayclip.orchestration.batch.output_jobs import Work, complete_output, run_parts
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, open_complete, plan_parts
-from rayclip.orchestration.batch.task_runner import Work, run_parts, start
 
 _CLASSES = "classes.npy"
 _ROWS_AT_ONCE = 1024  # of [B, C] probabilities
 
 
 class _FeatureSource(NamedTuple):
-    """Where features of pictures come from: a data set, or embeddings of one."""
+    """Where features of images come from: a data set, or embeddings of one."""
 
     path: str
     digest: str
@@ -52,7 +52,7 @@ class _FeatureSource(NamedTuple):
 
 
 def classify(config: ClassifyConfig) -> dict[str, Any]:
-    """Label the pictures, or what an interrupted run left of them; a finished output is only reported.
+    """Label the images, or what an interrupted run left of them; a finished output is only reported.
 
     Returns the summary. Raises UserError for labels, templates, embeddings and an output that do not fit.
     """
@@ -72,22 +72,23 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
         "labels_digest": hashlib.sha256(json.dumps([labels, templates]).encode()).hexdigest(),
         "top_k": min(config.top_k, len(labels)),
     }
-    folder = PartitionedOutput(storage_path(config.output), identity, source.num_parts)
-    done = start(folder, config.cluster)
-    if done is not None:
-        return done
+    output = PartitionedOutput(storage_path(config.output), identity, source.num_parts)
     device = "cuda" if config.cluster.use_gpu else "cpu"
-    classes = folder.path / _CLASSES
-    if not classes.is_file():
-        write = partial(_write_classes, model, labels, templates, config.batch_size, classes, device)
-        # With a thousand labels and many templates it is work for a GPU, and here there may be none.
-        ray.get(ray.remote(num_gpus=1)(_call).remote(write)) if config.cluster.use_gpu else write()
-    make = partial(Classifier, source.read, classes, labels, model.logit_scale, identity["top_k"], device)
-    return run_parts(folder, make, config.cluster, source.num_samples, config.max_bad_fraction)
+    classes = output.path / _CLASSES
+
+    def write() -> dict[str, Any]:
+        if not classes.is_file():
+            write = partial(_write_classes, model, labels, templates, config.batch_size, classes, device)
+            # With a thousand labels and many templates it is work for a GPU, and here there may be none.
+            ray.get(ray.remote(num_gpus=1)(_call).remote(write)) if config.cluster.use_gpu else write()
+        make = partial(Classifier, source.read, classes, labels, model.logit_scale, identity["top_k"], device)
+        return run_parts(output, make, config.cluster, source.num_samples, config.max_bad_fraction)
+
+    return complete_output(output, config.cluster, write)
 
 
 def read_labels(labels: str | Sequence[str]) -> list[str]:
-    """The labels, from a list or from a file with one a line. Raises UserError where it cannot be read."""
+    """Return the labels, from a list or from a file with one a line. Raises UserError where it cannot be read."""
     if not isinstance(labels, str):
         return list(labels)
     try:
@@ -127,7 +128,7 @@ def _embeddings(config: ClassifyConfig, model: EmbeddingModel) -> _FeatureSource
 
 
 class _EmbeddingReader:
-    """Parts as jobs.embed wrote them; the counterpart of an Embedder."""
+    """Reads parts that jobs.embed wrote, where an Embedder makes them."""
 
     def __init__(self, folder: PartitionedOutput) -> None:
         self._folder = folder

@@ -1,6 +1,6 @@
 """Curation of a data set in three steps, of which the first and the last are spread over the cluster:
 
-looked/part-*.parquet    what there is to know of every sample (`curation.sample_stats`), whatever the rules say
+looked/part-*.parquet    the statistics of every sample (`curation.sample_stats`), whatever the rules say
 outcomes.npy             what becomes of every sample, an index into OUTCOMES (`curation.decide`), in one process
 *.tar                    the samples of a part that stay, with all their files, as a shard
 outcomes/part-*.parquet  the outcome of each of a part's samples: nothing is dropped in silence
@@ -9,7 +9,7 @@ The new data set's manifest and the summary come last. A run that is started aga
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -31,9 +31,11 @@ from rayclip.errors import UserError
 from rayclip.io.files import whole_file
 from rayclip.io.paths import StoragePath, size_of, storage_path, to_read
 from rayclip.io.storage import absolute, join, read_bytes
+from rayclip.orchestration.batch.output_jobs import Work, complete_output, run_parts
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, open_complete, plan_parts
-from rayclip.orchestration.batch.task_runner import run_parts, start
+from rayclip.orchestration.batch.sample_reader import SamplePlace, SampleReader
 
+_STATS = "looked"
 _OUTCOMES = "outcomes.npy"
 _FREE_KEYS = {"output", "cluster", "max_bad_fraction", "queries", "scores"}
 """Settings that do not decide what is written; for files it is their content that does."""
@@ -44,86 +46,93 @@ def curate(config: CurateConfig) -> dict[str, Any]:
 
     Returns the summary. Raises UserError for an output that holds something else, and for all that cannot be read.
     """
-    data, output = absolute(config.data), storage_path(config.output)
+    data, path = absolute(config.data), storage_path(config.output)
     manifest = Manifest.load(data)
     manifest.check_shards()
-    parts = plan_parts(manifest, config.part_samples)
     identity: dict[str, Any] = {
         "kind": "curate", "format": 1, "source": data, "source_digest": manifest.digest,
         "part_samples": config.part_samples,
     }  # fmt: skip
     settings = config.model_dump(mode="json", exclude=_FREE_KEYS) | {
-        name: _content(path) for name, path in (("queries", config.queries), ("scores", _summary_of(config.scores)))
+        name: _content(file) for name, file in (("queries", config.queries), ("scores", _summary_of(config.scores)))
     }
     # It has no parts of its own: it is complete once its summary is there.
-    folder = PartitionedOutput(output, identity | {"settings": settings}, 0)
-    done = start(folder, config.cluster)
-    if done is not None:
-        return done
+    output = PartitionedOutput(path, identity | {"settings": settings}, 0)
+    return complete_output(output, config.cluster, lambda: _write(config, manifest, identity, output))
 
-    stats = PartitionedOutput(output / "looked", identity, len(parts))
+
+def _write(
+    config: CurateConfig, manifest: Manifest, identity: dict[str, Any], output: PartitionedOutput
+) -> dict[str, Any]:
+    parts = plan_parts(manifest, config.part_samples)
+    data = identity["source"], manifest.digest
     score_N = read_scores(storage_path(config.scores), manifest) if config.scores else None
-    if start(stats, config.cluster) is None:
-        make_reader = partial(SampleStatsReader, data, manifest.digest, config.part_samples)
-        run_parts(stats, make_reader, config.cluster, manifest.total_samples, config.max_bad_fraction)
+    stats = PartitionedOutput(output.path / _STATS, identity, len(parts))
+    make_stats = partial(SampleStatsReader, *data, config.part_samples)
+    _complete(stats, make_stats, config, manifest.total_samples, config.max_bad_fraction)
     seen = pa.concat_tables(pq.read_table(to_read(stats.file(part))) for part in range(len(parts)))
     decision = decide(seen, config, score_N)
     if not (decision.outcome_N == 0).any():
-        raise UserError(f"no pair of '{data}' stays: {decision.counts()}")
-    with whole_file(output / _OUTCOMES) as target:
+        raise UserError(f"no pair of '{identity['source']}' stays: {decision.counts()}")
+    with whole_file(output.path / _OUTCOMES) as target:
         np.save(target, decision.outcome_N)
-    write_queries(output / "queries.parquet", decision)
-    write_query_plot(output / "queries.png", decision, config.pairs_per_query)
+    write_queries(output.path / "queries.parquet", decision)
+    write_query_plot(output.path / "queries.png", decision, config.pairs_per_query)
 
-    written = PartitionedOutput(output / "outcomes", folder.identity, len(parts))
-    if start(written, config.cluster) is None:
-        make_writer = partial(Writer, data, manifest.digest, config, str(output))
-        run_parts(written, make_writer, config.cluster, manifest.total_samples, 1.0)
-    summary = {"output": str(output), "source": data, "samples": manifest.total_samples}
-    summary |= _summed_up(decision, _index(output, len(parts), config.chunk_samples))
-    folder.write_summary(summary)
-    return summary
+    written = PartitionedOutput(output.path / "outcomes", output.identity, len(parts))
+    make_writer = partial(ShardWriter, *data, config, str(output.path))
+    _complete(written, make_writer, config, manifest.total_samples, 1.0)
+    summary = {"output": str(output.path), "source": identity["source"], "samples": manifest.total_samples}
+    return output.finish(summary | _result_counts(decision, _index(output.path, len(parts), config.chunk_samples)))
+
+
+def _complete(
+    output: PartitionedOutput, make: Callable[[], Work], config: CurateConfig, total_samples: int, most_bad: float
+) -> None:
+    complete_output(output, config.cluster, lambda: run_parts(output, make, config.cluster, total_samples, most_bad))
 
 
 class SampleStatsReader:
-    """Looks at the samples of a part."""
+    """Computes the statistics of a part's samples."""
 
     def __init__(self, folder: str, digest: str, part_samples: int) -> None:
-        self._reader = Reader(folder, digest, part_samples)
+        self._reader = SampleReader(folder, digest, part_samples)
 
     def __call__(self, part: int) -> Part:
-        """The part as a table of `sample_stats.SCHEMA`."""
-        places, stats = [], []
-        for place, sample in self._reader.samples(part):
-            places.append(place)
-            stats.append(sample_stats(sample) if not isinstance(sample, str) else SampleStats(sample))
+        """Return the part as a table of `sample_stats.SCHEMA`."""
+        places, stats = zip(*self._reader.map(part, _place_and_stats), strict=True)
         causes = Counter(seen.cause for seen in stats if seen.cause)
         rows = {"samples": len(stats), "bad": causes.total()}
         return Part(to_table(places, stats), {"rows": rows, "causes": dict(causes)})
 
 
-class Writer:
+def _place_and_stats(place: SamplePlace, sample: Sample | str) -> tuple[tuple[str, int, int], SampleStats]:
+    stats = SampleStats(sample) if isinstance(sample, str) else sample_stats(sample)
+    return (place.id, place.chunk, place.row), stats
+
+
+class ShardWriter:
     """Writes the samples of a part that stay."""
 
     def __init__(self, folder: str, digest: str, config: CurateConfig, output: str) -> None:
-        self._reader = Reader(folder, digest, config.part_samples)
+        self._reader = SampleReader(folder, digest, config.part_samples)
         self._chunk_samples, self._output = config.chunk_samples, storage_path(output)
         self._outcome_N = _load(self._output / _OUTCOMES)
 
     def __call__(self, part: int) -> Part:
-        """The shard is written; the part is the outcome of every sample."""
-        first = self._reader.first_sample(part)
-        num_samples = self._reader.first_sample(part + 1) - first
-        outcomes = self._outcome_N[first : first + num_samples]
+        """Write the part's shard; return the outcome of every sample."""
+        chunks = self._reader.parts[part]
+        outcomes = self._outcome_N[self._reader.num_before(chunks.start) : self._reader.num_before(chunks.stop)]
         places: list[tuple[str, int, int]] = []
 
         def kept() -> Iterator[Sample]:
-            for (place, sample), outcome in zip(self._reader.samples(part), outcomes, strict=True):
-                places.append(place)
+            samples = self._reader.map(part, lambda place, sample: (place, sample))
+            for (place, sample), outcome in zip(samples, outcomes, strict=True):
+                places.append((place.id, place.chunk, place.row))
                 if outcome == 0:
                     assert isinstance(sample, dict)
                     # Two shards may use one key; a name of its own keeps neighbours apart.
-                    yield sample | {"__key__": f"{place[1]:09}{place[2]:05}".encode()}
+                    yield sample | {"__key__": f"{place.chunk:09}{place.row:05}".encode()}
 
         with whole_file(shard_path(self._output, part)) as target:
             write_shard(target, kept(), self._chunk_samples)
@@ -136,37 +145,11 @@ class Writer:
         return Part(table, {"rows": rows, "causes": dict(causes)})
 
 
-class Reader:
-    """The samples of a part, each with its place."""
-
-    def __init__(self, folder: str, digest: str, part_samples: int) -> None:
-        self.manifest = Manifest.load(folder)
-        if self.manifest.digest != digest:
-            raise UserError(f"the data set in '{folder}' has changed since the run began")
-        self.parts = plan_parts(self.manifest, part_samples)
-
-    def first_sample(self, part: int) -> int:
-        """How many samples stand before a part."""
-        first_chunk = self.parts[part].start if part < len(self.parts) else len(self.manifest)
-        return int(self.manifest.num_samples[:first_chunk].sum())
-
-    def samples(self, part: int) -> Iterator[tuple[tuple[str, int, int], Sample | str]]:
-        """(id, chunk, row) and the files of each sample, or why they cannot be read."""
-        for chunk in self.parts[part]:
-            count, shard = int(self.manifest.num_samples[chunk]), self.manifest.shards[self.manifest.shard[chunk]]
-            samples: list[Sample | str]
-            try:
-                samples = [*self.manifest.read_samples(chunk)]
-                samples += ["sample_missing"] * (count - len(samples))
-            except OSError:
-                samples = ["chunk_unreadable"] * count
-            for row, sample in enumerate(samples):
-                key = f"#{chunk}.{row}" if isinstance(sample, str) else sample["__key__"].decode()
-                yield (f"{shard}/{key}", chunk, row), sample
-
-
 def read_scores(path: StoragePath, manifest: Manifest) -> np.ndarray:
-    """Cosine of picture and caption of every sample, float32 [N]; NaN where one is missing. Raises UserError."""
+    """Return the cosine of image and caption of every sample, float32 [N]; NaN where one is missing.
+
+    Raises UserError for embeddings of another data set, or of one side alone.
+    """
     folder, _ = open_complete(path, "embed")
     if folder.identity["source_digest"] != manifest.digest:
         raise UserError(f"scores '{path}' were made from another data set, '{folder.identity['source']}'")
@@ -186,7 +169,7 @@ def read_scores(path: StoragePath, manifest: Manifest) -> np.ndarray:
 
 
 def shard_path(output: StoragePath, part: int) -> StoragePath:
-    """Where the samples of a part that stay go."""
+    """Return where the samples of a part that stay go."""
     return output / f"{part:06}.tar"
 
 
@@ -211,7 +194,7 @@ def _index(output: StoragePath, num_parts: int, chunk_samples: int) -> Manifest:
     return manifest
 
 
-def _summed_up(decision: Decision, new: Manifest) -> dict[str, Any]:
+def _result_counts(decision: Decision, new: Manifest) -> dict[str, Any]:
     return {
         "kept": new.total_samples,
         "outcomes": decision.counts(),
@@ -229,11 +212,11 @@ def _summary_of(scores: str | None) -> str | None:
     return join(scores, "embed.json") if scores else None
 
 
-def _content(path: str | None) -> str | None:
+def _content(file: str | None) -> str | None:
     """The digest of a file. Raises UserError where there is none."""
-    if path is None:
+    if file is None:
         return None
     try:
-        return blake2b(read_bytes(path), digest_size=16).hexdigest()
+        return blake2b(read_bytes(file), digest_size=16).hexdigest()
     except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None
+        raise UserError(f"'{file}' cannot be read: {error.strerror or error}") from None

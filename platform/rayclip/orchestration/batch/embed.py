@@ -1,4 +1,4 @@
-"""Embedding a data set: its pictures and captions through a model's towers, to Parquet parts.
+"""Embedding a data set: its images and captions through a model's towers, to Parquet parts.
 
 A part's table, a row a sample, in the data set's order:
 
@@ -6,18 +6,17 @@ A part's table, a row a sample, in the data set's order:
     shard, key       string          } the sample's place in the data set
     chunk, row       int64, int32    }
     caption          string          null where there is none, or no text in it
-    image_embedding  float32 [E]     of length 1; null where the picture cannot be read, or was not asked for
+    image_embedding  float32 [E]     of length 1; null where the image cannot be read, or was not asked for
     text_embedding   float32 [E]     likewise for the caption
-    error            string          null, or why something that was asked for could not be read: the picture first
+    error            string          null, or why something that was asked for could not be read: the image first
 
 The embeddings are lists of variable length to Arrow: before version 26 it writes lists of fixed length with nulls among
 them, but does not read them (apache/arrow#35692).
 """
 
 import hashlib
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -30,13 +29,13 @@ from rayclip.data.decode import BadSampleError, eval_array, read_caption, read_i
 from rayclip.data.formats import Sample
 from rayclip.data.manifest import Manifest
 from rayclip.data.tokenizer import get_tokenizer
-from rayclip.errors import UserError
 from rayclip.inference.encoder import Encoder
 from rayclip.io.files import find_weights
 from rayclip.io.paths import storage_path
 from rayclip.io.storage import absolute
+from rayclip.orchestration.batch.output_jobs import complete_output, run_parts
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, plan_parts
-from rayclip.orchestration.batch.task_runner import run_parts, start
+from rayclip.orchestration.batch.sample_reader import SamplePlace, SampleReader
 from rayclip.tracking.mlflow import resolve_uri
 from rayclip.tracking.registry import ModelSource, is_registered, resolve_model
 from rayclip.training.checkpoint import load_model
@@ -44,7 +43,7 @@ from rayclip.training.checkpoint import load_model
 
 @dataclass(frozen=True)
 class EmbeddingModel:
-    """A model that a worker can load, and what is to be known of it before one does. Small and picklable."""
+    """A model that a worker can load, and the facts of it that are needed before one does. Small and picklable."""
 
     source: ModelSource
     uri: str
@@ -75,7 +74,7 @@ class EmbeddingModel:
 
 
 def open_model(uri: str, tracking_uri: str | None) -> EmbeddingModel:
-    """Find a model and hold that it loads. Raises UserError."""
+    """Find a model and check that it loads. Raises UserError."""
     source = resolve_model(uri, tracking_uri)
     model = load_model(source.folder)
     config = model.config
@@ -122,17 +121,17 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
         "part_samples": config.part_samples,
         "what": config.what,
     }
-    folder = PartitionedOutput(path, identity, len(parts))
-    done = start(folder, config.cluster)
-    if done is not None:
-        return done
-    reading = reading_of(config, data, manifest.digest, config.what)
-    make = partial(Embedder, model, reading)
-    return run_parts(folder, make, config.cluster, manifest.total_samples, config.max_bad_fraction)
+    output = PartitionedOutput(path, identity, len(parts))
+    make = partial(Embedder, model, reading_of(config, data, manifest.digest, config.what))
+    return complete_output(
+        output,
+        config.cluster,
+        lambda: run_parts(output, make, config.cluster, manifest.total_samples, config.max_bad_fraction),
+    )
 
 
 def reading_of(config: EmbedConfig | ClassifyConfig, folder: str, digest: str, what: str) -> Reading:
-    """From the config of a job that reads pictures."""
+    """Return what a job that reads images reads, by its config."""
     workers = config.cluster
     threads, device = max(1, int(workers.cpus_per_worker)), "cuda" if workers.use_gpu else "cpu"
     return Reading(folder, digest, config.part_samples, what, config.batch_size, threads, device)
@@ -141,19 +140,19 @@ def reading_of(config: EmbedConfig | ClassifyConfig, folder: str, digest: str, w
 class _Row(NamedTuple):
     """What is kept of one sample: what is missing has a cause."""
 
-    key: str | None
+    place: SamplePlace
     caption: str | None
     has_image: bool
     causes: tuple[str, ...]
 
 
-Read = tuple[Any, np.ndarray | None]
-"""What is kept of a sample, and its picture, uint8 [S, S, 3]."""
+DecodedSample = tuple[Any, np.ndarray | None]
+"""What is kept of a sample, and its image, uint8 [S, S, 3]."""
 
 
 @lru_cache(maxsize=1)
 def shared_encoder(model: EmbeddingModel, device: str) -> Encoder:
-    """One a process, also where it works for several outputs."""
+    """Return the loaded model: one a process, also where it works for several outputs."""
     return model.encoder(device)
 
 
@@ -163,52 +162,27 @@ class Embedder:
     def __init__(self, model: EmbeddingModel, reading: Reading) -> None:
         self.reading = reading
         self.image_size = model.image_size
-        self.manifest = Manifest.load(reading.folder)
-        if self.manifest.digest != reading.digest:
-            raise UserError(f"the data set in '{reading.folder}' has changed since the run began")
-        self.parts = plan_parts(self.manifest, reading.part_samples)
+        self.reader = SampleReader(reading.folder, reading.digest, reading.part_samples)
         self.encoder = shared_encoder(model, reading.device)
 
     def __call__(self, part: int) -> Part:
         """Read the part and embed it."""
-        chunks = self.parts[part]
         rows: list[Any] = []
         images: list[np.ndarray] = []
         features: list[np.ndarray] = []
-        with ThreadPoolExecutor(self.reading.threads) as pool:
-            for row, image in self._read_ahead(pool, chunks):
-                rows.append(row)
-                if image is not None:
-                    images.append(image)
-                if len(images) == self.reading.batch_size:
-                    features.append(self._encode_images(images))
-                    images = []
+        for row, image in self.reader.map(part, self._decode, self.reading.threads):
+            rows.append(row)
+            if image is not None:
+                images.append(image)
+            if len(images) == self.reading.batch_size:
+                features.append(self._encode_images(images))
+                images = []
         features.append(self._encode_images(images))
-        return self._to_part(chunks, rows, np.concatenate(features))
+        return self._to_part(rows, np.concatenate(features))
 
-    def _read_ahead(self, pool: ThreadPoolExecutor, chunks: Iterable[int]) -> Iterator[Read]:
-        """Samples in order; a few chunks are being decoded meanwhile, and no more are held."""
-        waiting: deque[Future[list[Read]]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(self._read_chunk, chunk))
-            if len(waiting) > 2 * self.reading.threads:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-
-    def _read_chunk(self, chunk: int) -> list[Read]:
-        count = int(self.manifest.num_samples[chunk])
-        try:
-            samples = self.manifest.read_samples(chunk)[:count]
-        except OSError:
-            return [self._unreadable("chunk_unreadable")] * count
-        rows = [self._read_sample(sample) for sample in samples]
-        return rows + [self._unreadable("sample_missing") for _ in range(count - len(rows))]
-
-    def _unreadable(self, cause: str) -> Read:
-        return _Row(None, None, False, (cause,)), None
-
-    def _read_sample(self, sample: Sample) -> Read:
+    def _decode(self, place: SamplePlace, sample: Sample | str) -> DecodedSample:
+        if isinstance(sample, str):
+            return _Row(place, None, False, (sample,)), None
         image, caption = None, None
         causes: list[str] = []
         if self.reading.what != "texts":
@@ -221,7 +195,7 @@ class Embedder:
         except BadSampleError as error:
             if self.reading.what != "pictures":
                 causes.append(error.cause)
-        return _Row(sample["__key__"].decode(), caption, image is not None, tuple(causes)), image
+        return _Row(place, caption, image is not None, tuple(causes)), image
 
     def _encode_images(self, images: list[np.ndarray]) -> np.ndarray:
         size = self.image_size
@@ -234,24 +208,18 @@ class Embedder:
         features = self.encoder.encode_texts(list(place), self.reading.batch_size).cpu().numpy()
         return features[[place[caption] for caption in captions]]
 
-    def _to_part(self, chunks: range, rows: list[Any], image_features: np.ndarray) -> Part:
-        counts = self.manifest.num_samples[chunks.start : chunks.stop]
-        chunk = np.repeat(np.arange(chunks.start, chunks.stop, dtype=np.int64), counts)
-        row = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
-        shards = [self.manifest.shards[shard] for shard in self.manifest.shard[chunk]]
-        # A sample without a key, in a chunk that cannot be read, still has an id of its own.
-        keys = [r.key if r.key is not None else f"#{c}.{i}" for r, c, i in zip(rows, chunk, row, strict=True)]
+    def _to_part(self, rows: Sequence[Any], image_features: np.ndarray) -> Part:
         captions = [r.caption if self.reading.what != "pictures" else None for r in rows]
         with_image = np.array([r.has_image for r in rows])
         with_text = np.array([caption is not None for caption in captions])
         text_features = self._encode_texts([caption for caption in captions if caption is not None])
         table = pa.table(
             {
-                "id": [f"{shard}/{key}" for shard, key in zip(shards, keys, strict=True)],
-                "shard": shards,
-                "key": pa.array([r.key for r in rows], pa.string()),
-                "chunk": chunk,
-                "row": row,
+                "id": [r.place.id for r in rows],
+                "shard": [r.place.shard for r in rows],
+                "key": pa.array([r.place.key for r in rows], pa.string()),
+                "chunk": pa.array([r.place.chunk for r in rows], pa.int64()),
+                "row": pa.array([r.place.row for r in rows], pa.int32()),
                 "caption": pa.array([r.caption for r in rows], pa.string()),
                 "image_embedding": vectors(image_features, with_image),
                 "text_embedding": vectors(text_features, with_text),
@@ -264,6 +232,6 @@ class Embedder:
 
 
 def vectors(features: np.ndarray, valid: np.ndarray) -> pa.Array:
-    """A column of N lists from M <= N features, float32 [M, E]: one for each row that is valid, null for the others."""
+    """Return a column of N lists from M <= N features, float32 [M, E]: one for each valid row, null for the others."""
     offsets = np.concatenate([[0], valid.cumsum()]).astype(np.int32) * features.shape[1]
     return pa.ListArray.from_arrays(offsets, features.ravel(), mask=pa.array(~valid))

@@ -27,7 +27,7 @@ def evaluate(config: SuiteConfig) -> dict[str, Any]:
     output = output_folder(config, model.source.version)
     wanted = {dataset.name: _extractions(dataset, model, config) for dataset in suite.datasets}
     # Data sets of the same classes and templates have the same prompts.
-    distinct = {needed.job.folder.path: needed for of_one in wanted.values() for needed in of_one.values()}
+    distinct = {needed.job.output.path: needed for of_one in wanted.values() for needed in of_one.values()}
     extracted = extract(list(distinct.values()), config.cluster)
     results = {}
     for dataset in suite.datasets:

@@ -9,6 +9,7 @@ import io
 import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
@@ -26,9 +27,17 @@ from rayclip.evaluation.features import FeatureFolder
 from rayclip.evaluation.layout import stamp
 from rayclip.evaluation.suite import DataSet
 from rayclip.io.paths import storage_path
-from rayclip.orchestration.batch.embed import Embedder, EmbeddingModel, Read, Reading, shared_encoder, vectors
+from rayclip.orchestration.batch.embed import (
+    DecodedSample,
+    Embedder,
+    EmbeddingModel,
+    Reading,
+    shared_encoder,
+    vectors,
+)
+from rayclip.orchestration.batch.output_jobs import OutputJob, run_jobs
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, plan_parts
-from rayclip.orchestration.batch.task_runner import OutputJob, connect_for, run_jobs
+from rayclip.orchestration.batch.sample_reader import SamplePlace
 from rayclip.orchestration.cluster.progress import ProgressLine
 
 _PROMPTS_A_PART = 2048
@@ -43,7 +52,7 @@ class Extraction(NamedTuple):
     @property
     def features(self) -> FeatureFolder:
         """The files, once `extract` has returned."""
-        return FeatureFolder(self.job.folder.path)
+        return FeatureFolder(self.job.output.path)
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Labels:
     multi: bool
     captions: bool
     corruption: tuple[str, int] | None = None
-    """What makes the pictures worse, and how strongly."""
+    """What makes the images worse, and how strongly."""
 
 
 def images_of(
@@ -66,8 +75,10 @@ def images_of(
     split: str | None = None,
     corruption: tuple[str, int] | None = None,
 ) -> Extraction:
-    """The features of a data set's pictures, made worse by a corruption of a strength where one is given, and of their
-    captions where it has a task that needs them."""
+    """Return the extraction of a data set's image features, and of its captions' where it has a task that needs them.
+
+    A `corruption` is (name, strength): the images are made worse by it first.
+    """
     manifest = dataset.manifest if split is None else dataset.split(split)
     labels = Labels(
         dataset.name,
@@ -93,12 +104,12 @@ def images_of(
     device, threads = _device(workers), max(1, int(workers.cpus_per_worker))
     what = str(identity["what"])
     reading = Reading(manifest.folder, manifest.digest, config.part_samples, what, config.batch_size, threads, device)
-    folder = _folder(config, identity, len(plan_parts(manifest, config.part_samples)))
-    return Extraction(OutputJob(folder, partial(FeatureReader, model, reading, labels)), manifest.total_samples)
+    output = _output(config, identity, len(plan_parts(manifest, config.part_samples)))
+    return Extraction(OutputJob(output, partial(FeatureReader, model, reading, labels)), manifest.total_samples)
 
 
 def prompts_of(prompts: Sequence[str], model: EmbeddingModel, config: SuiteConfig) -> Extraction:
-    """The features of prompts."""
+    """Return the extraction of the features of prompts."""
     identity = {
         "kind": "prompts",
         "format": 1,
@@ -106,9 +117,9 @@ def prompts_of(prompts: Sequence[str], model: EmbeddingModel, config: SuiteConfi
         "source_digest": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "num_prompts": len(prompts),
     }
-    folder = _folder(config, identity, -(-len(prompts) // _PROMPTS_A_PART))
+    output = _output(config, identity, -(-len(prompts) // _PROMPTS_A_PART))
     make = partial(PromptEncoder, model, list(prompts), config.batch_size, _device(config.cluster))
-    return Extraction(OutputJob(folder, make), len(prompts))
+    return Extraction(OutputJob(output, make), len(prompts))
 
 
 def extract(extractions: Sequence[Extraction], workers: WorkersConfig) -> dict[str, Any]:
@@ -116,23 +127,27 @@ def extract(extractions: Sequence[Extraction], workers: WorkersConfig) -> dict[s
 
     Returns how many samples were there and are new, and the rate at which. Raises the UserError of a worker.
     """
-    folders = [extraction.job.folder for extraction in extractions]
-    incomplete = [i for i, folder in enumerate(folders) if folder.read_summary() is None]
-    parts = [(i, part) for i in incomplete for part in _missing(folders[i])]
+    outputs = [extraction.job.output for extraction in extractions]
+    incomplete = [i for i, output in enumerate(outputs) if output.read_summary() is None]
     total = sum(extraction.num_samples for extraction in extractions)
+    there = total - sum(extractions[i].num_samples for i in incomplete)
     new, busy_s, started = 0, 0.0, time.monotonic()
-    if parts:
-        connect_for(workers)
-        there = total - sum(extractions[i].num_samples for i in incomplete)
-        there += sum(folders[i].missing()[1]["rows"]["samples"] for i in incomplete)
+    parts: list[tuple[int, int]] = []
+    with ExitStack() as writing:
+        for i in incomplete:
+            outputs[i].check()
+            writing.enter_context(outputs[i].writing())
+            missing, tally = outputs[i].missing()
+            parts += [(i, part) for part in missing]
+            there += tally["rows"]["samples"]
         progress = ProgressLine(total, start=there)
-        for _, done in run_jobs([extraction.job for extraction in extractions], workers, parts):
-            new += done.tally["rows"]["samples"]
-            busy_s += done.seconds
+        for _, result in run_jobs([extraction.job for extraction in extractions], workers, parts):
+            new += result.tally["rows"]["samples"]
+            busy_s += result.seconds
             progress.update(there + new)
         progress.close()
-    for i in incomplete:
-        folders[i].write_summary({"samples": extractions[i].num_samples, "parts": folders[i].num_parts})
+        for i in incomplete:
+            outputs[i].finish({"samples": extractions[i].num_samples, "parts": outputs[i].num_parts})
     busy = min(workers.num_workers, len(parts))
     rate = round(new / busy_s * busy, 1) if busy_s else None
     return {
@@ -143,13 +158,7 @@ def extract(extractions: Sequence[Extraction], workers: WorkersConfig) -> dict[s
     }
 
 
-def _missing(folder: PartitionedOutput) -> list[int]:
-    folder.check()
-    folder.begin()
-    return folder.missing()[0]
-
-
-def _folder(config: SuiteConfig, identity: dict[str, Any], num_parts: int) -> PartitionedOutput:
+def _output(config: SuiteConfig, identity: dict[str, Any], num_parts: int) -> PartitionedOutput:
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     path = storage_path(config.cache) / str(identity["weights_sha256"])[:12] / f"{identity['kind']}-{digest[:16]}"
     return PartitionedOutput(path, identity, num_parts)
@@ -162,7 +171,7 @@ def _device(workers: WorkersConfig) -> str:
 class _Row(NamedTuple):
     """What is kept of one sample."""
 
-    key: str
+    place: SamplePlace
     labels: list[int]
     captions: list[str]
 
@@ -174,27 +183,19 @@ class FeatureReader(Embedder):
         super().__init__(model, reading)
         self.labels = labels
 
-    def _read_sample(self, sample: Sample) -> Read:
-        key = sample["__key__"].decode()
+    def _decode(self, place: SamplePlace, sample: Sample | str) -> DecodedSample:
+        if isinstance(sample, str):
+            raise self._error(f"'{self.reading.folder}' cannot be evaluated: {sample}")
+        key = str(place.key)
         try:
             image = eval_array(read_image(sample), self.image_size)
         except BadSampleError as error:
             raise self._error(f"sample '{key}' cannot be evaluated: {error.cause}") from None
+        if self.labels.corruption is not None:
+            position = self.reader.num_before(place.chunk) + place.row
+            image = corrupt(image, *self.labels.corruption, position)
         labels = self._read_labels(key, sample) if self.labels.num_classes else []
-        return _Row(key, labels, self._read_captions(key, sample) if self.labels.captions else []), image
-
-    def _read_chunk(self, chunk: int) -> list[Read]:
-        rows = super()._read_chunk(chunk)
-        if self.labels.corruption is None:
-            return rows
-        first = int(self.manifest.num_samples[:chunk].sum())
-        return [
-            (row, None if image is None else corrupt(image, *self.labels.corruption, position))
-            for position, (row, image) in enumerate(rows, first)
-        ]
-
-    def _unreadable(self, cause: str) -> Read:
-        raise self._error(f"'{self.manifest.folder}' cannot be evaluated: {cause}")
+        return _Row(place, labels, self._read_captions(key, sample) if self.labels.captions else []), image
 
     def _read_labels(self, key: str, sample: Sample) -> list[int]:
         name = "npy" if self.labels.multi else "cls"
@@ -232,18 +233,15 @@ class FeatureReader(Embedder):
         pixels = np.stack(images) if images else np.empty((0, size, size, 3), dtype=np.uint8)
         return np.concatenate([t.cpu().numpy() for t in self.encoder.encode_pooled(pixels, len(pixels) or 1)], axis=1)
 
-    def _to_part(self, chunks: range, rows: list[_Row], image_features: np.ndarray) -> Part:
+    def _to_part(self, rows: Sequence[_Row], image_features: np.ndarray) -> Part:
         width = self.encoder.model.config.embed_dim
-        counts = self.manifest.num_samples[chunks.start : chunks.stop]
-        chunk = np.repeat(np.arange(chunks.start, chunks.stop), counts)
-        shards = [PurePath(self.manifest.shards[shard]).name for shard in self.manifest.shard[chunk]]
         everything = np.ones(len(rows), dtype=bool)
         captions = [caption for row in rows for caption in row.captions]
         texts = self._encode_texts(captions) if captions else np.empty((0, width), np.float32)
         ends = np.cumsum([0, *(len(row.captions) * width for row in rows)]).astype(np.int32)
         table = pa.table(
             {
-                "id": [f"{shard}/{row.key}" for shard, row in zip(shards, rows, strict=True)],
+                "id": [f"{PurePath(row.place.shard).name}/{row.place.key}" for row in rows],
                 "labels": pa.array([row.labels for row in rows], pa.list_(pa.int32())),
                 "image_embedding": vectors(np.ascontiguousarray(image_features[:, :width]), everything),
                 "pooled": vectors(np.ascontiguousarray(image_features[:, width:]), everything),

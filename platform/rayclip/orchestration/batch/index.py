@@ -1,12 +1,11 @@
-"""Indexing tens of thousands of shards: Ray tasks of a few shards each, a bounded number of them at a time."""
+"""Indexing tens of thousands of shards, a few a task."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import ray
 
 from rayclip.config import IndexConfig
 from rayclip.data.formats import Layout, Shard
@@ -14,11 +13,8 @@ from rayclip.data.index import PARTIAL, Indexed, index_shard, known_shards, make
 from rayclip.errors import UserError
 from rayclip.io.s3 import File
 from rayclip.io.storage import join, remove, write_bytes
-from rayclip.orchestration.cluster.connection import connect
+from rayclip.orchestration.batch.task_runner import run_tasks
 from rayclip.orchestration.cluster.progress import ProgressLine
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 
 _SAVE_EVERY_S = 60.0
 _MOST_SHARDS_A_TASK = 16
@@ -38,10 +34,10 @@ def index(config: IndexConfig) -> dict[str, Any]:
     notes: dict[str, object] = {"chunk_samples": config.chunk_samples, "broken": config.broken}
     found = known_shards(plan, notes)
     new = [file for file in plan.shards if file.name not in found]
-    work = partial(_index_all, chunk_samples=config.chunk_samples, layout=plan.layout, salvage=config.broken != "stop")
+    work = partial(_index, chunk_samples=config.chunk_samples, layout=plan.layout, salvage=config.broken != "stop")
     progress = ProgressLine(len(plan.shards), unit="shards", start=len(found))
     saved_at, num_read = time.monotonic(), 0
-    for results in _run(_groups([(plan.path(file), file) for file in new]), work):
+    for results in run_tasks(_groups([(plan.path(file), file) for file in new]), lambda: work, name=_name):
         found |= {result.name: result for result in results}
         num_read += len(results)
         progress.update(len(found))
@@ -71,50 +67,18 @@ def index(config: IndexConfig) -> dict[str, Any]:
 
 
 def _groups(work: Sequence[_Work]) -> list[list[_Work]]:
-    """A few shards a task; one task alone is done here, without a cluster."""
-    if len(work) <= 1:
-        return [list(work)] if work else []
+    """A few shards a task."""
     size = max(1, min(_MOST_SHARDS_A_TASK, len(work) // 64))
     return [list(work[first : first + size]) for first in range(0, len(work), size)]
 
 
-def _index_all(work: Sequence[_Work], chunk_samples: int, layout: Layout, salvage: bool) -> list[Indexed] | UserError:
-    """A UserError comes back as a result; Ray would wrap it in a traceback."""
-    try:
-        results = []
-        for path, (name, size, stamp) in work:
-            chunks, problem = index_shard(Shard(path, size), chunk_samples, layout, salvage)
-            results.append(Indexed(name, size, stamp, np.asarray(chunks, dtype=np.int64).reshape(-1, 3), problem))
-        return results
-    except UserError as error:
-        return error
+def _name(work: Sequence[_Work]) -> str:
+    return f"'{work[0][0]}'" + (f" and {len(work) - 1} more" if len(work) > 1 else "")
 
 
-def _run(tasks: Sequence[Task], work: Callable[[Task], Result | UserError]) -> Iterator[Result]:
-    """Do the work on every task somewhere in the cluster; results come as they are ready."""
-    for result in map(work, tasks) if len(tasks) <= 1 else _run_on_cluster(tasks, work):
-        if isinstance(result, UserError):
-            raise result
-        yield result
-
-
-def _run_on_cluster(tasks: Sequence[Task], work: Callable[[Task], Result]) -> Iterator[Result]:
-    connect()
-    do: Any = ray.remote(_plain(work))
-    most = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    left = list(reversed(tasks))
-    running: list[ray.ObjectRef] = []
-    while left or running:
-        while left and len(running) < most:
-            running.append(do.remote(left.pop()))
-        done, running = ray.wait(running)
-        yield from ray.get(done)
-
-
-def _plain(work: Callable[[Task], Result]) -> Callable[[Task], Result]:
-    """As the plain function that Ray wants."""
-
-    def do(task: Task) -> Result:
-        return work(task)
-
-    return do
+def _index(work: Sequence[_Work], chunk_samples: int, layout: Layout, salvage: bool) -> list[Indexed]:
+    results = []
+    for path, (name, size, stamp) in work:
+        chunks, problem = index_shard(Shard(path, size), chunk_samples, layout, salvage)
+        results.append(Indexed(name, size, stamp, np.asarray(chunks, dtype=np.int64).reshape(-1, 3), problem))
+    return results

@@ -1,14 +1,18 @@
-"""An output folder of Parquet parts: what is there, what is missing, and whose it is. Nothing here needs Ray.
+"""Resumable outputs: a folder of parts, what is there, what is missing, and what it was made from. No Ray here.
 
 KIND.json            what the parts are made from: a run that goes on must say the same
 part-000000.parquet  a function of KIND.json and its number alone; its metadata hold both and its tally
 summary.json         what it all came to; the last file that is written
+
+A subclass may keep its parts otherwise (`ingest_output`); whose the folder is, what is missing and who may write to it
+is decided here for all.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,16 +21,15 @@ import pyarrow.parquet as pq
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 from rayclip.io.files import whole_file, write_json
-from rayclip.io.paths import StoragePath, append
+from rayclip.io.paths import StoragePath, matching
 
 Tally = dict[str, dict[str, int]]
 """Counts by group: {"rows": {"samples": 64, "bad": 1}, "causes": {"no_image": 1}}."""
 
 _KEY = b"rayclip"
 _SUMMARY = "summary.json"
-_MOST_ATTEMPTS = 3
 
-# The first that differs is told: what lies there, and what this run would put there.
+# The first that differs is named: what lies there, and what this run would put there.
 _DIFFERENCES = {
     "model_version": "is by model {there}, this run is by {here}",
     "weights_sha256": "is by other weights under the same name {model_version}",
@@ -34,7 +37,7 @@ _DIFFERENCES = {
     "labels_digest": "has other labels or templates",
     "what": "has {there}, not {here}",
     "top_k": "has the best {there} labels, not {here}",
-    "settings": "was made with other settings",
+    "settings": "was made with other settings ({changed})",
     "part_samples": "has parts of {there} samples, not of {here}",
 }
 
@@ -54,37 +57,69 @@ class PartitionedOutput:
     identity: dict[str, Any]
     num_parts: int
 
+    # What a crash may leave half written; `attempts` are of earlier releases.
+    LEFTOVERS: ClassVar[tuple[str, ...]] = ("*.partial-*", "*.attempts")
+
+    @property
+    def kind(self) -> str:
+        """The job's name."""
+        return str(self.identity["kind"])
+
     @property
     def _record(self) -> StoragePath:
-        return self.path / f"{self.identity['kind']}.json"
+        return self.path / f"{self.kind}.json"
 
-    def _attempts(self, part: int) -> StoragePath:
-        return self.path / f"part-{part:06}.attempts"
+    @property
+    def _first_names(self) -> tuple[str, ...]:
+        """What a run that was killed as it began may have made: beginnings of names."""
+        return (self._record.name,)
 
     def file(self, part: int) -> StoragePath:
-        """Where a part lies."""
+        """The file that says that a part is there."""
         return self.path / f"part-{part:06}.parquet"
 
     def check(self) -> None:
         """Raise UserError where the folder holds something that is not of this identity."""
-        job = f"jobs.{self.identity['kind']}"
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output '{self.path}' is a file, not a folder")
         if not self._record.is_file():
-            if self.path.exists() and any(not p.name.startswith(self._record.name) for p in self.path.iterdir()):
-                raise UserError(f"output '{self.path}' is not empty and holds nothing of {job}: choose another folder")
+            if self.path.exists() and any(not p.name.startswith(self._first_names) for p in self.path.iterdir()):
+                raise UserError(
+                    f"output '{self.path}' is not empty and holds nothing of jobs.{self.kind}: choose another folder"
+                )
             return
-        there = json.loads(self._record.read_text())
+        difference = self._difference(json.loads(self._record.read_text()))
+        if difference is not None:
+            raise UserError(f"what lies in '{self.path}' {difference}: choose another output, or delete that folder")
+
+    def _difference(self, there: dict[str, Any]) -> str | None:
+        """How the folder's record differs from this run's identity, in words; None where it does not."""
         for key, text in _DIFFERENCES.items():
             if there.get(key) != self.identity.get(key):
-                text = text.format(**{**there, "there": there.get(key), "here": self.identity.get(key)})
-                raise UserError(f"what lies in '{self.path}' {text}: choose another output, or delete that folder")
+                a, b = there.get(key), self.identity.get(key)
+                changed = describe_change(a, b) if isinstance(a, dict) and isinstance(b, dict) else ""
+                return text.format(**{**there, "there": a, "here": b, "changed": changed})
+        return None
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Make the folder this run's own while the block runs. The one way to write to an output, of any kind."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._clear()
+        self.begin()
+        try:
+            yield
+        finally:
+            self._clear()
+
+    def _clear(self) -> None:
+        """Remove what workers that were lost, or killed, left half written."""
+        for pattern in self.LEFTOVERS:
+            for left in matching(self.path, pattern):
+                left.unlink(missing_ok=True)
 
     def begin(self) -> None:
-        """Make the folder, say whose it is, and clear away what a crash left half written."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for left in (*self.path.glob("*.partial-*"), *self.path.glob("*.attempts")):
-            left.unlink()
+        """Write the record of what the parts are made from."""
         write_json(self._record, self.identity)
 
     def missing(self) -> tuple[list[int], Tally]:
@@ -102,25 +137,20 @@ class PartitionedOutput:
         except (OSError, pa.ArrowInvalid, KeyError, ValueError):
             return None
 
-    def note_attempt(self, number: int) -> None:
-        """Count that a worker begins a part. Raises UserError where it has cost others their lives, and would go on."""
-        if append(self._attempts(number), b".") > _MOST_ATTEMPTS:
-            raise UserError(
-                f"{_MOST_ATTEMPTS} workers in a row were lost with part {number}, most likely for lack of memory: "
-                f"lower batch_size, or cluster.num_workers"
-            )
-
-    def write(self, number: int, part: Part) -> None:
-        """Write a part, whole and then named."""
+    def write(self, number: int, part: Any) -> None:
+        """Write a part's content, a `Part`, whole and then named."""
         meta = {**self.identity, "part": number, "tally": part.tally}
         table = part.table.replace_schema_metadata({_KEY: json.dumps(meta)})
         texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
         with whole_file(self.file(number)) as target:
             pq.write_table(table, target, compression="zstd", use_dictionary=texts)
-        self._attempts(number).unlink(missing_ok=True)
+
+    def first_bad(self) -> str | None:
+        """A sample that cannot be used, in words, where the parts say so."""
+        return None
 
     def read_summary(self) -> dict[str, Any] | None:
-        """What `write_summary` kept, where every part is still there; None for an output that is not complete."""
+        """What `finish` wrote, where every part is still there; None for an output that is not complete."""
         if not (self.path / _SUMMARY).is_file():
             return None
         names = {path.name for path in self.path.glob("part-*.parquet")}
@@ -128,13 +158,14 @@ class PartitionedOutput:
             return None
         return json.loads((self.path / _SUMMARY).read_text())
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        """Keep what the job came to; from then on it is complete."""
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Write what the job came to, and return it; from then on the output is complete."""
         write_json(self.path / _SUMMARY, summary)
+        return summary
 
 
 def open_complete(path: StoragePath, kind: str) -> tuple[PartitionedOutput, dict[str, Any]]:
-    """A complete output of a job and its summary. Raises UserError where there is none, or it is not complete."""
+    """Return a complete output of a job and its summary. Raises UserError where it is missing or not complete."""
     if not (path / f"{kind}.json").is_file():
         raise UserError(f"'{path}' holds nothing of jobs.{kind}")
     identity = json.loads((path / f"{kind}.json").read_text())
@@ -150,7 +181,7 @@ def open_complete(path: StoragePath, kind: str) -> tuple[PartitionedOutput, dict
 
 
 def plan_parts(manifest: Manifest, part_samples: int) -> list[range]:
-    """The chunks of every part: a chunk is in the part that its first sample falls into."""
+    """Return the chunks of every part: a chunk is in the part that its first sample falls into."""
     ends = manifest.num_samples.cumsum(dtype=np.int64)
     first = (ends - manifest.num_samples) // part_samples
     starts = np.flatnonzero(np.diff(first, prepend=-1)).tolist()
@@ -158,7 +189,7 @@ def plan_parts(manifest: Manifest, part_samples: int) -> list[range]:
 
 
 def add(tallies: Iterable[Tally]) -> Tally:
-    """The sum of tallies, the largest counts of a group first."""
+    """Return the sum of tallies, the largest counts of a group first."""
     total: Tally = {"rows": {"samples": 0, "bad": 0}, "causes": {}}
     for tally in tallies:
         for group, counts in tally.items():
@@ -172,15 +203,29 @@ def add(tallies: Iterable[Tally]) -> Tally:
 
 
 def format_causes(tally: Tally) -> str:
-    """As in "12 no_caption, 3 image_undecodable"."""
+    """Return the causes of a tally with their counts, as "12 no_caption, 3 image_undecodable"."""
     return ", ".join(f"{count:,} {cause}" for cause, count in tally["causes"].items())
 
 
-def check_bad(tally: Tally, max_bad_fraction: float) -> None:
-    """Raise UserError where more of the samples have an error than is allowed."""
+def check_bad(tally: Tally, max_bad_fraction: float, example: Callable[[], str | None] = lambda: None) -> None:
+    """Raise UserError, with an example where there is one, if more of the samples have an error than is allowed."""
     bad, samples = tally["rows"]["bad"], tally["rows"]["samples"]
     if bad > max_bad_fraction * samples:
+        first = example()
         raise UserError(
-            f"{bad:,} of {samples:,} samples cannot be used ({format_causes(tally)}); "
-            f"max_bad_fraction allows {max_bad_fraction:.0%}"
+            f"{bad:,} of {samples:,} samples cannot be used ({format_causes(tally)})"
+            f"{f', the first being {first}' if first else ''}; max_bad_fraction allows {max_bad_fraction:.0%}"
         )
+
+
+def describe_change(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
+    """Name the first setting that differs, as "source.seed is 0 there and 1 here"."""
+    for key in [*here, *there]:
+        a, b = there.get(key), here.get(key)
+        if a != b:
+            if isinstance(a, dict) and isinstance(b, dict) and a.get("kind") == b.get("kind"):
+                return describe_change(a, b, f"{prefix}{key}.")
+            if isinstance(a, dict) and isinstance(b, dict):
+                key, a, b = f"{key}.kind", a.get("kind"), b.get("kind")
+            return f"{prefix}{key} is {a!r} there and {b!r} here"
+    raise AssertionError("the settings are equal")

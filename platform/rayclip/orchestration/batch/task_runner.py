@@ -1,45 +1,33 @@
-"""Parts of an output as one Ray Data job: a row is a part; an actor of a pool, its model at hand, does all of it."""
+"""Tasks spread over the cluster: a pool of actors does them, each with its state at hand, one task at a time.
 
-import pickle
-import time
+The driver hands an actor its next task when it has done the last, so that what was being done when a worker was lost is
+known: the task is done by another, and a worker takes the lost one's place. Ray restarts nothing by itself here.
+"""
+
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
-import numpy as np
-import ray.data
-import torch
+import ray
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from rayclip.config import WorkersConfig
 from rayclip.errors import UserError
-from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, Tally, add, check_bad, format_causes
-from rayclip.orchestration.cluster.connection import check_resources, connect
-from rayclip.orchestration.cluster.progress import ProgressLine
-from rayclip.orchestration.cluster.ray_internals import silent_stderr
+from rayclip.orchestration.cluster.connection import check_resources, cluster_capacity, connect
 from rayclip.orchestration.cluster.resources import worker_resources
 
-Work = Callable[[int], Part]
-"""From a part's number to the part."""
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
-# A handful of bad samples at the start of a run says little about the share of them in all.
-_SAMPLES_BEFORE_JUDGING = 1000
-# Ray Data holds every block's input from the start. With more parts than this, a block is several.
-_MOST_BLOCKS = 2000
-
-
-def start(folder: PartitionedOutput, workers: WorkersConfig) -> dict[str, Any] | None:
-    """Make the output and the cluster ready; the summary of an output that is complete already, for which nothing is.
-
-    Raises UserError for an output that holds something else, and a cluster without room for the workers.
-    """
-    folder.check()
-    complete = folder.read_summary()
-    if complete is not None:
-        ProgressLine(complete["samples"]).note(f"'{folder.path}' is complete already")
-        return complete
-    connect_for(workers)
-    folder.begin()
-    return None
+_LOST = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError)
+_MOST_LOSSES = 3
 
 
 def connect_for(workers: WorkersConfig) -> None:
@@ -48,121 +36,109 @@ def connect_for(workers: WorkersConfig) -> None:
     check_resources([worker_resources(workers)] * workers.num_workers, f"a job with {workers.num_workers} workers")
 
 
-def run_parts(
-    folder: PartitionedOutput,
-    make: Callable[[], Work],
-    workers: WorkersConfig,
-    total_samples: int,
-    max_bad_fraction: float,
-) -> dict[str, Any]:
-    """Write the parts that are missing, and sum up. `make` is called once in each worker, for what does the work.
+def run_tasks(
+    tasks: Sequence[Task],
+    make: Callable[[], Callable[[Task], Result]],
+    workers: WorkersConfig | None = None,
+    name: Callable[[Task], str] = repr,
+) -> Iterator[Result]:
+    """Yield the results of tasks as they are ready; Ray is joined or started where there is anything to do.
 
-    Raises the UserError of a worker, and one where more samples have an error than is allowed.
+    `make` is called once in each worker, for the function that does the tasks. Without `workers` there is one for each
+    CPU that the cluster has or may grow to, and a single task is done here. `name` names a task in errors. Raises the
+    UserError of a worker as it is, and one where a task has cost several workers their lives.
     """
-    missing, tally = folder.missing()
-    num_before = tally["rows"]["samples"]
-    progress = ProgressLine(total_samples, start=num_before)
-    if num_before:
-        progress.note(f"going on with '{folder.path}': {folder.num_parts - len(missing):,} parts are there")
-    started = time.monotonic()
-    busy_s = 0.0
-    for _, done in run_jobs([OutputJob(folder, make)], workers, [(0, part) for part in missing]):
-        tally = add([tally, done.tally])
-        busy_s += done.seconds
-        progress.update(tally["rows"]["samples"], bad=format_causes(tally) or "0")
-        if tally["rows"]["samples"] >= _SAMPLES_BEFORE_JUDGING:
-            check_bad(tally, max_bad_fraction)
-    progress.close()
-    check_bad(tally, max_bad_fraction)
-    num_new = tally["rows"]["samples"] - num_before
-    summary = {
-        "output": str(folder.path),
-        "model_version": folder.identity.get("model_version"),
-        "source": folder.identity["source"],
-        **tally.pop("rows"),
-        **tally,
-        "parts": folder.num_parts,
-        "new_samples": num_new,
-        "time_s": round(time.monotonic() - started, 1),
-        # While they work: the time in which workers start and load their model is in time_s.
-        "samples_per_s": round(num_new / busy_s * min(workers.num_workers, len(missing)), 1) if busy_s else 0.0,
-    }
-    folder.write_summary(summary)
-    return summary
-
-
-class OutputJob(NamedTuple):
-    """An output, and what makes its parts: `make` is called in each worker that does some of them."""
-
-    folder: PartitionedOutput
-    make: Callable[[], Work]
-
-
-class Done(NamedTuple):
-    """A part that lies there."""
-
-    tally: Tally
-    seconds: float
-
-
-def run_jobs(
-    jobs: Sequence[OutputJob], workers: WorkersConfig, parts: Sequence[tuple[int, int]]
-) -> Iterator[tuple[int, Done]]:
-    """Do parts, each (job, number), somewhere in the cluster, all by one pool; (job, result) come as they are ready.
-
-    Raises the UserError of a worker.
-    """
-    if not parts:
+    if not tasks:
         return
-    rows = [{"job": job, "part": part} for job, part in parts]
-    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_BLOCKS)).map(
-        _PoolActor,  # type: ignore[arg-type]
-        fn_constructor_args=(jobs, max(1, int(workers.cpus_per_worker))),
-        compute=ray.data.ActorPoolStrategy(size=min(workers.num_workers, len(parts))),
-        num_cpus=workers.cpus_per_worker,
-        num_gpus=int(workers.use_gpu),
-    )
-    results = iter(dataset.iter_rows())
-    with silent_stderr():
-        first = next(results)
-    for row in chain([first], results):
-        done = pickle.loads(row["done"])
-        if isinstance(done, UserError):
-            raise done
-        yield int(row["job"]), done
+    if workers is None and len(tasks) == 1:
+        yield make()(tasks[0])
+        return
+    if workers is None:
+        connect()
+        size, resources = int(cluster_capacity().get("CPU", 1)), {"CPU": 1.0}
+    else:
+        connect_for(workers)
+        size, resources = workers.num_workers, worker_resources(workers)
+    advice = ": lower batch_size, or cluster.num_workers" if workers else ""
+    pool = _Pool(make, max(1, min(size, len(tasks))), resources, advice)
+    try:
+        yield from pool.run(tasks, name)
+    finally:
+        pool.close()
 
 
-class _PoolActor:
+class _TaskWorker:
     """An actor of the pool. A UserError comes back as a result; Ray would wrap it in a traceback."""
 
-    def __init__(self, jobs: Sequence[OutputJob], threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._jobs = jobs
-        self._working: tuple[int, Work] | None = None
-
-    def __call__(self, row: dict[str, np.generic]) -> dict[str, Any]:
-        job = int(row["job"])
+    def start(self, make: Callable[[], Callable[[Any], Any]]) -> UserError | None:
         try:
-            return {"job": job, "done": pickle.dumps(self._do(job, int(row["part"])))}
+            self._work = make()
         except UserError as error:
-            return {"job": job, "done": pickle.dumps(error)}
+            return error
+        return None
 
-    def _do(self, job: int, number: int) -> Done:
-        folder = self._jobs[job].folder
-        # A worker that was lost may have come as far as writing it.
-        tally = folder.tally(number)
-        if tally is not None:
-            return Done(tally, 0.0)
-        work = self._work_of(job)
-        started = time.monotonic()
-        folder.note_attempt(number)
-        part = work(number)
-        folder.write(number, part)
-        return Done(part.tally, time.monotonic() - started)
+    def do(self, task: Any) -> Any:
+        try:
+            return self._work(task)
+        except UserError as error:
+            return error
 
-    def _work_of(self, job: int) -> Work:
-        """What does the job's parts; that of another job is let go."""
-        if self._working is None or self._working[0] != job:
-            self._working = None
-            self._working = job, self._jobs[job].make()
-        return self._working[1]
+
+class _Pool:
+    """The actors, and what each is doing: a task, by its index, or starting (None)."""
+
+    def __init__(
+        self, make: Callable[[], Callable[[Any], Any]], size: int, resources: dict[str, float], advice: str
+    ) -> None:
+        self._actor: Any = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(_TaskWorker)
+        self._make = ray.put(make)
+        self._size, self._advice = size, advice
+        self._running: dict[ray.ObjectRef, tuple[Any, int | None]] = {}
+        self._losses: Counter[int | None] = Counter()
+        for _ in range(size):
+            self._start_worker()
+
+    def run(self, tasks: Sequence[Task], name: Callable[[Task], str]) -> Iterator[Any]:
+        left, num_done = deque(range(len(tasks))), 0
+        while num_done < len(tasks):
+            (ref,), _ = ray.wait(list(self._running), num_returns=1)
+            actor, index = self._running.pop(ref)
+            try:
+                result = ray.get(ref)
+            except RayTaskError:  # a defect
+                raise
+            except _LOST:
+                ray.kill(actor)
+                self._count_loss(index, "as they started" if index is None else f"with {name(tasks[index])}")
+                if index is not None:
+                    left.appendleft(index)
+                self._start_worker()
+                continue
+            if isinstance(result, UserError):
+                raise result
+            self._losses.pop(index, None)
+            if left:
+                following = left.popleft()
+                self._running[actor.do.remote(tasks[following])] = actor, following
+            else:
+                ray.kill(actor)
+            if index is not None:
+                num_done += 1
+                yield result
+
+    def close(self) -> None:
+        """End the actors with what they are doing."""
+        for actor, _ in self._running.values():
+            ray.kill(actor)
+
+    def _start_worker(self) -> None:
+        actor = self._actor.remote()
+        self._running[actor.start.remote(self._make)] = actor, None
+
+    def _count_loss(self, index: int | None, when: str) -> None:
+        self._losses[index] += 1
+        # A node that goes takes many workers with it that start.
+        if self._losses[index] >= _MOST_LOSSES * (self._size if index is None else 1):
+            raise UserError(
+                f"{self._losses[index]} workers in a row were lost {when}, most likely for lack of memory{self._advice}"
+            )

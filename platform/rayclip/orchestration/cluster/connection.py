@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-from ray.data import DataContext  # sets log levels as it is imported: before _quieten does
 
 from rayclip.errors import UserError
 from rayclip.orchestration.cluster.ray_internals import LOCAL_ENVIRONMENT, is_submitted_job, quieten
@@ -53,12 +52,18 @@ def disconnect() -> None:
 def check_resources(bundles: list[Bundle], what: str) -> None:
     """Raise UserError where the cluster could never have what the bundles come to, however far it grows."""
     needed = {name: amount for name, amount in total(bundles).items() if amount}
-    has = ray.cluster_resources()
-    most = most_of([node["Labels"] for node in ray.nodes() if node["Alive"]])
-    short = {name for name, amount in needed.items() if max(has.get(name, 0), most.get(name, 0)) < amount}
-    if short:
+    capacity = cluster_capacity()
+    if any(capacity.get(name, 0) < amount for name, amount in needed.items()):
+        has = ray.cluster_resources()
         holds = format_resources({name: has.get(name, 0) for name in needed})
         raise UserError(f"{what} needs {format_resources(needed)}; the cluster has {holds} in all")
+
+
+def cluster_capacity() -> Bundle:
+    """What the cluster has in all, or may grow to where it says so."""
+    most = most_of([node["Labels"] for node in ray.nodes() if node["Alive"]])
+    has = ray.cluster_resources()
+    return {name: max(has.get(name, 0), most.get(name, 0)) for name in {*has, *most}}
 
 
 def s3_environment() -> dict[str, str]:
@@ -102,6 +107,8 @@ def _worker_environment() -> dict[str, str]:
 
 
 def _quieten() -> None:
+    from ray.data import DataContext  # workers do without; it sets log levels as it is imported, hence first
+
     quieten()
     context = DataContext.get_current()
     context.enable_progress_bars = False

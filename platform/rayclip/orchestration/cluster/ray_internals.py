@@ -6,8 +6,7 @@ for its users, as RAY_ADDRESS, is not here.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,22 +141,6 @@ def quieten_job_client() -> None:
 def _only_errors(names: tuple[str, ...]) -> None:
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-@contextmanager
-def silent_stderr() -> Iterator[None]:
-    """Until a pool has started: Ray warns of each whose actors may restart, from C++, where no log level reaches it.
-
-    See ray-project/ray#57733. What goes wrong meanwhile is raised.
-    """
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("wb") as nothing:
-            os.dup2(nothing.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 # What it has no public name for
