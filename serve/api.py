@@ -1,5 +1,6 @@
 """The application of an ingress replica: its routes, what stands before them, and how mistakes are answered."""
 
+import importlib.util
 import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,8 +18,9 @@ from starlette.middleware.cors import CORSMiddleware
 from rayclip.inference.prompts import TEMPLATES
 from rayclip.serve.fetch import UrlFetcher
 from rayclip.serve.images import RequestError
-from rayclip.serve.middleware.auth import ApiKeys
+from rayclip.serve.middleware.auth import KeyRing
 from rayclip.serve.middleware.body_limit import LimitBody
+from rayclip.serve.middleware.head import HeadAsGet
 from rayclip.serve.middleware.request_guard import RequestGuard, error_headers
 from rayclip.serve.request_parser import RequestParser, invalid
 from rayclip.serve.responses import answer, json_response
@@ -29,6 +31,7 @@ from rayclip.serve.schemas import (
     LabelSetRequest,
     LabelSetsResponse,
     ModelsResponse,
+    ServedModel,
     TemplatesResponse,
 )
 from rayclip.serve.service import Service
@@ -39,6 +42,17 @@ _PAGE_HEADERS = {
     "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-cache",
 }
+# Swagger UI sets styles on its elements, and draws its icons from data: URIs.
+_DOCS_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src 'self'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+}
+_OWN_FILES = ("app.js", "style.css", "docs.js")
+_SWAGGER_FILES = ("swagger-ui-bundle.js", "swagger-ui.css")
+_EXPOSED_HEADERS = ["X-Model-Version", "X-Warning", "Server-Timing", "Retry-After", "WWW-Authenticate"]
+"""What a page of another origin may read of an answer beside its body."""
 _MAX_NAME = 200
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": what}
@@ -57,7 +71,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_api(service: Service, keys: ApiKeys | None) -> FastAPI:
+def build_api(service: Service, keys: KeyRing | None) -> FastAPI:
     """The application of an ingress replica. `keys` is None where requests need none."""
     config = service.config
     fetcher = UrlFetcher(config.urls)
@@ -74,6 +88,8 @@ def build_api(service: Service, keys: ApiKeys | None) -> FastAPI:
         lifespan=lifespan,
         # The redirect would lead to whatever host the request names, and the specification does not know it.
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
     # What is added last stands outermost: a browser's preflight has no key, a body is measured before it is read.
     api.add_middleware(LimitBody, max_bytes=config.limits.max_body_bytes)
@@ -83,9 +99,17 @@ def build_api(service: Service, keys: ApiKeys | None) -> FastAPI:
         max_running=config.max_waiting,
         timeout_s=config.request_timeout_s,
         metrics=service.metrics,
+        phase=lambda: service.phase,
     )
     if config.cors_origins:
-        api.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED_HEADERS,
+        )
+    api.add_middleware(HeadAsGet)
     _add_errors(api)
     add_answer_routes(api, service, RequestParser(config.limits, fetcher))
     _add_label_sets(api, service)
@@ -126,8 +150,13 @@ def _add_operations(api: FastAPI, service: Service) -> None:
 
     @api.get("/v1/models", response_model=ModelsResponse)
     async def models() -> Response:
-        """The versions that are loaded, or being loaded, and their shares of the traffic."""
-        return answer(ModelsResponse(data=await service.models()))
+        """The versions that are loaded, or being loaded, or that failed, and their shares of the traffic."""
+        return answer(await service.models())
+
+    @api.get("/v1/models/{model:path}", response_model=ServedModel)
+    async def model(model: str) -> Response:
+        """One version by its id; by a model's name the one that has most of its traffic."""
+        return answer(await service.model(model))
 
     @api.get("/v1/templates", response_model=TemplatesResponse)
     async def templates() -> Response:
@@ -135,12 +164,21 @@ def _add_operations(api: FastAPI, service: Service) -> None:
         sets = {name: list(each) for name, each in TEMPLATES.items()}
         return answer(TemplatesResponse(default=list(service.templates_of(None)), data=sets))
 
+    @api.get("/livez", response_class=PlainTextResponse)
+    async def livez() -> Response:
+        """200 as long as this process answers: one that does not is to be started anew."""
+        return Response("ok\n", media_type="text/plain")
+
+    @api.get("/health", response_class=PlainTextResponse)
+    @api.get("/readyz", response_class=PlainTextResponse)
     @api.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> Response:
-        """200 where both towers have just answered, 503 where they have not."""
+        """200 where both towers have just answered; 503 where not, while models are loaded, and before the end."""
         try:
             await service.check(probe)
         except RequestError as error:
+            if error.code in ("loading", "stopping"):
+                raise
             if error.status != 429:  # busy is not ill
                 raise RequestError(503, "the model does not answer", "unhealthy") from None
         except Exception:
@@ -154,15 +192,24 @@ def _add_operations(api: FastAPI, service: Service) -> None:
 
 
 def _add_page(api: FastAPI) -> None:
+    # Found and not imported: of the package only the files are of use here.
+    package = importlib.util.find_spec("fastapi_offline")
+    swagger = Path(package.origin).parent / "static" if package and package.origin else None
+
     @api.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(_PAGE / "index.html", headers=_PAGE_HEADERS)
 
+    @api.get("/docs", include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(_PAGE / "docs.html", headers=_DOCS_HEADERS)
+
     @api.get("/page/{name}", include_in_schema=False)
     async def asset(name: str) -> FileResponse:
-        if name not in ("app.js", "style.css"):
+        folder = _PAGE if name in _OWN_FILES else swagger if name in _SWAGGER_FILES else None
+        if folder is None:
             raise RequestError(404, "not found", "not_found")
-        return FileResponse(_PAGE / name, headers=_PAGE_HEADERS)
+        return FileResponse(folder / name, headers=_PAGE_HEADERS)
 
 
 def _add_errors(api: FastAPI) -> None:

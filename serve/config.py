@@ -5,7 +5,6 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rayclip.config import Config
-from rayclip.inference.prompts import DEFAULT_TEMPLATES
 
 
 class UrlConfig(Config):
@@ -28,7 +27,7 @@ class LimitsConfig(Config):
     max_labels: int = Field(2_000, gt=0, description="labels in a request or a label set")
     max_templates: int = Field(100, gt=0, description="templates in a request or a label set")
     max_prompts: int = Field(20_000, gt=0, description="labels times templates")
-    max_texts: int = Field(512, gt=0, description="texts to embed, or candidates to rank")
+    max_texts: int = Field(2_048, gt=0, description="texts to embed, or candidates to rank")
     max_text_chars: int = Field(2_000, gt=0, description="characters of a label, a template or a text")
     max_label_sets: int = Field(1_000, gt=0, description="named label sets that are kept")
 
@@ -90,11 +89,17 @@ class ServeConfig(Config):
     retire_s: float = Field(30.0, ge=0, description="how long a version that was replaced stays loaded")
     host: str = Field("127.0.0.1", description="address to listen on; another one needs API keys")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
-    templates: str | tuple[str, ...] = Field(DEFAULT_TEMPLATES, description="what labels are put into by default")
+    templates: str | tuple[str, ...] | None = Field(
+        None,
+        description="what labels are put into by default; none: what the model was measured with, or photo_ensemble",
+    )
     label_sets: dict[str, LabelSet] = Field({}, description="named label sets that are there from the start")
     state_folder: str | None = Field(None, description="where label sets put over HTTP are kept; none: in memory")
     cache_bytes: int = Field(256_000_000, gt=0, description="class matrices that an ingress replica keeps")
     request_timeout_s: float = Field(30.0, gt=0, description="longest that a request may take")
+    stop_delay_s: float = Field(
+        1.0, ge=0, description="how long requests are still taken once readiness is off: balancers look every so often"
+    )
     max_waiting: int = Field(1_000, gt=0, description="requests in an ingress replica at once; more get a 429")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU for replicas that have one")
     cors_origins: tuple[str, ...] = Field((), description="other origins whose pages may call the service")

@@ -7,9 +7,11 @@ import binascii
 import io
 import re
 import warnings
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -25,14 +27,15 @@ READERS: dict[bytes, type[ImageFile]] = {
     b"RIFF": WebPImageFile,
     b"GIF8": GifImageFile,
 }
-"""The formats that are read, by how their files begin.
+"""The formats that are read, by how their files begin; AVIF besides, whose mark stands behind a length.
 
 They are what browsers show and other services take. Each further decoder could be attacked and has no such use: TIFF is
 a family of formats, BMP's runs are expanded in Python, EPS starts a program. The readers are called by name because
 Image.open has a limit of its own, below which it warns.
 """
 
-MEDIA_TYPES = ("image/jpeg", "image/jpg", "image/png", "image/webp", "image/gif")
+FORMATS = "JPEG, PNG, WebP, GIF or AVIF"
+"""The same for people."""
 
 MAX_ASPECT = 200
 """Longer side over shorter. A picture is resized by its shorter side before its middle is cut out: 1 x 50,000 pixels
@@ -44,6 +47,12 @@ MAX_JPEG_SCANS = 100
 TYPES = {401: "authentication_error", 403: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]{0,20}://", re.IGNORECASE)
+# A caption may begin with "Data:" as well; a URI goes on with a type, a parameter, or the comma at once.
+_DATA_URI = re.compile(r"\s*data:(?:image\b|\s*(?:[\w.+-]{1,127}/[\w.+-]{1,127}\s*[;,]|;|,|base64\s*,))", re.IGNORECASE)
+_BLANKS = str.maketrans("", "", " \t\r\n\f")
+_BINARY = ("", "application/octet-stream", "binary/octet-stream")
+"""Types of data: URIs that say nothing of the content."""
+_AVIF = re.compile(rb".{4}ftyp(?:avi[fs]|.{8,64}?avi[fs])", re.DOTALL)
 _JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # those that a length follows, and the end
 _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as warnings.filters holds it
 _SCAN, _END = b"\xda", b"\xd9"
@@ -81,36 +90,60 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
+def is_data_uri(text: str) -> bool:
+    """Whether a text is a data: URI, in any case and with blanks before it, rather than a caption about data."""
+    return _DATA_URI.match(text) is not None
+
+
 def image_payload(text: str, param: str, max_bytes: int) -> bytes:
-    """The file in base64 or in a base64 data: URI of a picture; line breaks are allowed, as encoders put them in.
+    """The bytes of an image given as base64 (line breaks are allowed, as encoders put them in) or as a data: URI.
 
     Raises RequestError 422: image_media_type, image_not_base64, image_too_large (above max_bytes), image_empty.
     """
-    if text[:5].lower() == "data:":
-        text = _data_of_uri(text, param)
-    text = text.replace("\r", "").replace("\n", "")
-    # Before decoding, and exactly: four characters hold three bytes, less one for each = at the end.
-    if len(text) // 4 * 3 - text[-2:].count("=") > max_bytes:
-        raise RequestError(422, f"the picture is longer than {max_bytes} bytes", "image_too_large", param)
-    try:
-        data = binascii.a2b_base64(text, strict_mode=True)
-    except ValueError:
-        raise _not_base64(text, param) from None
+    start = text[:100].lstrip()
+    if start[:5].lower() == "data:":
+        data = _data_of_uri(text, param, max_bytes)
+    else:
+        data = _from_base64(text.replace("\r", "").replace("\n", ""), param, max_bytes)
     if not data:
         raise RequestError(422, "the picture has no bytes", "image_empty", param)
     return data
 
 
-def _data_of_uri(text: str, param: str) -> str:
-    header, comma, data = text[5:].partition(",")
-    media_type, *parameters = header.lower().split(";")
-    if media_type not in MEDIA_TYPES:
-        message = f"a data: URI must be of one of the types {', '.join(MEDIA_TYPES)}"
-        raise RequestError(422, message, "image_media_type", param)
-    if not comma or "base64" not in parameters[-1:]:
-        message = "a data: URI must be in base64: data:image/png;base64,..."
+def _data_of_uri(text: str, param: str, max_bytes: int) -> bytes:
+    """The bytes of a data: URI as browsers read it: of any image type or none, percent-encoded or in base64."""
+    header, comma, data = text.lstrip()[5:].partition(",")
+    media_type, *parameters = (part.strip() for part in header.lower().split(";"))
+    if media_type == "base64" and not parameters:  # data:base64,... is often written
+        media_type, parameters = "", ["base64"]
+    if not media_type.startswith("image/") and media_type not in _BINARY:
+        raise RequestError(422, "a data: URI must be of an image, data:image/png;base64,...", "image_media_type", param)
+    if not comma:
+        message = "a data: URI has a comma before its data: data:image/png;base64,..."
         raise RequestError(422, message, "image_not_base64", param)
-    return data
+    if "base64" in parameters[-1:]:
+        if "%" in data:
+            data = unquote_to_bytes(data.encode(errors="replace")).decode("latin-1")
+        data = data.translate(_BLANKS)
+        return _from_base64(data + "=" * (-len(data) % 4 if len(data) % 4 != 1 else 0), param, max_bytes)
+    # Three characters at the most stand for a byte.
+    if len(data) > 3 * max_bytes or len(found := unquote_to_bytes(data.encode(errors="replace"))) > max_bytes:
+        raise _too_many_bytes(max_bytes, param)
+    return found
+
+
+def _from_base64(text: str, param: str, max_bytes: int) -> bytes:
+    # Before decoding, and exactly: four characters hold three bytes, less one for each = at the end.
+    if len(text) // 4 * 3 - text[-2:].count("=") > max_bytes:
+        raise _too_many_bytes(max_bytes, param)
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        raise _not_base64(text, param) from None
+
+
+def _too_many_bytes(max_bytes: int, param: str) -> RequestError:
+    return RequestError(422, f"the picture is longer than {max_bytes} bytes", "image_too_large", param)
 
 
 def _not_base64(text: str, param: str) -> RequestError:
@@ -159,8 +192,10 @@ def _silence_pillow() -> None:
 def _open(data: bytes) -> ImageFile:
     """The picture with its header read. Raises RequestError, or what the reader raises."""
     reader = next((reader for start, reader in READERS.items() if data.startswith(start)), None)
+    if reader is None and _AVIF.match(data):
+        reader = AvifImageFile
     if reader is None:
-        raise _undecodable("it is not a JPEG, PNG, WebP or GIF file")
+        raise _undecodable(f"it is not a {FORMATS} file")
     # The plain count takes no time and is enough for nearly all; videos that phones append have the bytes by chance.
     if reader is JpegImageFile and data.count(b"\xff" + _SCAN) > MAX_JPEG_SCANS and _has_too_many_scans(data):
         raise _undecodable(f"it has more than {MAX_JPEG_SCANS} scans")

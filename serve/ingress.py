@@ -9,7 +9,7 @@ from ray.serve.handle import DeploymentHandle
 from rayclip.orchestration.cluster.ray_internals import serve_host
 from rayclip.serve.api import build_api
 from rayclip.serve.config import ServeConfig
-from rayclip.serve.middleware.auth import ApiKeys, require_keys
+from rayclip.serve.middleware.auth import KeyRing
 from rayclip.serve.service import Service
 
 
@@ -20,11 +20,9 @@ class Ingress:
     async def __init__(  # type: ignore[misc]
         self, config: ServeConfig, image: DeploymentHandle, text: DeploymentHandle, coordinator: DeploymentHandle
     ) -> None:
-        keys = ApiKeys.load(config.auth, os.environ)
         # Where Serve itself was told to listen, whoever started it: the config's own host is only a wish.
-        host = serve_host() or config.host
-        self._keys = keys if require_keys(host or "127.0.0.1", config.auth, keys) else None
-        self._service = Service(config, image, text, coordinator)
+        self._keys = KeyRing(config.auth, os.environ, serve_host() or config.host or "127.0.0.1")
+        self._service = Service(config, image, text, coordinator, self._keys)
         await self._service.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -8,10 +8,13 @@ import os
 import random
 import shutil
 import socket
+import sys
 import tempfile
+import threading
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from rayclip.errors import UserError
 from rayclip.orchestration.cluster.ray_internals import (
@@ -19,11 +22,16 @@ from rayclip.orchestration.cluster.ray_internals import (
     SERVE_ENVIRONMENT,
     haproxy_environment,
     serve_logs,
+    write_haproxy_starter,
 )
 from rayclip.serve.config import ServeConfig
+from rayclip.serve.stopping import ProblemReporter, StopRequestedError, StopSignals, drain
 
 APP = "rayclip"
 _PORTS = 200
+_AT_ONCE_S = 2.0
+HEADER_TIMEOUT_S = 10
+"""Longest that a request's headers may take."""
 
 
 def set_environment() -> None:
@@ -42,6 +50,7 @@ def _set_local_haproxy() -> None:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     first = random.SystemRandom().randrange(10_000, 32_000, _PORTS)
     os.environ.update(haproxy_environment(folder, _free_port, range(first, first + _PORTS)) | os.environ)
+    write_haproxy_starter(folder, HEADER_TIMEOUT_S)
 
 
 def check(config: ServeConfig) -> str:
@@ -53,9 +62,9 @@ def check(config: ServeConfig) -> str:
     from rayclip.tracking.registry import resolve_model
     from rayclip.training.checkpoint import load_model
 
-    resolve_templates(config.templates)
-    for label_set in config.label_sets.values():
-        resolve_templates(label_set.templates or config.templates)
+    for templates in (config.templates, *(label_set.templates for label_set in config.label_sets.values())):
+        if templates is not None:
+            resolve_templates(templates)
     UrlFetcher(config.urls)
     require_keys(config.host, config.auth, ApiKeys.load(config.auth, os.environ))
     _check_port(config)
@@ -65,7 +74,40 @@ def check(config: ServeConfig) -> str:
     return sources[0].version
 
 
-def start(config: ServeConfig) -> None:
+def run(config: ServeConfig, version: str) -> int:
+    """Serve until SIGINT or SIGTERM, and answer what was accepted; the exit code, 130 or 143. Raises UserError.
+
+    A second signal ends it at once.
+    """
+    signals = StopSignals()
+    signals.install()
+    try:
+        print(f"starting {version} ...", file=sys.stderr)
+        start(config, signals)
+        address = f"http://{'[' + config.host + ']' if ':' in config.host else config.host}:{config.port}"
+        print(
+            f"{version} answers at {address}  (a page to try it; {address}/docs for the API; ctrl-c stops)", flush=True
+        )
+        coordinator = get_coordinator()
+        signals.wait(ProblemReporter(coordinator))
+        print("stopping: what was accepted is answered; again to stop at once", file=sys.stderr, flush=True)
+        if not drain(config, coordinator, signals.again):
+            print("stopped before every request was answered", file=sys.stderr)
+    except StopRequestedError:
+        print("stopped while it was starting", file=sys.stderr)
+    finally:
+        stop(at_once=signals.again.is_set())
+    return signals.exit_code
+
+
+def get_coordinator() -> Any:
+    """A handle to the running service's coordinator."""
+    from ray import serve
+
+    return serve.get_deployment_handle("Coordinator", APP)
+
+
+def start(config: ServeConfig, signals: StopSignals) -> None:
     """Start the service and return once it answers. Raises UserError."""
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -76,6 +118,7 @@ def start(config: ServeConfig) -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.serve")  # it overlooks the environment
     connect(local_cpus=_cpus(config))
+    signals.install()
     serve.start(
         http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.request_timeout_s + 5),
         logging_config={"enable_access_log": False},
@@ -88,14 +131,16 @@ def start(config: ServeConfig) -> None:
         raise UserError(f"the service did not start: {reason}; its logs are in {serve_logs()}") from None
 
 
-def stop() -> None:
-    """Stop the service, and the Ray that was started for it."""
+def stop(at_once: bool = False) -> None:
+    """Stop the service, and the Ray that was started for it; `at_once`: without waiting for replicas to end."""
     import ray
     from ray import serve
 
     # What Ray says meanwhile of actors that it kills itself goes to its logs too.
     with redirect_stdout(io.StringIO()):
-        serve.shutdown()
+        ending = threading.Thread(target=serve.shutdown, daemon=True)
+        ending.start()
+        ending.join(_AT_ONCE_S if at_once else None)  # HAProxy is the first to go
         ray.shutdown()
 
 

@@ -78,10 +78,15 @@ class RequestParser:
             return self._given([data], single=True), options
         raise RequestError(415, f"'{kind[:100]}' is neither JSON, a form with files nor a picture", "unsupported_media")
 
-    async def images(self, texts: Sequence[str], param: str, single: bool) -> RequestImages:
-        """Pictures from base64, data URIs and, where that is switched on, URLs. One that fails, fails alone."""
+    async def images(
+        self, texts: Sequence[str], param: str, single: bool, names: Sequence[str] | None = None
+    ) -> RequestImages:
+        """The bytes of images given as base64, data: URIs and, where that is switched on, URLs; one fails alone.
+
+        `names` are what errors call them, where that is not their place in `param`.
+        """
         self._check_number(len(texts))
-        names = [param if single else f"{param}[{index}]" for index in range(len(texts))]
+        names = names or [param if single else f"{param}[{index}]" for index in range(len(texts))]
         found = await asyncio.gather(*(self._picture(text, name) for text, name in zip(texts, names, strict=True)))
         errors = {index: error for index, error in enumerate(found) if isinstance(error, RequestError)}
         if single and errors:
@@ -148,13 +153,14 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
 
 
 def invalid(errors: Sequence[Any], keys: Sequence[str] = ()) -> RequestError:
-    """The first of pydantic's errors as a line; `keys` are those that the body may have."""
-    error = errors[0]
+    """The most telling of pydantic's errors as a line; `keys` are those that the body may have."""
+    # Of a value that may be of several types there is an error for each: the one that got furthest tells most.
+    same = [error for error in errors if _known(error["loc"])[:1] == _known(errors[0]["loc"])[:1]]
+    error = max(same, key=lambda error: len(_known(error["loc"])))
     unknown = error["type"] == "extra_forbidden"
-    # Between the keys, pydantic puts the names of its types and of our classes: they are nobody's business.
-    known = [part for part in error["loc"] if isinstance(part, int) or part in _KEYS]
+    known = _known(error["loc"])
     parts = [*known, error["loc"][-1]] if unknown and error["loc"][-1] not in known[-1:] else known
-    where = ".".join(str(part) for part in parts)[:200]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")[:200]
     if error["type"] == "json_invalid":
         return RequestError(422, f"the body is not JSON: {error['ctx']['error']}"[:200], "invalid_request")
     what = error["msg"].removeprefix("Value error, ")[:200]
@@ -162,6 +168,11 @@ def invalid(errors: Sequence[Any], keys: Sequence[str] = ()) -> RequestError:
         hint = f": {nearest(where, list(keys))}" if keys and len(error["loc"]) == 1 else ""
         return RequestError(422, f"unknown key '{where}'{hint}", "invalid_request", where)
     return RequestError(422, f"{where}: {what}" if where else what, "invalid_request", where or None)
+
+
+def _known(loc: Sequence[Any]) -> list[Any]:
+    """The keys and indices of a place: pydantic puts names of types between them, which are nobody's business."""
+    return [part for part in loc if isinstance(part, int) or part in _KEYS]
 
 
 def _options(items: Sequence[tuple[str, Any]]) -> ZeroShotOptions:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_KEYS = 50
 """Of any object in a request. No request has a fifth of that."""
@@ -42,6 +42,7 @@ class ZeroShotOptions(Request):
     )
     multi_label: bool = Field(False, description="several labels may be true: the same as scores=sigmoid")
     model: str | None = Field(None, description="a version that is loaded; none: as the traffic is split")
+    truncate: bool = Field(True, description="false: a prompt that is longer than the model reads is an error")
 
     @model_validator(mode="after")
     def _check(self) -> "ZeroShotOptions":
@@ -86,7 +87,7 @@ class HuggingFaceParameters(Request):
 
 
 class HuggingFaceRequest(Request):
-    """POST /v1/zero-shot-image-classification"""
+    """POST /v1/zero-shot-image-classification, and POST /, which is where Hugging Face's clients send it"""
 
     inputs: Image64 | HuggingFaceInputs
     parameters: HuggingFaceParameters
@@ -97,12 +98,23 @@ class EmbeddingsRequest(Request):
 
     input: Text | Annotated[Texts, Field(min_length=1)] = Field(description="texts, or pictures as data: URIs")
     model: str | None = Field(None, description="a version that is loaded; none or 'clip': as the traffic is split")
-    encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        "float", description="base64: little-endian float32; null: float"
+    )
     dimensions: int | None = Field(None, ge=1, description="must be the model's own: a CLIP's features do not nest")
     modality: Literal["text", "image"] | None = Field(
-        None, description="none: an item that begins with data:image/ is a picture, another one a text"
+        None, description="none: an item that is a data: URI is an image, another one a text"
     )
+    truncate: bool = Field(True, description="false: a text that is longer than the model reads is an error")
     user: str | None = Field(None, description="ignored")
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _is_no_tokens(cls, given: Any) -> Any:
+        first = given[0] if isinstance(given, list) and given else None
+        if isinstance(first, int) or (isinstance(first, list) and first and isinstance(first[0], int)):
+            raise ValueError("arrays of tokens are not read, since their tokenizer is another one: send texts")
+        return given
 
 
 class RankItem(Request):
@@ -121,12 +133,13 @@ class RankItem(Request):
 class RankRequest(Request):
     """POST /v1/rank: candidates by their similarity to the query."""
 
-    query: Text | RankItem = Field(description="a text, or {text} or {image}")
+    query: Text | RankItem = Field(description="a text, a data: URI of an image, or {text} or {image}")
     candidates: Annotated[list[Text | RankItem], Field(fail_fast=True)] = Field(
-        min_length=1, max_length=MAX_CANDIDATES, description="each a text, or {text} or {image}"
+        min_length=1, max_length=MAX_CANDIDATES, description="each as the query"
     )
     top_k: int | None = Field(None, ge=1, description="the best k candidates; none: all")
     model: str | None = Field(None, description="a version that is loaded; none: as the traffic is split")
+    truncate: bool = Field(True, description="false: a text that is longer than the model reads is an error")
 
 
 class LabelSetRequest(Request):
@@ -149,6 +162,14 @@ class ErrorResponse(BaseModel):
     """Every answer that is not a 2xx."""
 
     error: Error
+
+
+class Notice(BaseModel):
+    """What was done to a request that its sender may not expect; `params` are the parts that are meant."""
+
+    code: str
+    message: str
+    params: list[str]
 
 
 class Prediction(BaseModel):
@@ -175,6 +196,7 @@ class ZeroShotResponse(BaseModel):
     templates: list[str]
     scores: Scores
     results: list[ImageResult]
+    warnings: list[Notice] | None = None
 
 
 class LabelScore(BaseModel):
@@ -193,10 +215,11 @@ class Embedding(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of the texts that were read."""
+    """Tokens of the texts that were read, and how many texts were longer than the model reads."""
 
     prompt_tokens: int
     total_tokens: int
+    truncated_texts: int = 0
 
 
 class EmbeddingsResponse(BaseModel):
@@ -206,6 +229,7 @@ class EmbeddingsResponse(BaseModel):
     data: list[Embedding]
     model: str
     usage: Usage
+    warnings: list[Notice] | None = None
 
 
 class Ranked(BaseModel):
@@ -222,6 +246,7 @@ class RankResponse(BaseModel):
     object: Literal["rank"] = "rank"
     model: str
     results: list[Ranked]
+    warnings: list[Notice] | None = None
 
 
 class ServedModel(BaseModel):
@@ -240,10 +265,11 @@ class ServedModel(BaseModel):
 
 
 class ModelsResponse(BaseModel):
-    """GET /v1/models"""
+    """GET /v1/models; a warning says why a version stays although the registry cannot be followed."""
 
     object: Literal["list"] = "list"
     data: list[ServedModel]
+    warnings: list[Notice] | None = None
 
 
 class LabelSetInfo(BaseModel):

@@ -20,15 +20,16 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from rayclip.errors import UserError
-from rayclip.inference.prompts import resolve_templates
+from rayclip.inference.prompts import DEFAULT_TEMPLATES, resolve_templates
 from rayclip.inference.zero_shot import check_class_names, independent_scores, zero_shot_probabilities
 from rayclip.serve.cache import LruCache
 from rayclip.serve.config import ServeConfig
 from rayclip.serve.images import RequestError
 from rayclip.serve.metrics import IngressMetrics, collect
-from rayclip.serve.schemas import LabelSetInfo, Scores
+from rayclip.serve.middleware.auth import KeyRing
+from rayclip.serve.schemas import LabelSetInfo, ModelsResponse, Scores, ServedModel
 from rayclip.serve.towers.encoders import ClassMatrix, Encoded
-from rayclip.serve.versions.routing_table import ReplicaReport, RoutingTable
+from rayclip.serve.versions.routing_table import Phase, ReplicaReport, RoutingTable
 
 Result = TypeVar("Result")
 
@@ -50,15 +51,23 @@ class Scored:
     scores: np.ndarray
     errors: dict[int, RequestError]
     seconds: dict[str, float]
+    cut_labels: tuple[int, ...] = ()
+    """Labels whose prompts are longer than the model reads."""
 
 
 class Service:
     """One ingress replica's part. Everything here may be cancelled with its request."""
 
     def __init__(
-        self, config: ServeConfig, image: DeploymentHandle, text: DeploymentHandle, coordinator: DeploymentHandle
+        self,
+        config: ServeConfig,
+        image: DeploymentHandle,
+        text: DeploymentHandle,
+        coordinator: DeploymentHandle,
+        keys: KeyRing | None = None,
     ) -> None:
         self.config = config
+        self._keys = keys
         self.metrics = IngressMetrics()
         self._image, self._text, self._coordinator = image, text, coordinator
         self._matrices: LruCache[ClassMatrix] = LruCache(config.cache_bytes, lambda matrix: matrix.num_bytes)
@@ -66,6 +75,7 @@ class Service:
         self._table = RoutingTable({}, {})
         self._label_sets: dict[str, LabelSetInfo] = {}
         self._healthy_until = 0.0
+        self._has_been_ready = False
 
     async def start(self) -> None:
         """Learn what there is to serve, and stay up to date."""
@@ -74,8 +84,14 @@ class Service:
         await self._refresh()
         self._polling = asyncio.create_task(self._poll())
 
+    @property
+    def phase(self) -> Phase:
+        """Whether the service goes on, or is about to stop."""
+        return self._table.phase
+
     def pick(self, model: str | None) -> str:
         """A version for a request: the one it names, or one by the shares of the traffic. Raises RequestError."""
+        self._check_loaded()
         names = {version.partition("/")[0] for version in self._table.sources}
         if model is None or model in _ANY_MODEL or model in names:
             versions, shares = zip(*self._table.traffic.items(), strict=True)
@@ -104,7 +120,7 @@ class Service:
             started = time.perf_counter()
             scores = score(encoded.result().features, matrix.result(), kind)
             seconds = encoded.result().seconds | {"score": time.perf_counter() - started}
-            return Scored(version, scores, encoded.result().errors, seconds)
+            return Scored(version, scores, encoded.result().errors, seconds, matrix.result().cut)
 
         return await self.on_version(model, ask)
 
@@ -153,21 +169,25 @@ class Service:
         """Features of texts."""
         return await self._call(self._text.encode, version, list(texts))
 
-    async def count_tokens(self, version: str, texts: Sequence[str]) -> int:
-        """Tokens of the texts."""
-        return await self._call(self._text.count_tokens, version, list(texts))
-
-    def templates_of(self, templates: str | Sequence[str] | None) -> tuple[str, ...]:
-        """The request's templates, or the service's. Raises RequestError."""
+    def templates_of(self, templates: str | Sequence[str] | None, model: str | None = None) -> tuple[str, ...]:
+        """The request's templates, or else the service's, or else those of the model. Raises RequestError."""
         limits = self.config.limits
         try:
-            resolved = resolve_templates(self.config.templates if templates is None else templates)
+            resolved = resolve_templates(self._default_templates(model) if templates is None else templates)
         except UserError as error:
             raise RequestError(422, str(error)[:300], "invalid_templates", "templates") from None
         if len(resolved) > limits.max_templates:
             raise _too_many("templates", len(resolved), limits.max_templates)
         self.check_texts(resolved, "templates")
         return resolved
+
+    def _default_templates(self, model: str | None) -> str | Sequence[str]:
+        """What the settings say, else what the model was measured with: the named one, or the one with most traffic."""
+        if self.config.templates is not None:
+            return self.config.templates
+        traffic = self._table.traffic
+        version = model if model in self._table.sources else max(traffic, key=traffic.__getitem__, default="")
+        return self._table.templates.get(version or "", DEFAULT_TEMPLATES)
 
     def labels_of(self, labels: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
         """The labels, once they and what the templates make of them are within the limits. Raises RequestError."""
@@ -191,11 +211,15 @@ class Service:
 
     def check_texts(self, texts: Sequence[str], param: str) -> None:
         """Raise RequestError where one is too long."""
-        limit = self.config.limits.max_text_chars
         for index, text in enumerate(texts):
-            if len(text) > limit:
-                message = f"{param}[{index}] has {len(text)} characters; at most {limit} are read"
-                raise RequestError(422, message, "text_too_long", f"{param}[{index}]")
+            self.check_text(text, f"{param}[{index}]")
+
+    def check_text(self, text: str, name: str) -> None:
+        """Raise RequestError where it has too many characters."""
+        limit = self.config.limits.max_text_chars
+        if len(text) > limit:
+            message = f"{name} has {len(text)} characters; at most {limit} are read"
+            raise RequestError(422, message, "text_too_long", name)
 
     async def label_set(self, name: str) -> LabelSetInfo:
         """A registered label set. Raises RequestError where there is none of that name."""
@@ -223,9 +247,18 @@ class Service:
             raise RequestError(404, f"no label set '{name[:100]}'", "label_set_not_found", "label_set")
         await self.label_sets()
 
-    async def models(self) -> list[Any]:
-        """What is loaded, with its share of the traffic."""
+    async def models(self) -> ModelsResponse:
+        """What is loaded, with its share of the traffic, and what is wrong."""
         return await self._call(self._coordinator.models)
+
+    async def model(self, name: str) -> ServedModel:
+        """A version by its id, or by its model's name the one with most traffic. Raises RequestError."""
+        models = (await self.models()).data
+        named = [model for model in models if name in (model.id, model.id.partition("/")[0])]
+        if not named:
+            known = ", ".join(model.id for model in models)
+            raise RequestError(404, f"no model '{name[:100]}'; there are: {known}", "model_not_found", "model")
+        return max(named, key=lambda model: (model.id == name, model.share))
 
     async def prometheus(self) -> bytes:
         """The whole service's figures."""
@@ -233,11 +266,23 @@ class Service:
         return await self._call(self._coordinator.metrics)
 
     async def check(self, image: bytes) -> None:
-        """Run both towers of every version that has traffic. Raises what they raise; an answer holds for a second."""
+        """Run both towers of every version that has traffic. Raises what they raise; an answer holds for a second.
+
+        Raises RequestError 503 while the models are being loaded, and once the service is about to stop.
+        """
+        self._check_loaded()
+        if self.phase != "serving":
+            raise RequestError(503, "the service is stopping", "stopping")
         if time.monotonic() < self._healthy_until:
             return
         await _unwrapped(self._probe(image))
         self._healthy_until = time.monotonic() + 1
+
+    def _check_loaded(self) -> None:
+        """Raise RequestError until the towers are loaded; a tower that is replaced later is waited for instead."""
+        if not self._has_been_ready:
+            what = " and ".join(f"the {tower} tower" for tower in self._table.loading)
+            raise RequestError(503, f"the model is being loaded: {what or 'all'} is not ready", "loading")
 
     async def _probe(self, image: bytes) -> None:
         async with asyncio.TaskGroup() as group:
@@ -269,8 +314,11 @@ class Service:
         self.metrics.cache_hits.set(self._matrices.hits)
         self.metrics.cache_misses.set(self._matrices.misses)
         self.metrics.cache_bytes.set(self._matrices.num_bytes)
-        report = ReplicaReport(self._replica, "ingress", metrics=collect(self.metrics.registry))
+        self.metrics.keys_stale.set(bool(self._keys and self._keys.problem))
+        figures, running = collect(self.metrics.registry), self.metrics.num_running
+        report = ReplicaReport(self._replica, "ingress", metrics=figures, running=running)
         self._table = await self._call(self._coordinator.report, report)
+        self._has_been_ready = self._has_been_ready or not self._table.loading
         self._matrices.drop(lambda key: key[0] not in self._table.sources)  # type: ignore[index]  # a tuple
 
     async def _poll(self) -> None:
@@ -279,6 +327,8 @@ class Service:
             try:
                 await self._refresh()
                 await self.label_sets()
+                if self._keys is not None:
+                    await self._keys.reload()
             except Exception as error:  # the coordinator is being replaced: what is known holds
                 _logger.debug("no word from the coordinator: %s", type(error).__name__)
 
@@ -290,7 +340,7 @@ def score(features: np.ndarray, matrix: ClassMatrix, kind: Scores) -> np.ndarray
         return zero_shot_probabilities(image, classes, matrix.logit_scale).numpy()
     if kind == "sigmoid":
         return independent_scores(image, classes, torch.from_numpy(matrix.background), matrix.logit_scale).numpy()
-    return (image @ classes.T).numpy()
+    return (image @ classes.T).clamp(-1, 1).numpy()  # rounding goes beyond
 
 
 def _joined(parts: Sequence[Encoded]) -> Encoded:
@@ -301,6 +351,13 @@ def _joined(parts: Sequence[Encoded]) -> Encoded:
         start += len(part.features)
     slowest = max(parts, key=lambda part: sum(part.seconds.values()))
     return Encoded(np.concatenate([part.features for part in parts]), errors, slowest.seconds)
+
+
+def truncated(names: Sequence[str]) -> RequestError:
+    """What is said of texts that are longer than the model reads: as an error, or as a notice in the answer."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    message = f"{names[0]}{more}: longer than the model reads; what is beyond its context length is cut off"
+    return RequestError(422, message, "text_truncated", names[0])
 
 
 def _too_many(what: str, number: int, limit: int) -> RequestError:

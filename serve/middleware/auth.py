@@ -1,8 +1,10 @@
 """API keys: who may ask. The service knows the keys' hashes only."""
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
+import logging
 import re
 import secrets
 from collections.abc import Iterable, Mapping
@@ -11,6 +13,8 @@ from typing import NamedTuple
 
 from rayclip.errors import UserError
 from rayclip.serve.config import AuthConfig
+
+_logger = logging.getLogger("ray.serve")
 
 KEYS_VARIABLE = "RAYCLIP_API_KEYS"
 """Environment variable with entries as in the file, separated by commas."""
@@ -56,6 +60,50 @@ class ApiKeys:
             if hmac.compare_digest(entry.digest, digest):
                 found = entry.name
         return found
+
+
+class KeyRing:
+    """The keys as their file has them now: one that is added or taken out counts without a restart.
+
+    A file that cannot be read, or has a wrong line, changes nothing: the keys of before go on to count, and the log
+    says so once. Where keys were once required they stay required, so that an emptied file opens nothing.
+    """
+
+    def __init__(self, config: AuthConfig, environment: Mapping[str, str], host: str) -> None:
+        """Raises UserError as `ApiKeys.load` and `require_keys` do; `host` is the address listened on."""
+        self._config, self._environment = config, environment
+        self._seen = self._look()
+        self._keys = ApiKeys.load(config, environment)
+        self.required = require_keys(host, config, self._keys)
+        self.problem: str | None = None
+        """Why the file of now does not count."""
+
+    def name_of(self, authorization: str | None, x_api_key: str | None) -> str | None:
+        """Whose key a request shows; none: nobody's."""
+        return self._keys.name_of(authorization, x_api_key)
+
+    async def reload(self) -> None:
+        """Read the file where it has changed since it was read."""
+        if self._config.keys_file is None or (seen := await asyncio.to_thread(self._look)) == self._seen:
+            return
+        self._seen = seen
+        try:
+            self._keys = await asyncio.to_thread(ApiKeys.load, self._config, self._environment)
+        except UserError as error:
+            self.problem = str(error)
+            _logger.error("the API keys stay as they were: %s", error)
+            return
+        self.problem = None
+        self.required = self.required or (self._config.required is None and bool(self._keys))
+        _logger.info("API keys read anew: there are %d", len(self._keys))
+
+    def _look(self) -> tuple[int, ...] | None:
+        """What differs once the file has changed; none where it is not there."""
+        try:
+            found = Path(self._config.keys_file or "").stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def new_key(name: str) -> tuple[str, str]:

@@ -4,18 +4,22 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Callable
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayclip.serve.images import RequestError
 from rayclip.serve.metrics import IngressMetrics
-from rayclip.serve.middleware.auth import ApiKeys
+from rayclip.serve.middleware.auth import KeyRing
+from rayclip.serve.versions.routing_table import Phase
 
 _logger = logging.getLogger("ray.serve")
 
-_OPEN_PATHS = ("/", "/healthz", "/docs", "/openapi.json")
-"""What needs no key: the page asks for one itself, and probes have none."""
+PROBES = ("/healthz", "/health", "/readyz", "/livez")
+"""What balancers and kubelets ask; they have no key, and an answer must not depend on how much there is to do."""
+_OPEN_PATHS = ("/", "/docs", "/openapi.json")
+"""What needs no key to be looked at: the page asks for one itself."""
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -24,17 +28,23 @@ _HEADERS = [
 
 
 class RequestGuard:
-    """ASGI middleware; answers 401, 408, 429 and 504 by itself, and 500 without a word of what went wrong inside."""
+    """ASGI middleware; answers 401, 408, 429, 503 and 504 by itself, and 500 with no word of what went wrong inside."""
 
     def __init__(
-        self, app: ASGIApp, keys: ApiKeys | None, max_running: int, timeout_s: float, metrics: IngressMetrics
+        self,
+        app: ASGIApp,
+        keys: KeyRing | None,
+        max_running: int,
+        timeout_s: float,
+        metrics: IngressMetrics,
+        phase: Callable[[], Phase] = lambda: "serving",
     ) -> None:
         self._app = app
         self._keys = keys
         self._max_running = max_running
         self._timeout_s = timeout_s
         self._metrics = metrics
-        self._running = 0
+        self._phase = phase
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,18 +52,21 @@ class RequestGuard:
             return
         started = time.perf_counter()
         answer = _Answer(send)
-        self._running += 1
-        self._metrics.running.set(self._running)
+        is_probe = _path(scope) in PROBES
+        self._count(0 if is_probe else 1)
         try:
             await self._pass(scope, receive, answer)
         finally:
-            self._running -= 1
-            self._metrics.running.set(self._running)
+            self._count(0 if is_probe else -1)
             # The route's pattern and not its path: a label set's name must not become a time series.
             route = getattr(scope.get("route"), "path", "other")
             # 499, as nginx has it: the client left before there was an answer.
             self._metrics.requests.labels(route, str(answer.status or 499), answer.model).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - started)
+
+    def _count(self, change: int) -> None:
+        self._metrics.num_running += change
+        self._metrics.running.set(self._metrics.num_running)
 
     async def _pass(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         body = _Body(receive)
@@ -82,16 +95,19 @@ class RequestGuard:
             await answer.refuse(RequestError(500, "the service failed to answer; its log says why", "internal_error"))
 
     def _check(self, scope: Scope) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        if path == "/healthz":
+        path = _path(scope)
+        if path in PROBES:
             return
-        if self._keys is not None and path not in _OPEN_PATHS and not path.startswith("/page/"):
+        is_open = scope["method"] == "GET" and (path in _OPEN_PATHS or path.startswith("/page/"))
+        if self._keys is not None and self._keys.required and not is_open:
             headers = dict(scope["headers"])
             given = headers.get(b"authorization"), headers.get(b"x-api-key")
             name = self._keys.name_of(*(value.decode("latin-1") if value is not None else None for value in given))
             if name is None:
                 raise RequestError(401, "give an API key: Authorization: Bearer KEY", "invalid_api_key")
-        if self._running > self._max_running:
+        if self._phase() == "closed":
+            raise RequestError(503, "the service is stopping: ask another one, or again later", "stopping")
+        if self._metrics.num_running > self._max_running:
             raise RequestError(429, "the service is busy: try again in a second", "overloaded")
 
 
@@ -138,12 +154,18 @@ class _Answer:
         await self({"type": "http.response.body", "body": body})
 
 
+def _path(scope: Scope) -> str:
+    """The path below the prefix that the application is mounted at."""
+    return scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+
+
 def error_headers(error: RequestError) -> dict[str, str]:
     """What the status asks for beside the body."""
     headers = {
         401: {"WWW-Authenticate": "Bearer"},
         408: {"Connection": "close"},  # the rest of the body may still come
         429: {"Retry-After": "1"},
+        503: {"Retry-After": "1"},
     }
     return headers.get(error.status, {})
 

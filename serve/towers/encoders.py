@@ -4,6 +4,7 @@ Shapes: N pictures or texts, C classes, E embedding.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from torch import nn
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
 from rayclip.inference.encoder import Encoder
+from rayclip.inference.prompts import fill
 from rayclip.inference.zero_shot import class_prompts, mean_of_prompts
 from rayclip.models.clip import CLIP
 from rayclip.serve.cache import LruCache
@@ -32,6 +34,7 @@ from rayclip.training.checkpoint import load_model
 
 Item = TypeVar("Item")
 
+_logger = logging.getLogger("ray.serve")
 _RETRY_LOAD_S = 15
 BACKGROUND = ""
 """The empty class name: its row is what independent scores are measured against."""
@@ -44,6 +47,10 @@ class Encoded:
     features: np.ndarray
     errors: dict[int, RequestError] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    num_tokens: int = 0
+    """Of texts: tokens that were read, start and end included."""
+    cut: tuple[int, ...] = ()
+    """Texts that are longer than the model reads, by index."""
 
 
 @dataclass
@@ -53,6 +60,8 @@ class ClassMatrix:
     rows: np.ndarray
     background: np.ndarray
     logit_scale: float
+    cut: tuple[int, ...] = ()
+    """Classes with a prompt that is longer than the model reads."""
 
     @property
     def num_bytes(self) -> int:
@@ -90,6 +99,7 @@ class Tower(Generic[Item]):
         for version in self._table.sources:
             if version in self._table.traffic:
                 await self._load(version)  # what it raises stops the replica: it has nothing to serve
+        self._table = await self._report()  # that it is ready
         self._reporting = asyncio.create_task(self._report_forever())
 
     async def check_health(self) -> None:
@@ -127,11 +137,21 @@ class Tower(Generic[Item]):
             self._models[version] = self._wrap(version, model)
             self._failed.pop(version, None)
         except UserError as error:
-            self._failed[version] = str(error)
-            self._retry_at = time.monotonic() + _RETRY_LOAD_S
+            self._fail(version, str(error))
             raise
+        except Exception as error:  # of weights that are no such model's, say: the version is at fault, not the replica
+            _logger.exception("%s cannot be loaded", version)
+            why = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+            self._fail(version, why)
+            raise UserError(why) from error
         finally:
             del self._loading[version]
+
+    def _fail(self, version: str, why: str) -> None:
+        if self._failed.get(version) != why:
+            _logger.error("%s cannot be loaded by the %s tower: %s", version, self.kind, why)
+        self._failed[version] = why
+        self._retry_at = time.monotonic() + _RETRY_LOAD_S
 
     def _wrap(self, version: str, model: CLIP) -> Loaded[Item]:
         info = ModelInfo(
@@ -265,8 +285,13 @@ class TextEncoder(Tower[str]):
         """Features of texts. Raises RequestError: 429 and 404."""
         loaded = await self._model(version)
         started = time.perf_counter()
-        rows = await self._submit(loaded, list(texts))
-        return Encoded(np.stack(rows), seconds={"text": time.perf_counter() - started})
+        rows, lengths = await asyncio.gather(
+            self._submit(loaded, list(texts)), asyncio.to_thread(count_tokens, loaded.encoder, texts)
+        )
+        most = loaded.encoder.model.context_length
+        seconds = {"text": time.perf_counter() - started}
+        cut = tuple(np.flatnonzero(lengths > most).tolist())
+        return Encoded(np.stack(rows), {}, seconds, int(lengths.clip(max=most).sum()), cut)
 
     async def class_matrix(self, version: str, labels: Sequence[str], templates: tuple[str, ...]) -> ClassMatrix:
         """The rows of the labels, and of the background, under the templates. Raises RequestError: 429 and 404.
@@ -286,12 +311,8 @@ class TextEncoder(Tower[str]):
                 rows[label] = row.copy()
                 self._rows.put((version, templates, label), rows[label])
         matrix = np.stack([rows[label] for label in labels])
-        return ClassMatrix(matrix, rows[BACKGROUND], loaded.info.logit_scale)
-
-    async def count_tokens(self, version: str, texts: Sequence[str]) -> int:
-        """Tokens of the texts, start and end included."""
-        loaded = await self._model(version)
-        return int(loaded.encoder.tokenizer(texts)[1].sum())
+        cut = await asyncio.to_thread(labels_cut, loaded.encoder, labels, templates)
+        return ClassMatrix(matrix, rows[BACKGROUND], loaded.info.logit_scale, cut)
 
     def _runner(self, encoder: Encoder) -> Callable[[list[str]], list[np.ndarray]]:
         return lambda texts: list(encoder.encode_texts(texts).cpu().numpy())
@@ -306,6 +327,28 @@ def decode_or_error(data: bytes, size: int, max_pixels: int) -> np.ndarray | Req
         return decode_image(data, size, max_pixels)
     except RequestError as error:
         return error
+
+
+def count_tokens(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
+    """Tokens of each text, start and end included, int32 [N]: of one that is cut, one more than the model reads."""
+    return get_tokenizer(encoder.model.context_length + 1)(texts)[1]
+
+
+def labels_cut(encoder: Encoder, labels: Sequence[str], templates: Sequence[str]) -> tuple[int, ...]:
+    """Which labels make a prompt, under one of the templates, that is longer than the model reads."""
+    most = encoder.model.context_length
+    # A token has a byte at least: plain prompts that are short need no counting.
+    suspects = [
+        (index, prompt)
+        for index, label in enumerate(labels)
+        for prompt in (fill(template, label) for template in templates)
+        if len(prompt) + 2 > most or not prompt.isascii()
+    ]
+    if not suspects:
+        return ()
+    places = np.array([index for index, _ in suspects])
+    lengths = count_tokens(encoder, [prompt for _, prompt in suspects])
+    return tuple(np.unique(places[lengths > most]).tolist())
 
 
 def read_model(source: VersionSource, tracking_uri: str | None) -> CLIP:

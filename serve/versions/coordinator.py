@@ -4,6 +4,9 @@ import asyncio
 import json
 import logging
 import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 from rayclip.errors import UserError
@@ -11,16 +14,25 @@ from rayclip.io.files import write_text
 from rayclip.io.paths import StoragePath, matching, storage_path
 from rayclip.serve.config import ServeConfig
 from rayclip.serve.images import RequestError
-from rayclip.serve.metrics import render
-from rayclip.serve.schemas import LabelSetInfo, ServedModel
+from rayclip.serve.metrics import CoordinatorMetrics, collect, render
+from rayclip.serve.schemas import LabelSetInfo, ModelsResponse, Notice, ServedModel
 from rayclip.serve.versions.rollout import Rollout
-from rayclip.serve.versions.routing_table import ReplicaReport, RoutingTable, VersionSource
-from rayclip.tracking.registry import fetch, find_version, is_registered, resolve_model
+from rayclip.serve.versions.routing_table import Phase, ReplicaReport, RoutingTable, VersionSource
+from rayclip.tracking.registry import ModelSource, Version, fetch, find_version, is_registered, resolve_model
 
 _logger = logging.getLogger("ray.serve")
 # A busy replica may be late with its word; a dead one must not hold a swap up for long.
 _FRESH_POLLS = 5
 _LEAST_FRESH_S = 10
+_RETRY_FETCH_S = 15
+
+
+class _NotFetched(NamedTuple):
+    """A version that a role is to have and whose files could not be had."""
+
+    version: str
+    why: str
+    retry_at: float
 
 
 class Coordinator:
@@ -32,25 +44,60 @@ class Coordinator:
         shares = {"champion": 1.0 - config.canary_share, "canary": config.canary_share}
         self._rollout = Rollout(shares, max(_LEAST_FRESH_S, _FRESH_POLLS * config.poll_s), config.retire_s)
         self._started = int(time.time())
+        self._metrics = CoordinatorMetrics()
+        self._problems: dict[str, str] = {}
+        self._found_at: dict[str, float] = {}
+        self._not_fetched: dict[str, _NotFetched] = {}
+        self._templates: dict[str, str | list[str]] = {}
+        self._phase: Phase = "serving"
+        self._closed_at = 0.0
         self._label_sets = _read_label_sets(config)
         for role, uri in self._roles.items():
             await self._look(role, uri)
         self._watching = asyncio.create_task(self._watch())
 
     async def report(self, report: ReplicaReport) -> RoutingTable:
-        """A replica's word; the answer is what it is to do."""
+        """Take a replica's word; return what it is to do."""
         self._rollout.hear(report, time.monotonic())
         self._advance()
-        return self._rollout.table()
+        return self._table()
 
-    async def models(self) -> list[ServedModel]:
-        """Every version that is loaded or being loaded."""
+    async def models(self) -> ModelsResponse:
+        """Every version that is loaded, being loaded or could not be, and what is wrong with the registry."""
         table = self._rollout.table()
-        return [self._describe(version, table.traffic.get(version, 0.0)) for version in table.sources]
+        models = [self._describe(version, table.traffic.get(version, 0.0)) for version in table.sources]
+        models += [
+            ServedModel(id=version, created=self._started, share=0.0, state="failed", error=why)
+            for version, why in self._failures().items()
+            if version not in table.sources
+        ]
+        return ModelsResponse(data=models, warnings=self._notices() or None)
+
+    async def problems(self) -> list[str]:
+        """What is wrong with the versions or the registry now, a line each."""
+        failures = [f"{version} cannot be served: {why}" for version, why in self._failures().items()]
+        return [notice.message for notice in self._notices()] + failures
 
     async def metrics(self) -> bytes:
         """All replicas' figures in Prometheus' text form."""
-        return render({report.replica: report.metrics for report in self._rollout.reports()})
+        now = time.monotonic()
+        for role, found_at in self._found_at.items():
+            self._metrics.up.labels(role).set(role not in self._problems)
+            self._metrics.age.labels(role).set(now - found_at)
+        self._metrics.failed.clear()
+        for version in self._failures():
+            self._metrics.failed.labels(version).set(1)
+        figures = {report.replica: report.metrics for report in self._rollout.reports()}
+        return render({"coordinator": collect(self._metrics.registry), **figures})
+
+    async def enter(self, phase: Phase) -> None:
+        """Tell all replicas, as they report, that the service is about to stop."""
+        self._phase, self._closed_at = phase, time.monotonic()
+
+    async def is_idle(self) -> bool:
+        """Whether every ingress has said, since the phase began, that it answers nothing."""
+        # What was on its way when the phase began is counted in the report after the next.
+        return self._rollout.is_idle(self._closed_at + 2 * self._config.poll_s)
 
     async def label_sets(self) -> dict[str, LabelSetInfo]:
         """The named label sets."""
@@ -80,11 +127,24 @@ class Coordinator:
             await asyncio.sleep(self._config.poll_s)
             for role, uri in self._roles.items():
                 if is_registered(uri):
-                    try:
-                        await self._look(role, uri)
-                    except UserError as error:  # what is loaded goes on serving
-                        _logger.warning("%s stays as it is: %s", role, error)
+                    await self._look_again(role, uri)
             self._advance()
+
+    async def _look_again(self, role: str, uri: str) -> None:
+        """Follow the registry. What is wrong with it is told and changes nothing: what is loaded goes on serving."""
+        try:
+            await self._look(role, uri)
+            if self._problems.pop(role, None):
+                _logger.info("%s: %s is followed again", role, uri)
+        except UserError as error:
+            self._tell(role, str(error))
+        except Exception as error:  # whatever a database raises: it must not end the watching
+            self._tell(role, f"{uri} cannot be followed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+    def _tell(self, role: str, why: str) -> None:
+        if self._problems.get(role) != why:
+            self._problems[role] = why
+            _logger.error("%s stays as it is: %s", role, why)
 
     async def _look(self, role: str, uri: str) -> None:
         """Ask what the role's URI stands for now, and fetch that where it is new. Raises UserError."""
@@ -93,15 +153,47 @@ class Coordinator:
             source = await asyncio.to_thread(resolve_model, uri, tracking_uri)
         else:
             version = await asyncio.to_thread(find_version, uri, tracking_uri)
+            self._found_at[role] = time.monotonic()
             if str(version) == self._rollout.wanted(role):
+                self._not_fetched.pop(role, None)
                 return
-            source = await asyncio.to_thread(fetch, version, tracking_uri)
+            source = await self._fetch(role, version)
             uri = f"models:/{version}"
+        self._templates[source.version] = await asyncio.to_thread(read_templates, source.folder)
         self._rollout.want(role, source.version, VersionSource(uri, str(source.folder)))
+
+    async def _fetch(self, role: str, version: Version) -> ModelSource:
+        """A version's files, tried again now and then where they could not be had. Raises UserError."""
+        before = self._not_fetched.pop(role, None)
+        if before and before.version == str(version) and time.monotonic() < before.retry_at:
+            self._not_fetched[role] = before
+            raise UserError(before.why)
+        try:
+            return await asyncio.to_thread(fetch, version, self._config.tracking_uri)
+        except UserError as error:
+            self._not_fetched[role] = _NotFetched(str(version), str(error), time.monotonic() + _RETRY_FETCH_S)
+            raise
 
     def _advance(self) -> None:
         for role, old, new in self._rollout.advance(time.monotonic()):
             _logger.info("%s: %s takes over from %s", role, new, old)
+
+    def _table(self) -> RoutingTable:
+        table = self._rollout.table()
+        templates = {version: found for version in table.sources if (found := self._templates.get(version))}
+        return replace(table, templates=templates, loading=self._rollout.loading(), phase=self._phase)
+
+    def _failures(self) -> dict[str, str]:
+        """The versions that cannot be served, and why."""
+        failed = {version: self._rollout.failure(version) for version in self._rollout.table().sources}
+        not_fetched = {each.version: each.why for each in self._not_fetched.values()}
+        return not_fetched | {version: why for version, why in failed.items() if why}
+
+    def _notices(self) -> list[Notice]:
+        return [
+            Notice(code="registry_not_followed", message=f"{role} stays as it is: {why}", params=[role])
+            for role, why in self._problems.items()
+        ]
 
     def _describe(self, version: str, share: float) -> ServedModel:
         info = self._rollout.info(version)
@@ -115,6 +207,16 @@ class Coordinator:
             logit_scale=info.logit_scale if info else None,
             error=self._rollout.failure(version),
         )
+
+
+def read_templates(folder: Path) -> str | list[str]:
+    """The templates that a checkpoint's training measured zero-shot with; empty where it has not, or nobody knows."""
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        tasks = settings["evaluation"]["tasks"].values()
+        return next((task["templates"] for task in tasks if task["kind"] == "zero_shot"), [])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # exported weights have none
+        return []
 
 
 def _read_label_sets(config: ServeConfig) -> dict[str, LabelSetInfo]:

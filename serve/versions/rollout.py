@@ -76,6 +76,17 @@ class Rollout:
             traffic[version] = traffic.get(version, 0.0) + self._shares[role]
         return RoutingTable(traffic, dict(self._sources))
 
+    def loading(self) -> tuple[str, ...]:
+        """The towers of which no replica has every version that takes traffic."""
+        wanted = set(self._active.values())
+        ready = {seen.report.kind for seen in self._seen.values() if wanted <= seen.report.loaded.keys()}
+        return tuple(tower for tower in _TOWERS if tower not in ready)
+
+    def is_idle(self, since: float) -> bool:
+        """Whether every ingress has said, later than `since`, that it answers nothing."""
+        seen = [seen for seen in self._seen.values() if seen.report.kind == "ingress"]
+        return all(each.at > since and each.report.running == 0 for each in seen)
+
     def state(self, version: str) -> Literal["serving", "loading", "retiring", "failed"]:
         """serving, loading, failed or retiring."""
         if version in self._active.values():

