@@ -107,7 +107,9 @@ def close_door() -> None:
 def num_connections() -> int:
     """Connections of clients that this machine's HAProxy still serves; 0 where there is none."""
     rows = csv.DictReader(_ask_haproxy("show stat").removeprefix("# ").splitlines())
-    return sum(int(row["scur"] or 0) for row in rows if (row["pxname"], row["svname"]) == (HAPROXY_FRONTEND, "FRONTEND"))
+    return sum(
+        int(row["scur"] or 0) for row in rows if (row["pxname"], row["svname"]) == (HAPROXY_FRONTEND, "FRONTEND")
+    )
 
 
 def _ask_haproxy(command: str) -> str:

@@ -35,7 +35,8 @@ class ServiceProcess:
         port = find_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "serve.log"
-        variables = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+        paths = f"{ROOT}{os.pathsep}{ROOT / 'platform'}"
+        variables = {**os.environ, "PYTHONPATH": paths, **(environment or {})}
         variables.pop("RAY_ADDRESS", None)
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
@@ -110,18 +111,18 @@ def find_port() -> int:
 
 def _content(response):
     body = response.read()
-    return json.loads(body) if "json" in response.headers.get("Content-Type", "") else body
+    return json.loads(body) if body and "json" in response.headers.get("Content-Type", "") else body
 
 
 @pytest.fixture(scope="session")
 def write_model(tiny_config):
     """Writes a tiny model with weights of its own as a checkpoint; gives the folder."""
 
-    def write(folder: Path, seed: int) -> Path:
+    def write(folder: Path, seed: int, **settings: object) -> Path:
         torch.manual_seed(seed)
         model = CLIP(tiny_config)
         optimizer = torch.optim.AdamW(model.parameters())
-        config = {"name": "tiny", "model": tiny_config.model_dump(mode="json")}
+        config = {"name": "tiny", "model": tiny_config.model_dump(mode="json"), **settings}
         write_checkpoint(folder, model, optimizer, RunState(), config, {"seed": seed})
         return folder
 
@@ -160,7 +161,7 @@ def service(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("service")
     service = ServiceProcess(folder, f"model={model_folder}", "templates=photo_ensemble", "poll_s=0.3")
     yield service.wait()
-    service.stop()
+    assert service.stop() == 130
 
 
 @pytest.fixture(scope="session")

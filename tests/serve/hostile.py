@@ -41,6 +41,10 @@ def good_bodies() -> dict[str, dict]:
             "inputs": text,
             "parameters": {"candidate_labels": ["a", "b"], "hypothesis_template": "a {}"},
         },
+        "/": {
+            "inputs": {"image": text},
+            "parameters": {"candidate_labels": ["a", "b"]},
+        },
         "/v1/embeddings": {
             "input": ["a", "b"],
             "model": "clip",
@@ -179,7 +183,7 @@ def too_much() -> Iterator[Case]:
     }
     for name, body in bodies.items():
         yield Case(name, post(shot, body), too_many)
-    for number in (513, 100_000):
+    for number in (2_050, 100_000):
         yield Case(f"{number} texts", post("/v1/embeddings", {"input": ["a"] * number}), too_many)
         yield Case(f"{number} candidates", post("/v1/rank", {"query": "a", "candidates": ["a"] * number}), too_many)
     yield Case("a long query", post("/v1/rank", {"query": "a" * MEGABYTE, "candidates": ["a"]}), too_many)
@@ -191,7 +195,7 @@ def too_much() -> Iterator[Case]:
         yield Case(f"a name of {size} that is not there", request("GET", path), frozenset({404}))
     yield Case("a body of 21 MB", post(shot, b" " * 21 * MEGABYTE), frozenset({413}))
     yield Case("as many labels as may be", post(shot, {"image": text, "labels": ["a"] * 2000}), frozenset({200}))
-    yield Case("as many texts as may be", post("/v1/embeddings", {"input": ["a"] * 512}), frozenset({200}))
+    yield Case("as many texts as may be", post("/v1/embeddings", {"input": ["a"] * 2_048}), frozenset({200}))
     yield Case("as many pictures as may be", post(shot, {"images": [text] * 64, "labels": ["a"]}), frozenset({200}))
 
 

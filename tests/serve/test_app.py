@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -45,9 +46,8 @@ def test_the_environment_of_a_cluster_is_the_one_that_is_tested():
 
 
 def test_the_demos_file_is_a_config():
-    assert (
-        load(ServeConfig, ROOT / "serve" / "configs" / "demo.yaml", []).label_sets["digits"].labels[7] == "digit seven"
-    )
+    path = ROOT / "platform" / "rayclip" / "recipes" / "serve_demo.yaml"
+    assert load(ServeConfig, path, []).label_sets["digits"].labels[7] == "digit seven"
 
 
 def test_arguments_of_serve_run_are_texts_with_dots(model_folder):
@@ -63,6 +63,7 @@ def test_arguments_of_serve_run_are_texts_with_dots(model_folder):
 def test_serve_run_with_a_production_file(tmp_path, model_folder, free_port):
     values = yaml.safe_load((ROOT / "infra" / "serve" / "cpu.yaml").read_text())
     values["http_options"] |= {"host": "127.0.0.1", "port": free_port}
+    values["applications"][0]["route_prefix"] = "/clip"
     args = values["applications"][0]["args"]
     args |= {"model": str(model_folder), "auth": {}}
     del args["tracking_uri"]
@@ -85,12 +86,19 @@ def test_serve_run_with_a_production_file(tmp_path, model_folder, free_port):
         while time.monotonic() < deadline:
             assert process.poll() is None, (tmp_path / "log").read_text()
             try:
-                assert urllib.request.urlopen(f"http://127.0.0.1:{free_port}/healthz", timeout=10).status == 200
+                assert urllib.request.urlopen(f"http://127.0.0.1:{free_port}/clip/healthz", timeout=10).status == 200
                 break
             except OSError:
                 time.sleep(0.5)
         else:
             raise AssertionError((tmp_path / "log").read_text())
+        # The page, the documentation and what they load, below the prefix.
+        for page in ("", "docs"):
+            address = f"http://127.0.0.1:{free_port}/clip/{page}"
+            text = urllib.request.urlopen(address).read().decode()
+            for link in re.findall(r'(?:href|src)="([^"]*)"', text):
+                if not link.startswith("data:"):
+                    assert urllib.request.urlopen(urllib.parse.urljoin(address, link)).status == 200, link
     finally:
         process.terminate()
         process.wait(60)
