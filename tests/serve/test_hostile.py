@@ -338,6 +338,7 @@ def strict(start_service, model_folder, tmp_path_factory):
             f"state_folder={folder / 'state'}",
             f"request_timeout_s={STRICT_TIMEOUT_S}",
             "poll_s=0.3",
+            "cors_origins=['https://page.example']",
             "limits.max_body_bytes=100000",
             f"urls.allowed_hosts=['127.0.0.1:{allowed.server_port}']",
             "urls.schemes=[http]",
@@ -392,6 +393,13 @@ def test_only_the_right_key_opens(strict):
     cases += [
         Case(path, request(method, path, b"{}", JSON), refused)
         for method, path in itertools.product(
+            ("POST",),
+            ("/", "/docs", "/page/app.js", "/openapi.json"),
+        )
+    ]
+    cases += [
+        Case(path, request(method, path, b"{}", JSON), refused)
+        for method, path in itertools.product(
             ("GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"),
             (
                 f"/v1/embeddings?api_key={key}",
@@ -417,6 +425,55 @@ def test_only_the_right_key_opens(strict):
     answer = send(strict.url, request("GET", "/v1/models"))
     assert answer.headers["www-authenticate"] == "Bearer"
     strict.check()
+
+
+def test_keys_are_read_anew_without_a_restart(strict):
+    file = strict.folder / "keys"
+    before = file.read_text()
+    late, line = new_key("late")
+
+    def until(key, status):
+        deadline = time.monotonic() + 20
+        while send(strict.url, request("GET", "/v1/models", headers=(("X-Api-Key", key),))).status != status:
+            assert time.monotonic() < deadline, f"not {status} within 20 s"
+            time.sleep(0.1)
+
+    try:
+        until(late, 401)
+        file.write_text(f"{before}{line}\n")
+        until(late, 200)
+        file.write_text(f"{line}\n")
+        until(strict.key, 401)
+        until(late, 200)
+        file.write_text(f"{before}no line of a key\n")  # a slip of the editor locks nobody out, and lets nobody in
+        headers = (("X-Api-Key", late),)
+        deadline = time.monotonic() + 20
+        while (
+            b"rayclip_api_keys_stale{"
+            not in (stale := send(strict.url, request("GET", "/metrics", headers=headers)).body)
+            or b" 1.0" not in stale.partition(b"rayclip_api_keys_stale{")[2].partition(b"\n")[0]
+        ):
+            assert time.monotonic() < deadline, stale
+            time.sleep(0.1)
+        until(late, 200)
+        until(strict.key, 401)
+        file.unlink()
+        until(late, 200)
+    finally:
+        file.write_text(before)
+    until(strict.key, 200)
+    until(late, 401)
+    strict.check()
+
+
+def test_a_page_that_is_allowed_may_read_the_headers(strict):
+    origin = ("Origin", "https://page.example")
+    answer = send(strict.url, post("/v1/embeddings", {"input": "a"}, (*JSON, *strict.headers, origin)))
+    exposed = {name.strip().lower() for name in answer.headers["access-control-expose-headers"].split(",")}
+    assert answer.headers["access-control-allow-origin"] == "https://page.example"
+    assert exposed >= {"x-model-version", "x-warning", "server-timing", "retry-after"}
+    refused = send(strict.url, request("GET", "/v1/models", headers=(origin,)))
+    assert (refused.status, refused.headers["access-control-allow-origin"]) == (401, "https://page.example")
 
 
 def test_long_bodies_are_cut_off(strict):

@@ -1,13 +1,16 @@
 """Versions of a registered model behind a running service: swapped, rolled back, tried on a share, under load."""
 
+import json
 import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from rayclip.inference.prompts import TEMPLATES
 from rayclip.tracking.mlflow import connect
 from rayclip.tracking.registry import link_checkpoint, move_alias, register
 from tests.serve.load import Load
@@ -24,7 +27,9 @@ def registry(tmp_path_factory, write_model):
     experiment = client.create_experiment("tests", artifact_location=(folder / "artifacts").as_uri())
     run = client.create_run(experiment, run_name="tiny").info.run_id
     for seed in (1, 2, 3):
-        checkpoint = write_model(folder / f"checkpoint-{seed}", seed)
+        measured = {"tasks": {"seen": {"kind": "zero_shot", "path": "data", "templates": "glyphs"}}}
+        settings = {"evaluation": measured} if seed == 3 else {}
+        checkpoint = write_model(folder / f"checkpoint-{seed}", seed, **settings)
         model = link_checkpoint(client, run, checkpoint, seed, {})
         number = register(client, model, checkpoint, "tiny")
         move_alias(client, "tiny", "champion" if seed == 1 else f"other-{seed}", number)
@@ -103,23 +108,98 @@ def test_each_version_answers_by_itself_while_both_are_loaded(service, registry,
     until(lambda: service.post("/v1/zero-shot", body)["model"] == "tiny/1", "version 1 is back")
 
 
-def test_a_damaged_version_never_takes_over_and_is_named(service, registry, tmp_path, write_model, encoded):
+def test_labels_are_put_into_what_the_model_was_measured_with(service, registry, encoded):
+    body = {"image": encoded(1), "labels": ["a cat", "a dog"]}
+    assert service.ask("GET", "/v1/templates")[1]["default"] == list(TEMPLATES["photo_ensemble"])
+    client = MlflowClient(registry)
+    client.set_registered_model_alias("tiny", "champion", "3")
+    try:
+        until(lambda: service.post("/v1/zero-shot", body)["model"] == "tiny/3", "version 3 answers")
+        assert service.ask("GET", "/v1/templates")[1]["default"] == list(TEMPLATES["glyphs"])  # what the page shows
+        assert service.post("/v1/zero-shot", body)["templates"] == list(TEMPLATES["glyphs"])
+    finally:
+        client.set_registered_model_alias("tiny", "champion", "1")
+    until(lambda: service.post("/v1/zero-shot", body)["model"] == "tiny/1", "version 1 is back")
+    assert service.post("/v1/zero-shot", body)["templates"] == list(TEMPLATES["photo_ensemble"])
+
+
+def figure(service, name):
+    """The value of a figure of /metrics, or None."""
+    lines = service.ask("GET", "/metrics")[1].decode().splitlines()
+    return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)), None)
+
+
+@pytest.mark.parametrize("kind", ["cut off", "of another model"])
+def test_a_version_that_cannot_be_loaded_never_takes_over_and_is_named(
+    service, registry, tmp_path, write_model, encoded, kind
+):
     client = MlflowClient(registry)
     run = client.get_model_version("tiny", "1").run_id
     checkpoint = write_model(tmp_path / "damaged", 9)
-    whole = (checkpoint / "model.safetensors").read_bytes()
-    (checkpoint / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    number = register(client, link_checkpoint(client, run, checkpoint, 9, {}), checkpoint, "tiny")
-    move_alias(client, "tiny", "champion", number)
+    if kind == "cut off":  # found as it is fetched
+        whole = (checkpoint / "model.safetensors").read_bytes()
+        (checkpoint / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    else:  # found as it is loaded
+        config = json.loads((checkpoint / "config.json").read_text())
+        config["model"]["embed_dim"] *= 2
+        (checkpoint / "config.json").write_text(json.dumps(config))
+    step = {"cut off": 9, "of another model": 10}[kind]
+    number = register(client, link_checkpoint(client, run, checkpoint, step, {}), checkpoint, "tiny")
+    client.set_registered_model_alias("tiny", "champion", str(number))
+    name = f"tiny/{number}"
     body = {"image": encoded(1), "labels": ["a cat", "a dog"]}
+
+    def failed():
+        models = {each["id"]: each for each in service.ask("GET", "/v1/models")[1]["data"]}
+        return models.get(name, {}).get("state") == "failed" and models[name]
+
     try:
         with Load(f"{service.url}/v1/zero-shot", body, rate=10) as load:
-            time.sleep(3)
+            until(failed, "it is named as failed")
+            assert failed()["error"] and failed()["share"] == 0
+            assert service.ask("GET", f"/v1/models/{name}")[1]["state"] == "failed"
+            assert figure(service, f'rayclip_model_failed{{model="{name}"') == 1
+            until(lambda: f"warning: {name} cannot be served: " in service.log.read_text(), "the log says it")
+            time.sleep(1)
     finally:
         client.set_registered_model_alias("tiny", "champion", "1")
     assert set(load.statuses()) == {200}
     assert set(load.models()) == {"tiny/1"}
-    assert number == 4
+    until(lambda: f"over: {name} cannot be served: " in service.log.read_text(), "the log says that it is over", 90)
+
+
+@pytest.mark.parametrize("kind", ["a deleted alias", "a lost registry"])
+def test_a_registry_that_cannot_be_followed_is_said_and_changes_nothing(service, registry, encoded, kind):
+    client = MlflowClient(registry)
+    database = Path(registry.removeprefix("sqlite:///"))
+    body = {"image": encoded(1), "labels": ["a cat", "a dog"]}
+    log_before = service.log.read_text().count("warning: champion stays as it is")
+
+    def notices():
+        return service.ask("GET", "/v1/models")[1].get("warnings", [])
+
+    assert notices() == []
+    if kind == "a deleted alias":
+        client.delete_registered_model_alias("tiny", "champion")
+    else:
+        database.rename(database.with_suffix(".away"))
+    try:
+        until(notices, "it is said")
+        (notice,) = notices()
+        assert (notice["code"], notice["params"]) == ("registry_not_followed", ["champion"])
+        assert ("has no alias 'champion'" if kind == "a deleted alias" else "MLflow") in notice["message"]
+        assert figure(service, 'rayclip_registry_up{replica="coordinator",role="champion"') == 0
+        assert figure(service, 'rayclip_registry_age_seconds{replica="coordinator",role="champion"') > 0
+        assert service.post("/v1/zero-shot", body)["model"] == "tiny/1"
+        assert service.ask("GET", "/healthz")[0] == 200
+        until(lambda: service.log.read_text().count("warning: champion stays") > log_before, "the log says it")
+    finally:
+        if kind == "a deleted alias":
+            client.set_registered_model_alias("tiny", "champion", "1")
+        else:
+            database.with_suffix(".away").replace(database)
+    until(lambda: notices() == [], "it is over")
+    assert figure(service, 'rayclip_registry_up{replica="coordinator",role="champion"') == 1
 
 
 @pytest.mark.chaos

@@ -45,10 +45,12 @@ def browser(service_url) -> Iterator:
 
 @pytest.fixture
 def open_page(browser, service_url):
-    """Opens the page in a new context with these options; at the end looks at what the browser complained about."""
+    """Opens a page in a new context with these options, until `ready` is there; at the end looks at what the browser
+    complained about.
+    """
     opened = []
 
-    def open_page(path="/", **options):
+    def open_page(path="/", ready="#template option:nth-child(3)", **options):
         context = browser.new_context(**options)
         context.set_default_timeout(60_000)  # a page that takes 0.5 s on a calm machine has taken 19 s on a busy one
         page = context.new_page()
@@ -58,7 +60,7 @@ def open_page(browser, service_url):
         context.on("console", lambda message: seen.errors.append(message.text) if message.type == "error" else None)
         context.on("weberror", lambda error: seen.errors.append(str(error.error)))
         page.goto(service_url.rstrip("/") + path)
-        page.locator("#template option:nth-child(3)").wait_for(state="attached")  # the service's answers are in
+        page.locator(ready).first.wait_for(state="attached")  # the service's answers are in
         return seen
 
     yield open_page

@@ -550,3 +550,13 @@ def test_hugging_face_form_from_a_page(page, service):
     assert {one["label"]: one["score"] for one in answer} == pytest.approx(
         {one["label"]: one["score"] for one in expected}, abs=1e-5
     )
+
+
+def test_the_documentation_is_shown_and_tries_a_request(open_page):
+    page = open_page("/docs", ready=".opblock").page
+    assert page.locator(".opblock").count() > 10
+    operation = page.locator("#operations-default-models_v1_models_get")
+    operation.locator(".opblock-summary-control").click()
+    operation.get_by_role("button", name="Try it out").click()
+    operation.get_by_role("button", name="Execute").click()
+    operation.locator(".live-responses-table .response-col_status", has_text="200").wait_for()
