@@ -1,10 +1,10 @@
 """Settings of benchmarks."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayclip.config.base import Config
+from rayclip.config.base import Config, InputModel, RenamedFrom
 from rayclip.config.training import Precision
 
 
@@ -39,7 +39,7 @@ class BenchmarkConfig(Config):
     micro_batch_size: int | None = Field(None, gt=0, description="pairs in the towers at once in a step; None: all")
     precision: Precision = Field("float32", description="of both sides' towers in a step")
     compile: bool = Field(False, description="torch.compile on both sides of a step: token-wise parts, open_clip whole")
-    pictures: int = Field(512, gt=0, description="of each size that are loaded")
+    images: Annotated[int, RenamedFrom("pictures")] = Field(512, gt=0, description="of each size that are loaded")
     pairs: int = Field(400_000_000, gt=1_000_000, description="in the data set of a ledger")
     chunks: int = Field(10_000, gt=1_000, description="of the smallest manifest streamed; also 10 and 100 times")
     corpus_pairs: int = Field(200_000, gt=100, description="that are curated")
@@ -48,6 +48,6 @@ class BenchmarkConfig(Config):
     cases: tuple[Literal["ViT-B/32", "small", "core", "s3", "ray"], ...] = Field(
         (), description="parts of a benchmark: models to serve; core, s3 and ray of the loader; empty: all"
     )
-    model: str | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
+    model: InputModel | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
     workers: int = Field(2, gt=0, description="processes with a core each that extract features, or train")
     settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")

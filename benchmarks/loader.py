@@ -45,7 +45,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Rates and ratios, those of 600 px without a suffix. Raises UserError without open_clip."""
     cases = config.cases or ("core", "s3", "ray")
     load_open_clip()
-    report: dict[str, Any] = {"pictures": config.pictures, "image_size": IMAGE_SIZE}
+    report: dict[str, Any] = {"pictures": config.images, "image_size": IMAGE_SIZE}
     for side in _SIDES:
         with tempfile.TemporaryDirectory() as folder:
             figures = _figures(Path(folder), side, cases, config)
@@ -55,7 +55,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def _figures(folder: Path, side: int, cases: Sequence[str], config: BenchmarkConfig) -> dict[str, Any]:
-    data = Data(folder / "data", side, config.pictures)
+    data = Data(folder / "data", side, config.images)
     longer = Data(folder / "longer", side, _WINDOWS * WINDOW * CHUNK)
     figures: dict[str, Any] = {"jpeg_kb": round(statistics.mean(map(len, data.files)) / 1000, 1)}
     if "core" in cases:
@@ -118,7 +118,7 @@ def _pause(data: Data) -> dict[str, Any]:
 
 def _from_s3(data: Data, config: BenchmarkConfig) -> dict[str, Any]:
     """The same stream from S3 and from disk, in turn; over the network it also waits, and its threads take part."""
-    few = max(_BATCH, int(_S3_SHARE * config.pictures))
+    few = max(_BATCH, int(_S3_SHARE * config.images))
     with tempfile.TemporaryDirectory() as folder, s3_server() as address:
         data = Data(Path(folder), data.side, few)
         remote = data.copy_to(address)

@@ -76,7 +76,7 @@ def _run(config: BenchmarkConfig, folder: Path, beside: bool) -> tuple[TrainConf
             "batch_size": _CHUNK,
             "evaluation": {
                 "every_samples": 2 * every,
-                "beside": beside,
+                "asynchronous": beside,
                 "tasks": {"labels": {"kind": "zero_shot", "path": str(folder / "measured")}},
             },
             "checkpoint": {"every_samples": every},

@@ -52,14 +52,14 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     Raises UserError without moto.
     """
     with s3_server() as server, tempfile.TemporaryDirectory() as folder:
-        spec = _write(Path(folder), config.pictures)
+        spec = _write(Path(folder), config.images)
         _load(server, spec, 0.0)
         passes = [(_load(server, spec, 0.0), _load(server, spec, _RATE)) for _ in range(config.repeats)]
         connect(local_cpus=config.workers + 1)
         runs = [(_train(config, server, folder, 0.0), _train(config, server, folder, _RATE)) for _ in range(_RUNS)]
     clean, faulty = zip(*passes, strict=True)
     return {
-        "pictures": config.pictures,
+        "pictures": config.images,
         "rate_of_faults": _RATE,
         "clean_s": round(statistics.median(one.seconds for one in clean), 2),
         "faulty_s": round(statistics.median(one.seconds for one in faulty), 2),
@@ -67,12 +67,12 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
         "largest_ratio": round(max(b.seconds / a.seconds for a, b in passes), 3),
         "requests": sum(one.num_requests for one in faulty),
         "faults": {kind: sum(one.faults[kind] for one in faulty) for kind in faulty[0].faults},
-        "lost": sum(config.pictures - one.num_samples for one in (*clean, *faulty)),
+        "lost": sum(config.images - one.num_samples for one in (*clean, *faulty)),
         "runs_clean_s": [round(a.seconds, 1) for a, _ in runs],
         "runs_faulty_s": [round(b.seconds, 1) for _, b in runs],
         "runs_ratio": round(statistics.median(b.seconds / a.seconds for a, b in runs), 3),
         "runs_requests": sum(b.num_requests for _, b in runs),
-        "runs_lost": sum(config.pictures * _EPOCHS - one.num_samples for pair in runs for one in pair),
+        "runs_lost": sum(config.images * _EPOCHS - one.num_samples for pair in runs for one in pair),
     }
 
 
@@ -185,7 +185,7 @@ def _train(config: BenchmarkConfig, server: Server, folder: str, rate: float) ->
             "data": {"path": f"s3://{_BUCKET}/set"},
             "epochs": _EPOCHS,
             "batch_size": 64,
-            "checkpoint": {"every_samples": config.pictures},
+            "checkpoint": {"every_samples": config.images},
             "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
             "cluster": {"num_workers": config.workers},
         }

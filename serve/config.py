@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rayclip.config import Config
+from rayclip.config.base import InputModel, InputPath, NotPath, OutputPath, TrackingUri
 
 
 class UrlConfig(Config):
@@ -35,7 +36,9 @@ class LimitsConfig(Config):
 class AuthConfig(Config):
     """API keys. Only their hashes are kept; `python -m serve key NAME` makes one."""
 
-    keys_file: str | None = Field(None, description="a line 'NAME sha256:HEX' for each key; also RAYCLIP_API_KEYS")
+    keys_file: InputPath | None = Field(
+        None, description="a line 'NAME sha256:HEX' for each key; also RAYCLIP_API_KEYS"
+    )
     required: bool | None = Field(
         None, description="none: where there are keys; a service that others can reach must have some"
     )
@@ -80,21 +83,23 @@ class LabelSet(Config):
 class ServeConfig(Config):
     """python -m serve"""
 
-    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint's folder")
-    canary: str | None = Field(None, description="a second model that gets a share of the traffic")
+    model: InputModel = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint's folder")
+    canary: InputModel | None = Field(None, description="a second model that gets a share of the traffic")
     canary_share: float = Field(0.0, ge=0, le=1, description="that share")
-    tracking_uri: str | None = Field(None, description="MLflow; none: the database under ./mlflow")
+    tracking_uri: TrackingUri | None = Field(None, description="MLflow; none: the database under ./mlflow")
     poll_s: float = Field(1.0, gt=0, description="how often the alias is looked at, and the replicas report")
     health_period_s: float = Field(2.0, gt=0, description="how often each replica is asked whether its model answers")
     retire_s: float = Field(30.0, ge=0, description="how long a version that was replaced stays loaded")
-    host: str = Field("127.0.0.1", description="address to listen on; another one needs API keys")
+    host: NotPath = Field("127.0.0.1", description="address to listen on; another one needs API keys")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     templates: str | tuple[str, ...] | None = Field(
         None,
         description="what labels are put into by default; none: what the model was measured with, or photo_ensemble",
     )
     label_sets: dict[str, LabelSet] = Field({}, description="named label sets that are there from the start")
-    state_folder: str | None = Field(None, description="where label sets put over HTTP are kept; none: in memory")
+    state_folder: OutputPath | None = Field(
+        None, description="where label sets put over HTTP are kept; none: in memory"
+    )
     cache_bytes: int = Field(256_000_000, gt=0, description="class matrices that an ingress replica keeps")
     request_timeout_s: float = Field(30.0, gt=0, description="longest that a request may take")
     stop_delay_s: float = Field(

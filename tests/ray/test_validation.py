@@ -141,7 +141,7 @@ def make_run(make_config, data, pictures, tmp_path, monkeypatch):
     """A run's settings as plain values: one worker, and one process beside it."""
     monkeypatch.chdir(tmp_path)
 
-    def make(name, beside=True):
+    def make(name, asynchronous=True):
         return make_config(
             name,
             data,
@@ -151,7 +151,7 @@ def make_run(make_config, data, pictures, tmp_path, monkeypatch):
             evaluation={
                 "every_samples": EVALUATE_EVERY,
                 "best": "pairs.text_to_image.recall_at_5",
-                "beside": beside,
+                "asynchronous": asynchronous,
                 "tasks": {
                     "classes": {"kind": "zero_shot", "path": str(pictures)},
                     "pairs": {"kind": "retrieval", "path": str(pictures)},
@@ -237,7 +237,7 @@ def test_training_goes_on_while_an_evaluation_is_held_and_ends_as_it_does_withou
     notes = Notes(hear)
     in_background(close_when_begun, gate, "beside")
     beside = run(config, notes)
-    inline = run(make_run("inline", beside=False), inline_notes := Notes())
+    inline = run(make_run("inline", asynchronous=False), inline_notes := Notes())
 
     assert seen_while_held == [True], "the workers came to the next evaluation, past a checkpoint"
     assert [text for text in notes.heard if text.startswith("at ")] == inline_notes.heard
@@ -306,7 +306,7 @@ def test_an_evaluation_that_dies_each_time_is_given_up_in_one_line_and_training_
 
 def test_a_cluster_without_room_beside_the_workers_is_said_before_anything_starts(make_run):
     config = make_run("crowded")
-    config["evaluation"]["beside_cpus"] = 1000
-    with pytest.raises(UserError, match=r"a process that measures beside them \(evaluation.beside\) needs 1002 CPU"):
+    config["evaluation"]["validation_cpus"] = 1000
+    with pytest.raises(UserError, match=r"measures beside them \(evaluation.asynchronous\) needs 1002 CPU"):
         run(config)
     assert not Path("runs").exists()

@@ -222,8 +222,11 @@ SOME_MODEL = {"embed_dim": 8, "vision": {"widht": 3}}
         ({"samples": 5}, "give exactly one of epochs and samples"),
         ({"batch_size": 63, "cluster": {"num_workers": 2}}, "batch_size 63 is not a multiple of cluster.num_workers 2"),
         (
-            {"cluster": {"num_workers": [1, 2]}, "evaluation": {"beside": True, "every_samples": 9, "tasks": TASKS}},
-            "num_workers (1, 2) takes all room there is: evaluation.beside needs one number",
+            {
+                "cluster": {"num_workers": [1, 2]},
+                "evaluation": {"asynchronous": True, "every_samples": 9, "tasks": TASKS},
+            },
+            "num_workers (1, 2) takes all room there is: evaluation.asynchronous needs one number",
         ),
         ({"evaluation": {"best": "letters.top1"}}, "evaluation.best 'letters.top1' is not measured; measured: -"),
         (

@@ -196,7 +196,7 @@ def test_half_a_tar_is_told_or_its_whole_samples_are_taken(tmp_path, in_process)
     half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
     with pytest.raises(UserError, match=r"00001\.tar' is not a whole tar"):
         index(IndexConfig(path=str(tmp_path)))
-    summary = index(IndexConfig(path=str(tmp_path), broken="salvage"))
+    summary = index(IndexConfig(path=str(tmp_path), damaged_shards="salvage"))
     assert "00001.tar" in summary["problems"][0]
     kept = [caption for _, caption in pairs_of(Manifest.load(tmp_path)).values()]
     captions = [caption for _, _, caption in PAIRS]

@@ -117,12 +117,12 @@ def test_trials_that_are_stopped_at_their_evaluations_cannot_go_on_meanwhile(bas
     values = {
         "name": "s",
         "metric": "letters.top1",
-        "base": base | {"evaluation": base["evaluation"] | {"beside": True}},
+        "base": base | {"evaluation": base["evaluation"] | {"asynchronous": True}},
     }
     random = {"kind": "search", "space": space, "num_trials": 1}
     assert validate(SweepConfig, values | {"plan": random}, "test").base.evaluation.is_asynchronous
     asha = random | {"algorithm": "asha", "grace_samples": 200}
-    with pytest.raises(UserError, match=r"base.evaluation.beside: a trial waits to hear whether it goes on"):
+    with pytest.raises(UserError, match=r"base.evaluation.asynchronous: a trial waits to hear whether it goes on"):
         validate(SweepConfig, values | {"plan": asha}, "test")
 
 

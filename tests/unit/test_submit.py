@@ -13,12 +13,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import rayclip.config
 from benchmarks.config import BenchmarkConfig
 from rayclip.cli import submit
-from rayclip.config import ClassifyConfig, Config, EmbedConfig, FitConfig, IndexConfig, IngestConfig, TrainConfig
+from rayclip.config import (
+    ClassifyConfig,
+    CompareConfig,
+    EmbedConfig,
+    FitConfig,
+    IndexConfig,
+    IngestConfig,
+    TrainConfig,
+)
 from rayclip.errors import UserError
-from rayclip.orchestration.cluster import runtime_env as shipping
 from rayclip.orchestration.cluster.resources import Capacity, most_of, resource_request, shortage
 from rayclip.orchestration.cluster.runtime_env import check_paths, local_inputs, packed_files
 
@@ -178,22 +184,25 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path, monkeypatch):
     assert lines[-1] == "  give the address of the cluster: --address http://HEAD:8265, or RAY_API_SERVER_ADDRESS"
 
 
-def test_every_key_that_holds_a_path_is_known():
-    written = ("runs", "sweeps", "output")
-    known = (*written, *shipping._PATH_KEYS, *shipping._OTHER_KEYS)
-    models = [value for value in vars(rayclip.config).values() if isinstance(value, type) and issubclass(value, Config)]
-    fields = [(model, name, field) for model in models for name, field in model.model_fields.items()]
-    paths = [
-        f"{model.__name__}.{name}"
-        for model, name, field in fields
-        if "str" in str(field.annotation) and re.search(r"\b(folder|file|path)\b", field.description or "")
-    ]
-    assert len(paths) > 10
-    others = {path for path in paths if path.partition(".")[2] not in known}
-    names = {"folders", "split", "train_split", "validation_split", "class_names"}
-    none = {"TableConfig.image_column", "SweepConfig.name", *(f"DataSetConfig.{name}" for name in names)}
-    kept_for_the_next_run = {"SuiteConfig.cache"}
-    assert others == none | kept_for_the_next_run, "a path, to be added to shipping.py, or none, to be added here"
+def test_every_path_of_a_job_is_looked_for_whatever_its_key(tmp_path):
+    report = {"output": "/shared/out", "runs": ("/shared/a", "runs/b")}
+    line = problem(CompareConfig.model_validate(report), tmp_path)
+    assert line.startswith("runs is 'runs/b', which is not shipped with the job")
+    classify = {"model": "/shared/m", "data": "/shared/data", "output": "/shared/out"}
+    assert check(ClassifyConfig.model_validate(classify | {"labels": ["tests", "docs"]}), ROOT)
+    line = problem(ClassifyConfig.model_validate(classify | {"labels": "labels.txt"}), tmp_path)
+    assert line.startswith("labels is 'labels.txt', which is not shipped")
+    # A name is a path only where something lies at it.
+    assert check(FitConfig(source="an experiment", output="/shared/out", tracking_uri="http://mlflow"), ROOT)
+    line = problem(FitConfig(source="tests/unit", output="/shared/out"), ROOT)
+    assert line.startswith("source is 'tests/unit', which is not shipped")
+
+
+def test_an_output_is_shared_even_where_the_summary_is(tmp_path):
+    line = problem(EmbedConfig(model="/shared/m", data="/shared/data", output="out"), tmp_path)
+    assert "would write 'out' into a folder that is removed with it: output: give an" in line
+    line = problem(make_train(tracking={"artifacts": "kept"}), tmp_path)
+    assert re.search(r"would write 'kept' .* tracking.artifacts: give an absolute path", line)
 
 
 def test_the_errors_are_the_job_s_own():
@@ -231,18 +240,18 @@ def test_what_a_job_takes():
 
 
 def test_what_measures_beside_training_takes_its_own():
-    evaluation = {"tasks": {"a": {"kind": "retrieval", "path": "a"}}, "every_samples": 8, "beside": True}
+    evaluation = {"tasks": {"a": {"kind": "retrieval", "path": "a"}}, "every_samples": 8, "asynchronous": True}
 
     def beside(use_gpu=False, **changes):
         cluster = {"num_workers": 2, "cpus_per_worker": 4, "use_gpu": use_gpu}
         return resource_request(make_train(cluster=cluster, evaluation=evaluation | changes))[3:]
 
     assert beside() == [{"CPU": 1}]
-    assert beside(beside_cpus=3) == [{"CPU": 3}]
+    assert beside(validation_cpus=3) == [{"CPU": 3}]
     assert beside(use_gpu=True) == [{"CPU": 1, "GPU": 1}]
-    assert beside(use_gpu=True, beside_gpus=0, beside_cpus=8) == [{"CPU": 8}]
-    assert beside(beside_gpus=0.5) == [{"CPU": 1, "GPU": 0.5}]
-    for nothing in ({"beside": False}, {"every_samples": None}, {"tasks": {}}):
+    assert beside(use_gpu=True, validation_gpus=0, validation_cpus=8) == [{"CPU": 8}]
+    assert beside(validation_gpus=0.5) == [{"CPU": 1, "GPU": 0.5}]
+    for nothing in ({"asynchronous": False}, {"every_samples": None}, {"tasks": {}}):
         assert beside(**nothing) == []
     job = resource_request(make_train(cluster={"num_workers": 2, "use_gpu": True}, evaluation=evaluation))
     assert "it needs 4 CPU, 3 GPU" in shortage(job, Capacity([{"CPU": 8, "GPU": 2}], {}))

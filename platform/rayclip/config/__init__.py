@@ -1,6 +1,7 @@
-"""Every job's settings: pydantic, frozen, unknown keys refused, each key described once, here."""
+"""The settings of every job, a pydantic class each; what is known of a key stands on its field."""
 
 from rayclip.config.base import Config
+from rayclip.config.cluster import ClusterConfig, WorkersConfig
 from rayclip.config.data import (
     CurateConfig,
     DataConfig,
@@ -25,8 +26,8 @@ from rayclip.config.evaluation import (
     Task,
     ZeroShotTask,
 )
+from rayclip.config.inference import ClassifyConfig, ConvertConfig, EmbedConfig
 from rayclip.config.model import ModelConfig, ResNetConfig, TextConfig, VisionConfig
-from rayclip.config.offline import ClassifyConfig, ConvertConfig, EmbedConfig, WorkersConfig
 from rayclip.config.scaling import (
     Choices,
     FitConfig,
@@ -41,7 +42,6 @@ from rayclip.config.scaling import (
 )
 from rayclip.config.training import (
     CheckpointConfig,
-    ClusterConfig,
     EmaConfig,
     GuardConfig,
     LossConfig,

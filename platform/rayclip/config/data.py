@@ -4,14 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rayclip.config.base import Config
-from rayclip.config.offline import WorkersConfig
+from rayclip.config.base import Config, Effect, InputPath, NotPath, OutputPath, RenamedFrom
+from rayclip.config.cluster import WorkersConfig
 
 
 class MixturePartConfig(Config):
     """One data set of a mixture."""
 
-    path: str = Field(description="folder or address of a data set: what jobs.ingest or jobs.index wrote")
+    path: InputPath = Field(description="folder or address of a data set: what jobs.ingest or jobs.index wrote")
     weight: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="times that an epoch has each of its samples, on average"
     )
@@ -20,8 +20,12 @@ class MixturePartConfig(Config):
 class DataConfig(Config):
     """What a training run reads, and how it looks at it."""
 
-    path: str | None = Field(None, description="folder or address of a data set; this or mixture")
-    mixture: tuple[MixturePartConfig, ...] = Field((), description="several data sets read as one, each by its weight")
+    path: Annotated[InputPath | None, Effect.BY_CONTENT] = Field(
+        None, description="folder or address of a data set; this or mixture"
+    )
+    mixture: Annotated[tuple[MixturePartConfig, ...], Effect.BY_CONTENT] = Field(
+        (), description="several data sets read as one, each by its weight"
+    )
     fraction: float = Field(
         1.0, gt=0, le=1, description="share of the chunks that are read; smaller shares lie within larger ones"
     )
@@ -37,7 +41,9 @@ class DataConfig(Config):
     colour_jitter_share: float = Field(0.8, ge=0, le=1, description="share of pictures whose colours are changed so")
     grey: float = Field(0.0, ge=0, le=1, description="share of pictures that lose their colours")
     shuffle_window: int = Field(8, gt=0, description="chunks fetched together, their samples mixed among each other")
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unreadable samples that stops the run")
+    max_bad_fraction: Annotated[float, Effect.SAME_RESULT] = Field(
+        0.01, ge=0, le=1, description="share of unreadable samples that stops the run"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -81,7 +87,7 @@ class FolderConfig(Config):
     """A folder of pictures, each with its caption beside it."""
 
     kind: Literal["folder"] = Field("folder", description="where the pairs come from")
-    path: str = Field(description="the folder; folders within it are searched too")
+    path: InputPath = Field(description="the folder; folders within it are searched too")
     caption_key: str = Field("caption", description="key of the caption in NAME.json, read where there is no NAME.txt")
     held_out_share: float = Field(0.0, ge=0, lt=1, description="share of the pictures that goes into split held_out")
 
@@ -90,8 +96,10 @@ class TableConfig(Config):
     """A CSV or TSV file that names pictures and their captions."""
 
     kind: Literal["table"] = Field("table", description="where the pairs come from")
-    path: str = Field(description="the table; paths in it are relative to its folder")
-    image_column: str | None = Field(None, description="column of the picture's path; None takes 'filepath' or its kin")
+    path: InputPath = Field(description="the table; paths in it are relative to its folder")
+    image_column: NotPath | None = Field(
+        None, description="column of the picture's path; None takes 'filepath' or its kin"
+    )
     caption_column: str | None = Field(None, description="column of the caption; None takes 'title' or its kin")
     separator: str | None = Field(None, min_length=1, max_length=1, description="None: a tab where the header has one")
     held_out_share: float = Field(0.0, ge=0, lt=1, description="share of the pictures that goes into split held_out")
@@ -134,7 +142,7 @@ class IngestConfig(Config):
     """python -m jobs.ingest"""
 
     source: SourceConfig = Field(description="where pictures and captions come from")
-    output: str = Field(description="folder of the data set; each split becomes a folder in it")
+    output: OutputPath = Field(description="folder of the data set; each split becomes a folder in it")
     shard_samples: int = Field(1000, gt=0, description="samples a tar shard")
     chunk_samples: int = Field(64, gt=0, description="neighbouring samples that one read fetches")
     shorter_side: int | None = Field(None, gt=0, description="shrink pictures to this; None, and smaller ones, as is")
@@ -143,25 +151,29 @@ class IngestConfig(Config):
     )
     quality: int = Field(95, ge=1, le=100, description="of jpg and webp that are encoded anew")
     seed: int = Field(0, ge=0, description="of the order in which samples are written")
-    max_bad_fraction: float = Field(0.1, ge=0, le=1, description="share of unusable pairs that stops the run")
+    max_bad_fraction: Annotated[float, Effect.SAME_RESULT] = Field(
+        0.1, ge=0, le=1, description="share of unusable pairs that stops the run"
+    )
 
 
 class IndexConfig(Config):
     """python -m jobs.index"""
 
-    path: str = Field(description="folder or address of tar shards, Parquet, tables or pictures; or one such file")
-    output: str | None = Field(None, description="folder for the manifest; None: beside the shards")
+    path: InputPath = Field(
+        description="folder or address of tar shards, Parquet, tables or pictures; or one such file"
+    )
+    output: OutputPath | None = Field(None, description="folder for the manifest; None: beside the shards")
     format: Literal["auto", "tar", "parquet", "table", "folder"] = Field(
         "auto", description="auto: the first of these that is there"
     )
-    image_column: str | None = Field(
+    image_column: NotPath | None = Field(
         None, description="of Parquet and tables: pictures' bytes or paths; None takes 'image', 'filepath' or their kin"
     )
     caption_columns: tuple[str, ...] | None = Field(
         None, min_length=1, description="of Parquet and tables; None takes 'caption', 'title' or their kin"
     )
     chunk_samples: int = Field(64, gt=0, description="neighbouring samples that one read fetches")
-    broken: Literal["stop", "salvage"] = Field(
+    damaged_shards: Annotated[Literal["stop", "salvage"], RenamedFrom("broken")] = Field(
         "stop", description="a shard that is not whole: stop, or take what is whole of it and say so"
     )
 
@@ -169,9 +181,11 @@ class IndexConfig(Config):
 class CurateConfig(Config):
     """python -m jobs.curate"""
 
-    data: str = Field(description="folder of a data set: tar shards and their manifest.parquet")
-    output: str = Field(description="folder of the new data set; a run that was interrupted goes on in it")
-    queries: str | None = Field(None, description="file of queries, one a line; None mines them from the captions")
+    data: InputPath = Field(description="folder of a data set: tar shards and their manifest.parquet")
+    output: OutputPath = Field(description="folder of the new data set; a run that was interrupted goes on in it")
+    queries: Annotated[InputPath | None, Effect.BY_CONTENT] = Field(
+        None, description="file of queries, one a line; None mines them from the captions"
+    )
     min_count: int = Field(100, gt=0, description="times that a mined query occurs in the captions at least")
     min_pmi: float = Field(10.0, description="least pointwise mutual information of a mined pair of words, in bits")
     max_queries: int = Field(500_000, gt=0, description="most mined queries, the commonest first")
@@ -185,10 +199,14 @@ class CurateConfig(Config):
     min_letters: float = Field(0.5, ge=0, le=1, description="share of letters, of any script, beside white space")
     min_side: int = Field(64, gt=0, description="least shorter side of a picture in pixels")
     max_aspect: float = Field(3.0, ge=1, description="most longer side over shorter")
-    scores: str | None = Field(None, description="output of jobs.embed on this data set: pairs are judged by a model")
+    embeddings: Annotated[InputPath | None, Effect.BY_CONTENT, RenamedFrom("scores")] = Field(
+        None, description="output of jobs.embed on this data set: pairs are judged by the model that made it"
+    )
     min_score: float = Field(0.2, ge=-1, le=1, description="least cosine of picture and caption by that model")
     seed: int = Field(0, ge=0, description="of what is drawn, each pair by its name")
     part_samples: int = Field(10_000, gt=0, description="samples of the old data set that a new shard is chosen from")
     chunk_samples: int = Field(64, gt=0, description="neighbouring samples that one read fetches from the new one")
-    cluster: WorkersConfig = Field(WorkersConfig(), description="what it runs on")
-    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of unreadable samples that stops the run")
+    cluster: Annotated[WorkersConfig, Effect.SAME_RESULT] = Field(WorkersConfig(), description="what it runs on")
+    max_bad_fraction: Annotated[float, Effect.SAME_RESULT] = Field(
+        0.05, ge=0, le=1, description="share of unreadable samples that stops the run"
+    )

@@ -4,8 +4,17 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from rayclip.config.base import Config
-from rayclip.config.offline import WorkersConfig
+from rayclip.config.base import (
+    CachePath,
+    Config,
+    InputModel,
+    InputPath,
+    NotPath,
+    OutputPath,
+    RenamedFrom,
+    TrackingUri,
+)
+from rayclip.config.cluster import WorkersConfig
 
 SuiteTask = Literal["zero_shot", "retrieval", "linear_probe", "few_shot", "corruptions"]
 Corruption = Literal["gaussian_noise", "shot_noise", "gaussian_blur", "contrast", "brightness", "jpeg", "pixelate"]
@@ -21,7 +30,7 @@ class ZeroShotTask(Config):
     """What checkpoints may be compared by."""
 
     kind: Literal["zero_shot"] = Field("zero_shot", description="what is measured")
-    path: str = Field(description="data set whose samples have a .cls beside the picture, and classnames.txt")
+    path: InputPath = Field(description="data set whose samples have a .cls beside the picture, and classnames.txt")
     templates: str | tuple[str, ...] = Field("plain", description="a named template set, or templates with one {}")
 
 
@@ -34,7 +43,7 @@ class RetrievalTask(Config):
     """What checkpoints may be compared by."""
 
     kind: Literal["retrieval"] = Field("retrieval", description="what is measured")
-    path: str = Field(description="data set of pictures with captions")
+    path: InputPath = Field(description="data set of pictures with captions")
 
 
 Task = Annotated[ZeroShotTask | RetrievalTask, Field(discriminator="kind")]
@@ -47,14 +56,16 @@ class EvaluationConfig(Config):
     every_samples: int | None = Field(
         None, gt=0, description="how often during training; None measures at the end only"
     )
-    best: str | None = Field(None, description="TASK.METRIC that picks the best checkpoint; None takes the last")
+    best: NotPath | None = Field(None, description="TASK.METRIC that picks the best checkpoint; None takes the last")
     batch_size: int = Field(256, gt=0, description="pictures encoded at once")
-    beside: bool = Field(
+    asynchronous: Annotated[bool, RenamedFrom("beside")] = Field(
         False,
         description="during training, measure in a process of its own while workers go on; the last time they do it",
     )
-    beside_cpus: float = Field(1, gt=0, description="CPU cores of that process")
-    beside_gpus: float | None = Field(
+    validation_cpus: Annotated[float, RenamedFrom("beside_cpus")] = Field(
+        1, gt=0, description="CPU cores of that process"
+    )
+    validation_gpus: Annotated[float | None, RenamedFrom("beside_gpus")] = Field(
         None,
         ge=0,
         le=1,
@@ -63,26 +74,30 @@ class EvaluationConfig(Config):
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether there is anything to measure beside training."""
-        return self.beside and bool(self.tasks) and self.every_samples is not None
+        """Whether checkpoints are measured during training in a process of its own."""
+        return self.asynchronous and bool(self.tasks) and self.every_samples is not None
 
 
 class DataSetConfig(Config):
     """A data set of a suite. What is not given comes from the entry of that name in evaluation/datasets.yaml."""
 
     title: str = Field("", description="what people call it; empty: its name")
-    path: str | None = Field(None, description="its folder; None: ROOT/NAME, or ROOT/ one of folders")
-    folders: tuple[str, ...] = Field((), description="names that others give the folder, as CLIP_benchmark's wds_NAME")
-    split: str = Field("test", description="folder within it that is measured; '.' where its shards lie there")
-    train_split: str = Field("train", description="folder within it that a linear probe is fitted on")
-    validation_split: str | None = Field(
+    path: InputPath | None = Field(None, description="its folder; None: ROOT/NAME, or ROOT/ one of folders")
+    folders: tuple[NotPath, ...] = Field(
+        (), description="names that others give the folder, as CLIP_benchmark's wds_NAME"
+    )
+    split: NotPath = Field("test", description="folder within it that is measured; '.' where its shards lie there")
+    train_split: NotPath = Field("train", description="folder within it that a linear probe is fitted on")
+    validation_split: NotPath | None = Field(
         None, description="folder within it that chooses a probe's strength; None: a fifth of train_split"
     )
     tasks: tuple[SuiteTask, ...] = Field(("zero_shot",), min_length=1, description="what is measured")
     metric: SuiteMetric = Field("accuracy", description="the figure that stands for the data set, as in CLIP's paper")
     labels: Literal["single", "multi"] = Field("single", description="multi: any number a picture, 0 or 1 in its .npy")
     num_classes: int | None = Field(None, gt=0, description="classes that the paper counts; another number is noted")
-    class_names: tuple[str, ...] | None = Field(None, description="None: classnames.txt with the data, or folder names")
+    class_names: tuple[NotPath, ...] | None = Field(
+        None, description="None: classnames.txt with the data, or folder names"
+    )
     templates: str | tuple[str, ...] | None = Field(
         None, description="a named set, or templates with one {}; None: those with the data, else default_templates"
     )
@@ -100,25 +115,25 @@ class DataSetConfig(Config):
 class SuiteConfig(Config):
     """python -m jobs.evaluate"""
 
-    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
+    model: InputModel = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
     name: str = Field(description="of the suite")
     datasets: dict[str, DataSetConfig] = Field(min_length=1, description="what is measured on, by name")
-    root: str = Field("data", description="folder that data sets without a path lie in")
+    root: InputPath = Field("data", description="folder that data sets without a path lie in")
     require: Literal["all", "any"] = Field("all", description="all: a data set that is not there stops the job")
-    output: str | None = Field(None, description="folder of the report; None: runs/evaluations/NAME/MODEL")
-    cache: str = Field("runs/features", description="folder of features, kept for the next task and the next run")
+    output: OutputPath | None = Field(None, description="folder of the report; None: runs/evaluations/NAME/MODEL")
+    cache: CachePath = Field("runs/features", description="folder of features, kept for the next task and the next run")
     batch_size: int = Field(256, gt=0, description="pictures, and texts, encoded at once")
     part_samples: int = Field(4096, gt=0, description="samples a part, rounded to whole chunks")
     shots: tuple[int, ...] = Field((1, 2, 4, 8, 16), min_length=1, description="samples a class of task few_shot")
     seeds: int = Field(5, gt=0, description="draws of these samples")
-    baselines: tuple[str, ...] = Field(
+    baselines: tuple[InputPath, ...] = Field(
         (),
         description="other models, whose line effective robustness is told from: reports of jobs.evaluate, folders of "
         "them, or CSVs with a row a model, a column a data set",
     )
     cluster: WorkersConfig = Field(WorkersConfig(), description="what it runs on")
     experiment: str | None = Field(None, description="MLflow experiment that the result is logged to; None: none")
-    tracking_uri: str | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")
+    tracking_uri: TrackingUri | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")
 
     @field_validator("datasets", mode="before")
     @classmethod
@@ -138,7 +153,7 @@ class SuiteConfig(Config):
 class CompareConfig(Config):
     """python -m jobs.compare"""
 
-    runs: tuple[str, ...] = Field(min_length=1, description="reports of jobs.evaluate, or folders of them")
-    output: str = Field("runs/comparison", description="folder of the page, the plots and the table")
+    runs: tuple[InputPath, ...] = Field(min_length=1, description="reports of jobs.evaluate, or folders of them")
+    output: OutputPath = Field("runs/comparison", description="folder of the page, the plots and the table")
     experiment: str | None = Field(None, description="MLflow experiment that it is logged to; None: none")
-    tracking_uri: str | None = Field(None, description="MLflow, or None for ./mlflow/mlflow.db")
+    tracking_uri: TrackingUri | None = Field(None, description="MLflow, or None for ./mlflow/mlflow.db")

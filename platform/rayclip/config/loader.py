@@ -1,7 +1,9 @@
 """From a YAML file and `dotted.key=value` overrides to settings, with one clear line for every mistake."""
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -11,7 +13,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from rayclip.config import Config
+from rayclip.config.base import Config
+from rayclip.config.fields import models_of, rename_keys
 from rayclip.config.recipes import find_config
 from rayclip.errors import UserError, nearest
 
@@ -21,10 +24,12 @@ Schema = TypeVar("Schema", bound=Config)
 def load(schema: type[Schema], path: str | Path | None, overrides: list[str]) -> Schema:
     """Return the settings: defaults, then the YAML file or the named recipe, if any, then the overrides in order.
 
-    Raises UserError for a file that is missing or no YAML mapping, an unknown key (with the nearest one that exists),
-    and a value of the wrong type.
+    A key may have the name that it had in the last release: a line on stderr says the new one. Raises UserError for a
+    file that is missing or no YAML mapping, an unknown key (with the nearest one that exists), and a value of the wrong
+    type.
     """
     values = _read_yaml(str(path)) if path is not None else {}
+    renamed = rename_keys(schema, values)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -33,7 +38,10 @@ def load(schema: type[Schema], path: str | Path | None, overrides: list[str]) ->
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"'{override}': the value is not YAML: {' '.join(str(error).split())}") from None
-        _set(values, key.split("."), value, override)
+        location, of_override = _renamed(schema, key.split("."), value, override)
+        renamed += of_override
+        _set(values, location, value, override)
+    _note_renamed(renamed)
     return validate(schema, values, str(path or "command line"))
 
 
@@ -60,11 +68,16 @@ def load_from_python(
         values, source = (_read_yaml(os.fspath(base)) if base is not None else {}), str(base or "arguments")
     else:
         raise UserError(f"a config is a YAML file, a mapping or a {schema.__name__}, not a {type(base).__name__}")
+    renamed = rename_keys(schema, values)
     for key, value in overrides.items():
+        plain = _plain(value)
+        location, of_override = _renamed(schema, key.split("."), plain, f"{key}={value}")
+        renamed += of_override
         if "." in key:
-            _set(values, key.split("."), _plain(value), f"{key}={value}")
+            _set(values, location, plain, f"{key}={value}")
         else:
-            values = _merge(values, {key: value})
+            values = _merge(values, {location[0]: plain})
+    _note_renamed(renamed)
     return validate(schema, values, source)
 
 
@@ -96,11 +109,19 @@ def validate(schema: type[Schema], values: dict[str, Any], source: str) -> Schem
         raise UserError(f"{source}: {_explain(schema, errors[0])}") from None
 
 
+def read_record(schema: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
+    """The settings that were recorded with a run, perhaps by the last release. Raises UserError as `validate` does."""
+    current = deepcopy(dict(values))
+    rename_keys(schema, current)
+    return validate(schema, current, source)
+
+
 def changed(config: Schema, values: Mapping[str, Any], source: str) -> Schema:
     """The settings with other values at dotted keys, checked. What was not set stays unset. Raises UserError."""
     plain = config.model_dump(exclude_unset=True)
     for key, value in values.items():
-        _set(plain, key.split("."), value, f"{key}={value}")
+        location, _ = _renamed(type(config), key.split("."), value, f"{key}={value}")
+        _set(plain, location, value, f"{key}={value}")
     return validate(type(config), plain, source)
 
 
@@ -129,6 +150,25 @@ def _set(values: dict[str, Any], path: list[str], value: object, override: str) 
             raise UserError(f"'{override}' reaches into '{part}', which holds {inner!r} and no keys")
         values = inner
     values[path[-1]] = value
+
+
+def _renamed(
+    schema: type[Config], path: list[str], value: object, override: str
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """The key of an override in this release's names, those within its value renamed in place; (old, new) of each."""
+    nested: dict[str, Any] = {}
+    _set(nested, path, value, override)
+    renamed = rename_keys(schema, nested)
+    location: list[str] = []
+    for _ in path:
+        ((key, nested),) = nested.items()
+        location.append(key)
+    return location, renamed
+
+
+def _note_renamed(renamed: list[tuple[str, str]]) -> None:
+    for old, new in dict(renamed).items():
+        print(f"note: '{old}' is called '{new}' now; the old name is taken in this release only", file=sys.stderr)
 
 
 def _explain(schema: type[Config], error: ErrorDetails) -> str:
@@ -161,7 +201,7 @@ def _locate(schema: type[Config], location: tuple[int | str, ...]) -> tuple[type
         named = any(get_origin(field.annotation) is dict for field in fields)
         chosen = [model for model in candidates if part == model.__name__ or part in _tags(model)]
         if fields and depth < len(location) - 1:
-            candidates = [model for field in fields for model in _models(field.annotation)] or candidates
+            candidates = [model for field in fields for model in models_of(field.annotation)] or candidates
         elif chosen and not fields:
             candidates = chosen
             continue
@@ -176,16 +216,9 @@ def _tags(model: type[Config]) -> tuple[Any, ...]:
     return get_args(kind.annotation) if kind else ()
 
 
-def _models(annotation: Any) -> list[type[Config]]:
-    """The settings classes that a field's type may hold."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models(argument)]
-
-
 def _keys(schema: type[Config], prefix: str) -> Iterator[tuple[str, str, str]]:
     for name, field in schema.model_fields.items():
-        models = _models(field.annotation)
+        models = models_of(field.annotation)
         yield prefix + name, _default(field, bool(models)), field.description or ""
         container = "NAME." if get_origin(field.annotation) is dict else ""
         for model in models:

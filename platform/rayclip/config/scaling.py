@@ -5,7 +5,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rayclip.config.base import Config
+from rayclip.config.base import (
+    AnyOrInputPath,
+    Config,
+    Effect,
+    InputPath,
+    InputPathOrName,
+    NotPath,
+    OutputPath,
+    TrackingUri,
+)
 from rayclip.config.model import ModelConfig
 from rayclip.config.training import TrainConfig
 
@@ -57,7 +66,9 @@ class LadderConfig(Config):
 class FitConfig(Config):
     """python -m jobs.fit"""
 
-    source: str = Field(description="a CSV with columns name, gmacs, samples, error; or an MLflow experiment's name")
+    source: InputPathOrName = Field(
+        description="a CSV with columns name, gmacs, samples, error; or an MLflow experiment's name"
+    )
     form: LawForm = Field(
         "power", description="A C^-a; A C^-a + E; A (C + B)^-a + E; A N^-a + B D^-b + E: C is N gmacs times D samples"
     )
@@ -70,8 +81,10 @@ class FitConfig(Config):
     budget: float | None = Field(None, gt=0, description="compute to plan for: forward GMACs a pair times samples")
     resamples: int = Field(2000, ge=100, description="of the runs, for the intervals")
     seed: int = Field(0, ge=0, description="of the resampling")
-    output: str | None = Field(None, description="folder of what is written; None: runs/fits/SOURCE")
-    tracking_uri: str | None = Field(None, description="MLflow of an experiment, or None for ./mlflow/mlflow.db")
+    output: OutputPath | None = Field(None, description="folder of what is written; None: runs/fits/SOURCE")
+    tracking_uri: TrackingUri | None = Field(
+        None, description="MLflow of an experiment, or None for ./mlflow/mlflow.db"
+    )
     log_to: str | None = Field(None, description="experiment the fit is logged to; None: that of the source, if it is")
 
     @model_validator(mode="after")
@@ -100,15 +113,15 @@ class Range(Config):
 class Choices(Config):
     """One of several values."""
 
-    choices: tuple[Any, ...] = Field(min_length=1, description="the values")
+    choices: tuple[AnyOrInputPath, ...] = Field(min_length=1, description="the values")
 
 
 class LadderPlan(LadderConfig):
     """The runs of a ladder, and the law that is fitted to them."""
 
     kind: Literal["ladder"] = Field("ladder", description="what is swept")
-    form: LawForm = Field("chinchilla", description="the law's form, as in jobs.fit")
-    frontier: Frontier = Field("all", description="runs that are fitted, as in jobs.fit")
+    form: Annotated[LawForm, Effect.SAME_RESULT] = Field("chinchilla", description="the law's form, as in jobs.fit")
+    frontier: Annotated[Frontier, Effect.SAME_RESULT] = Field("all", description="runs that are fitted, as in jobs.fit")
 
 
 class SearchPlan(Config):
@@ -120,7 +133,7 @@ class SearchPlan(Config):
         "random",
         description="random: all to their end; asha: stops those behind; tpe: Optuna's, learns from those before",
     )
-    num_trials: int = Field(gt=0, description="settings that are tried")
+    num_trials: Annotated[int, Effect.SAME_RESULT] = Field(gt=0, description="settings that are tried")
     mode: Literal["max", "min"] = Field("max", description="which metric is best")
     grace_samples: int | None = Field(None, gt=0, description="asha: samples seen before a trial may be stopped")
     stop_by: str | None = Field(
@@ -141,8 +154,8 @@ class SearchPlan(Config):
 class SweepConfig(Config):
     """python -m jobs.sweep"""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the sweep's name, and its folder's")
-    sweeps: str = Field("runs/sweeps", description="where that folder is; a cluster needs one all nodes share")
+    name: NotPath = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the sweep's name, and its folder's")
+    sweeps: OutputPath = Field("runs/sweeps", description="where that folder is; a cluster needs one all nodes share")
     metric: str = Field(description="TASK.METRIC of base that trials are compared by; the error is one minus it")
     plan: Annotated[LadderPlan | SearchPlan, Field(discriminator="kind")] = Field(description="the trials")
     base: TrainConfig = Field(description="the recipe, as in jobs.train; its name is the sweep's where it has none")
@@ -178,15 +191,15 @@ class SweepConfig(Config):
                     f"base.evaluation.every_samples {every} must be at most plan.grace_samples "
                     f"{self.plan.grace_samples}: trials are compared where they are measured"
                 )
-            if evaluation.beside:
-                raise ValueError("base.evaluation.beside: a trial waits to hear whether it goes on; leave it out")
+            if evaluation.asynchronous:
+                raise ValueError("base.evaluation.asynchronous: a trial waits to hear whether it goes on; leave it out")
         return self
 
 
 class PlanConfig(Config):
     """python -m jobs.plan"""
 
-    law: str | None = Field(None, description="a fit: the folder of jobs.fit, or its summary.json")
+    law: InputPath | None = Field(None, description="a fit: the folder of jobs.fit, or its summary.json")
     target_error: float | None = Field(None, gt=0, lt=1, description="error to reach, by the law")
     gpu_hours: float | None = Field(None, gt=0, description="budget in hours of one GPU")
     days: float | None = Field(None, gt=0, description="budget in days of num_gpus")
@@ -197,7 +210,7 @@ class PlanConfig(Config):
     num_gpus: int = Field(1, ge=1, description="that train together")
     flops_per_gpu_s: float | None = Field(None, gt=0, description="measured training FLOP/s of one GPU: the surest")
     samples_per_s: float | None = Field(None, gt=0, description="measured samples/s of measured_model on measured_gpus")
-    run: str | None = Field(None, description="summary.json of jobs.train, for samples_per_s")
+    run: InputPath | None = Field(None, description="summary.json of jobs.train, for samples_per_s")
     measured_model: str | None = Field(None, description="preset that samples_per_s is of; None: model")
     measured_gpus: int | None = Field(None, ge=1, description="GPUs that samples_per_s is of; None: num_gpus")
     gpu: str | None = Field(None, description="a known GPU, whose published peak times utilisation is taken")

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rayclip.config.base import Config
+from rayclip.config.base import Config, Effect, InputModel, InputPath, NotPath, OutputPath, TrackingMark
+from rayclip.config.cluster import ClusterConfig
 from rayclip.config.data import DataConfig
 from rayclip.config.evaluation import EvaluationConfig
 from rayclip.config.model import ModelConfig
@@ -18,10 +19,12 @@ class LossConfig(Config):
     kind: Literal["info_nce", "sigmoid"] = Field(
         "info_nce", description="info_nce: CLIP's, each among all; sigmoid: SigLIP's, each pair by itself"
     )
-    distribution: Literal["gather", "ring"] = Field(
+    distribution: Annotated[Literal["gather", "ring"], Effect.SAME_RESULT] = Field(
         "gather", description="gather: captions of all workers at once; ring: one worker's after another's, less memory"
     )
-    tile_size: int = Field(1024, gt=0, description="rows and columns of the matrix of scores computed at once")
+    tile_size: Annotated[int, Effect.SAME_RESULT] = Field(
+        1024, gt=0, description="rows and columns of the matrix of scores computed at once"
+    )
 
 
 class OptimizerConfig(Config):
@@ -72,7 +75,9 @@ class GuardConfig(Config):
     min_logit_scale: float | None = Field(
         1.0, ge=1, description="a logit scale that has fallen to this has collapsed; None does not look"
     )
-    max_interventions: int = Field(10, ge=0, description="troubles of a run that are borne; one more stops it")
+    max_interventions: Annotated[int, Effect.SAME_RESULT] = Field(
+        10, ge=0, description="troubles of a run that are borne; one more stops it"
+    )
 
 
 class CheckpointConfig(Config):
@@ -91,12 +96,16 @@ class CheckpointConfig(Config):
 class TrackingConfig(Config):
     """Where MLflow keeps runs and versions."""
 
-    uri: str | None = Field(None, description="MLflow server, or None for the embedded database ./mlflow/mlflow.db")
+    uri: Annotated[str, TrackingMark(always=True)] | None = Field(
+        None, description="MLflow server, or None for the embedded database ./mlflow/mlflow.db"
+    )
     experiment: str = Field("rayclip", description="experiment that the run belongs to")
-    artifacts: str | None = Field(
+    artifacts: OutputPath | None = Field(
         None, description="where a new experiment keeps its files, a folder or s3://...; None: where MLflow says"
     )
-    register_as: str | None = Field(None, description="model name under which the best checkpoint becomes a version")
+    register_as: NotPath | None = Field(
+        None, description="model name under which the best checkpoint becomes a version"
+    )
     alias: str = Field("champion", description="alias that is moved to a new version that is promoted")
     promote: Literal["if_better", "always", "never"] = Field(
         "if_better",
@@ -110,68 +119,62 @@ class TrackingConfig(Config):
     parent_run_id: str | None = Field(None, description="MLflow run that this one is nested in; a sweep sets it")
 
 
-class ClusterConfig(Config):
-    """What a run takes of the cluster."""
-
-    num_workers: int | tuple[int, int] = Field(
-        1, description="DDP processes; [LEAST, MOST]: as many as the cluster has room for, as nodes come and go"
-    )
-    resize_every_s: float = Field(60, gt=0, description="how often a run with [LEAST, MOST] looks for room to grow")
-    cpus_per_worker: float = Field(1, gt=0, description="CPU cores of each")
-    use_gpu: bool = Field(False, description="one GPU for each")
-    max_failures: int = Field(3, ge=-1, description="restarts after a crash before the run fails; -1 has no limit")
-
-    @model_validator(mode="after")
-    def _in_order(self) -> "ClusterConfig":
-        if not 1 <= self.min_workers <= self.max_workers:
-            raise ValueError(f"num_workers {self.num_workers} must be at least 1, and [LEAST, MOST] in that order")
-        return self
-
-    @property
-    def min_workers(self) -> int:
-        """Fewest workers that the run goes on with."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
-
-    @property
-    def max_workers(self) -> int:
-        """Most workers that the run ever has."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
-
-
 class TrainConfig(Config):
     """python -m jobs.train"""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's name")
-    runs: str = Field(
+    name: Annotated[str, Effect.SAME_IN_TRIALS] = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's name"
+    )
+    runs: Annotated[OutputPath, Effect.SAME_IN_TRIALS] = Field(
         "runs", description="where the run's folder, called NAME, is; a cluster needs one all nodes share"
     )
-    seed: int = Field(0, ge=0, description="of the weights, the order and the augmentation")
-    model: str | ModelConfig = Field(description="a preset's name, or the model in full")
-    weights: str | None = Field(None, description="start from these: a checkpoint, exported weights, or models:/...")
-    branch_from: str | None = Field(
+    seed: Annotated[int, Effect.OF_TRUNK, Effect.SAME_IN_TRIALS] = Field(
+        0, ge=0, description="of the weights, the order and the augmentation"
+    )
+    model: Annotated[str | ModelConfig, Effect.OF_TRUNK] = Field(description="a preset's name, or the model in full")
+    weights: InputModel | None = Field(
+        None, description="start from these: a checkpoint, exported weights, or models:/..."
+    )
+    branch_from: InputPath | None = Field(
         None, description="go on from another run's checkpoint, whole: its folder, or FOLDER_OF_RUN@SAMPLES"
     )
     lock: Literal["none", "image", "text"] = Field("none", description="tower that stays as it is (with image: LiT)")
-    data: DataConfig = Field(description="the training data")
-    epochs: int | None = Field(None, gt=0, description="duration in passes over the data; this or samples")
-    samples: int | None = Field(None, gt=0, description="duration in samples seen, rounded up to whole chunks")
-    batch_size: int = Field(gt=0, description="pairs a step, over all workers; negatives come from all of them")
-    micro_batch_size: int | None = Field(
+    data: Annotated[DataConfig, Effect.OF_TRUNK] = Field(description="the training data")
+    epochs: Annotated[int | None, Effect.SAME_IN_TRIALS] = Field(
+        None, gt=0, description="duration in passes over the data; this or samples"
+    )
+    samples: Annotated[int | None, Effect.SAME_IN_TRIALS] = Field(
+        None, gt=0, description="duration in samples seen, rounded up to whole chunks"
+    )
+    batch_size: Annotated[int, Effect.OF_TRUNK] = Field(
+        gt=0, description="pairs a step, over all workers; negatives come from all of them"
+    )
+    micro_batch_size: Annotated[int | None, Effect.SAME_RESULT] = Field(
         None, gt=0, description="pairs of a worker in the towers at once; fewer take less memory; None: all"
     )
-    activation_checkpointing: bool = Field(
+    activation_checkpointing: Annotated[bool, Effect.SAME_RESULT] = Field(
         False, description="compute activations anew in the backward pass, in place of keeping them"
     )
-    loss: LossConfig = Field(LossConfig(), description="what is minimised")
+    loss: Annotated[LossConfig, Effect.OF_TRUNK] = Field(LossConfig(), description="what is minimised")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the optimizer")
     precision: Precision = Field("float32", description="of the towers; weights, features and loss stay float32")
-    compile: bool = Field(False, description="compile the transformers' token-wise parts; takes a minute at the start")
+    compile: Annotated[bool, Effect.SAME_RESULT] = Field(
+        False, description="compile the transformers' token-wise parts; takes a minute at the start"
+    )
     guard: GuardConfig = Field(GuardConfig(), description="what is done about a step that goes wrong")
     ema: EmaConfig | None = Field(None, description="a moving average of the weights; None keeps none")
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is measured")
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when state is saved")
-    tracking: TrackingConfig = Field(TrackingConfig(), description="where it is recorded")
-    cluster: ClusterConfig = Field(ClusterConfig(), description="what it runs on")
+    evaluation: Annotated[EvaluationConfig, Effect.SAME_RESULT, Effect.SAME_IN_TRIALS] = Field(
+        EvaluationConfig(), description="what is measured"
+    )
+    checkpoint: Annotated[CheckpointConfig, Effect.SAME_RESULT] = Field(
+        CheckpointConfig(), description="when state is saved"
+    )
+    tracking: Annotated[TrackingConfig, Effect.SAME_RESULT, Effect.SAME_IN_TRIALS] = Field(
+        TrackingConfig(), description="where it is recorded"
+    )
+    cluster: Annotated[ClusterConfig, Effect.SAME_RESULT, Effect.SAME_IN_TRIALS] = Field(
+        ClusterConfig(), description="what it runs on"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -190,7 +193,8 @@ class TrainConfig(Config):
             )
         if self.evaluation.is_asynchronous and workers.min_workers < workers.max_workers:
             raise ValueError(
-                f"cluster.num_workers {workers.num_workers} takes all room there is: evaluation.beside needs one number"
+                f"cluster.num_workers {workers.num_workers} takes all room there is: "
+                "evaluation.asynchronous needs one number"
             )
         if self.batch_size < workers.max_workers:
             raise ValueError(f"batch_size {self.batch_size} has no pair for each of {workers.max_workers} workers")

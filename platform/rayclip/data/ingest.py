@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rayclip.config import IngestConfig
+from rayclip.config.base import Effect
+from rayclip.config.fields import keys_with, without
 from rayclip.data.decode import BadSampleError
 from rayclip.data.encode import to_sample
 from rayclip.data.formats.tar import Sample, Span, write_shard
@@ -21,9 +23,6 @@ from rayclip.io.files import whole_file
 from rayclip.io.paths import StoragePath, matching, storage_path
 
 CLASS_NAMES = "classnames.txt"
-
-# What does not change the bytes that are written.
-_FREE_KEYS = {"output", "max_bad_fraction"}
 
 
 class ShardTask(NamedTuple):
@@ -75,7 +74,7 @@ def plan_shards(config: IngestConfig, splits: dict[str, Split]) -> list[ShardTas
 
 def settings_of(config: IngestConfig) -> dict[str, Any]:
     """The settings that decide the data set's bytes."""
-    return {"format": 1, **config.model_dump(mode="json", exclude=_FREE_KEYS)}
+    return {"format": 1, **without(config.model_dump(mode="json"), keys_with(IngestConfig, Effect.SAME_RESULT))}
 
 
 def digest_of(splits: dict[str, Split]) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from rayclip.config import Choices, Range, SearchPlan, TrainConfig
+from rayclip.config.base import Effect
+from rayclip.config.fields import keys_with
 from rayclip.config.loader import changed
 from rayclip.data.order import uniform
 from rayclip.errors import UserError
@@ -14,7 +16,6 @@ from rayclip.errors import UserError
 Values = dict[str, Any]
 """By dotted key of the recipe."""
 
-_OURS = ("name", "runs", "seed", "samples", "epochs", "tracking", "cluster", "evaluation")
 _DIGITS = 6
 
 
@@ -38,7 +39,7 @@ def trial_config(base: TrainConfig, name: str, values: Mapping[str, Any]) -> Tra
 def check_space(base: TrainConfig, plan: SearchPlan) -> None:
     """Raise UserError for a key that the recipe has not or that must stay, and for an end that it refuses."""
     for key, span in plan.space.items():
-        if key.split(".")[0] in _OURS:
+        if key.split(".")[0] in keys_with(TrainConfig, Effect.SAME_IN_TRIALS):
             raise UserError(f"plan.space: '{key}' cannot be searched: trials would not compare")
         for value in span.choices if isinstance(span, Choices) else (span.low, span.high):
             changed(base, {key: value}, "plan.space")

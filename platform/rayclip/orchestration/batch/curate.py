@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayclip.config import CurateConfig
+from rayclip.config.base import Effect
+from rayclip.config.fields import keys_with, without
 from rayclip.data.curation.decide import OUTCOMES, Decision, decide
 from rayclip.data.curation.report import write_queries, write_query_plot
 from rayclip.data.curation.sample_stats import SampleStats, sample_stats, to_table
@@ -37,8 +39,6 @@ from rayclip.orchestration.batch.sample_reader import SamplePlace, SampleReader
 
 _STATS = "looked"
 _OUTCOMES = "outcomes.npy"
-_FREE_KEYS = {"output", "cluster", "max_bad_fraction", "queries", "scores"}
-"""Settings that do not decide what is written; for files it is their content that does."""
 
 
 def curate(config: CurateConfig) -> dict[str, Any]:
@@ -53,9 +53,9 @@ def curate(config: CurateConfig) -> dict[str, Any]:
         "kind": "curate", "format": 1, "source": data, "source_digest": manifest.digest,
         "part_samples": config.part_samples,
     }  # fmt: skip
-    settings = config.model_dump(mode="json", exclude=_FREE_KEYS) | {
-        name: _content(file) for name, file in (("queries", config.queries), ("scores", _summary_of(config.scores)))
-    }
+    # "scores" is what outputs of earlier releases call the digest of the embeddings.
+    settings = without(config.model_dump(mode="json"), keys_with(CurateConfig, Effect.SAME_RESULT, Effect.BY_CONTENT))
+    settings |= {"queries": _content(config.queries), "scores": _content(_summary_of(config.embeddings))}
     # It has no parts of its own: it is complete once its summary is there.
     output = PartitionedOutput(path, identity | {"settings": settings}, 0)
     return complete_output(output, config.cluster, lambda: _write(config, manifest, identity, output))
@@ -66,7 +66,7 @@ def _write(
 ) -> dict[str, Any]:
     parts = plan_parts(manifest, config.part_samples)
     data = identity["source"], manifest.digest
-    score_N = read_scores(storage_path(config.scores), manifest) if config.scores else None
+    score_N = read_scores(storage_path(config.embeddings), manifest) if config.embeddings else None
     stats = PartitionedOutput(output.path / _STATS, identity, len(parts))
     make_stats = partial(SampleStatsReader, *data, config.part_samples)
     _complete(stats, make_stats, config, manifest.total_samples, config.max_bad_fraction)
@@ -152,9 +152,9 @@ def read_scores(path: StoragePath, manifest: Manifest) -> np.ndarray:
     """
     folder, _ = open_complete(path, "embed")
     if folder.identity["source_digest"] != manifest.digest:
-        raise UserError(f"scores '{path}' were made from another data set, '{folder.identity['source']}'")
+        raise UserError(f"embeddings '{path}' were made from another data set, '{folder.identity['source']}'")
     if folder.identity["what"] != "both":
-        raise UserError(f"scores '{path}' holds {folder.identity['what']} only: run jobs.embed with what=both")
+        raise UserError(f"embeddings '{path}' holds {folder.identity['what']} only: run jobs.embed with what=both")
     score_N = np.full(manifest.total_samples, np.nan, dtype=np.float32)
     first = 0
     for part in range(folder.num_parts):
@@ -208,8 +208,8 @@ def _result_counts(decision: Decision, new: Manifest) -> dict[str, Any]:
     }
 
 
-def _summary_of(scores: str | None) -> str | None:
-    return join(scores, "embed.json") if scores else None
+def _summary_of(embeddings: str | None) -> str | None:
+    return join(embeddings, "embed.json") if embeddings else None
 
 
 def _content(file: str | None) -> str | None:

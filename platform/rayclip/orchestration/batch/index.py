@@ -28,13 +28,15 @@ def index(config: IndexConfig) -> dict[str, Any]:
     """Write the manifest of what lies at a path; shards that have not changed since the last time are not read again.
 
     Returns {"path", "format", "samples", "shards", "read", "chunks", "bytes", "digest", "problems"}. Raises UserError
-    where there are no samples, and for a shard that is not whole, unless `broken` is salvage.
+    where there are no samples, and for a shard that is not whole, unless `damaged_shards` is salvage.
     """
     plan = make_plan(config)
-    notes: dict[str, object] = {"chunk_samples": config.chunk_samples, "broken": config.broken}
+    notes: dict[str, object] = {"chunk_samples": config.chunk_samples, "broken": config.damaged_shards}
     found = known_shards(plan, notes)
     new = [file for file in plan.shards if file.name not in found]
-    work = partial(_index, chunk_samples=config.chunk_samples, layout=plan.layout, salvage=config.broken != "stop")
+    work = partial(
+        _index, chunk_samples=config.chunk_samples, layout=plan.layout, salvage=config.damaged_shards != "stop"
+    )
     progress = ProgressLine(len(plan.shards), unit="shards", start=len(found))
     saved_at, num_read = time.monotonic(), 0
     for results in run_tasks(_groups([(plan.path(file), file) for file in new]), lambda: work, name=_name):

@@ -33,8 +33,8 @@ def resource_request(config: Config) -> list[Bundle]:
     workers = getattr(config, "cluster", None)
     if isinstance(config, TrainConfig):
         reader = {"CPU": 1.0}  # which reads ahead for the workers
-        beside = [validation_resources(config)] if config.evaluation.is_asynchronous else []
-        return [worker_resources(config.cluster)] * config.cluster.min_workers + [reader, *beside]
+        validation = [validation_resources(config)] if config.evaluation.is_asynchronous else []
+        return [worker_resources(config.cluster)] * config.cluster.min_workers + [reader, *validation]
     if isinstance(workers, WorkersConfig):
         return [worker_resources(workers)] * workers.num_workers
     inner = [getattr(config, name) for name in type(config).model_fields]
@@ -84,10 +84,10 @@ def worker_resources(workers: ClusterConfig | WorkersConfig) -> Bundle:
 
 
 def validation_resources(config: TrainConfig) -> Bundle:
-    """What the process takes that measures beside training."""
+    """What the process of asynchronous validation takes."""
     evaluation = config.evaluation
-    gpus = float(config.cluster.use_gpu) if evaluation.beside_gpus is None else evaluation.beside_gpus
-    return {"CPU": evaluation.beside_cpus} | ({"GPU": gpus} if gpus else {})
+    gpus = float(config.cluster.use_gpu) if evaluation.validation_gpus is None else evaluation.validation_gpus
+    return {"CPU": evaluation.validation_cpus} | ({"GPU": gpus} if gpus else {})
 
 
 def _fit(bundles: list[Bundle], free: list[Bundle]) -> bool:

@@ -14,6 +14,8 @@ from typing import Any
 from zipfile import ZipFile
 
 from rayclip.config import Config
+from rayclip.config.base import PathMark, TrackingMark
+from rayclip.config.fields import MarkedValue, marked_values, marks_in
 from rayclip.orchestration.cluster import ray_internals
 from rayclip.orchestration.cluster.ray_internals import JOB_ENVIRONMENT
 
@@ -26,24 +28,6 @@ RUNTIME_ENV: dict[str, Any] = {
 }
 """What every submitted job runs in, apart from its working directory."""
 
-_PATH_KEYS = (
-    "path",
-    "data",
-    "embeddings",
-    "input",
-    "root",
-    "law",
-    "run",
-    "queries",
-    "scores",
-    "branch_from",
-    "artifacts",
-)
-"""Keys that always hold a path: to be read, or, `artifacts`, to be written by the job and read by others."""
-_OUTPUT_KEYS = ("runs", "sweeps", "output")
-"""Keys that hold the folder that a job writes."""
-_OTHER_KEYS = ("weights", "model", "labels", "source")
-"""Keys that hold a path where there is something at it."""
 _SHARED = "give an absolute path that all nodes share, or a URI"
 _MOST_INPUT_BYTES = 20_000_000
 """Larger files belong on shared storage: what a job brings is kept in the memory of the cluster's head."""
@@ -89,8 +73,12 @@ def local_inputs(config: Config, folder: Path) -> list[str]:
 
     What a `path` names is data, which does not: a table names further files beside it.
     """
-    values = [(key, value) for key, value in _leaves(config.model_dump(mode="json")) if not key.endswith("path")]
-    named = {value for key, value in values if _names_path(key, value, folder) and not _is_shared(value)}
+    named = {
+        value
+        for key, value, mark in marked_values(config)
+        if isinstance(mark, PathMark) and mark.access == "read" and key.rpartition(".")[2] != "path"
+        if _is_path(value, mark, folder) and not _is_shared(value)
+    }
     return sorted(value for value in named if (folder / value).is_file() and ".." not in Path(value).parts)
 
 
@@ -98,58 +86,50 @@ def check_paths(config: Config, summary: str, shipped: Sequence[str], folder: Pa
     """Return why the job would not find what it reads, or would lose what it writes, a line each; and the absolute
     paths that it names, which only the cluster can check. `shipped`: the inputs that travel, relative to `folder`.
     """
-    leaves = list(_leaves(config.model_dump(mode="json")))
-    problems = [*_check_outputs(config, summary, leaves, folder), *_check_tracking(leaves)]
-    for key, value in leaves:
-        if _names_path(key, value, folder) and not _is_shared(value) and value not in shipped:
+    values = marked_values(config)
+    paths = [(key, value, mark) for key, value, mark in values if isinstance(mark, PathMark)]
+    local = [found for found in paths if _is_path(found[1], found[2], folder) and not _is_shared(found[1])]
+    lost = [(key, value) for key, value, mark in local if mark.access == "write"]
+    # What a command makes of no output, or of a relative one, is absolute, and below the folder that it runs in.
+    given = any(summary.startswith(value) for _, value, _ in paths if value.startswith("/"))
+    if not lost and (not _is_shared(summary) or (summary.startswith(f"{folder}/") and not given)):
+        lost = [(_output_key(type(config)), summary)]
+    problems = [
+        f"the job would write '{path}' into a folder that is removed with it: {key}: {_SHARED}" for key, path in lost
+    ]
+    problems += _check_tracking(values)
+    for key, value, mark in local:
+        if mark.access == "read" and value not in shipped:
             problems.append(f"{key} is '{value}', which is not shipped with the job: {_SHARED}")
     size = sum((folder / name).stat().st_size for name in shipped)
     if size > _MOST_INPUT_BYTES:
         problems.append(f"{', '.join(shipped)} would travel with the job, and are {size / 1e6:,.0f} MB: {_SHARED}")
-    return problems, sorted({value for _, value in leaves if value.startswith("/")})
+    return problems, sorted({value for _, value, _ in paths if value.startswith("/")})
+
+
+def _output_key(schema: type[Config]) -> str:
+    """The key that says where a job writes, or the option that says where its summary goes."""
+    for key, field in schema.model_fields.items():
+        if any(mark.access == "write" for mark in marks_in(field, PathMark)):
+            return key
+    return "--json"
 
 
 def _is_shared(path: str) -> bool:
     return re.match(r"/|[a-z0-9]+:/", path) is not None
 
 
-def _check_outputs(config: Config, summary: str, leaves: list[tuple[str, str]], folder: Path) -> Iterator[str]:
-    written = [key for key in _OUTPUT_KEYS if hasattr(config, key)]
-    lost = {key: getattr(config, key) for key in written if getattr(config, key)}
-    lost = {key: value for key, value in lost.items() if not _is_shared(value)}
-    # What commands make of no output, or of a relative one, is absolute, and below the folder that they run in.
-    given = any(summary.startswith(value) for _, value in leaves if value.startswith("/"))
-    if not lost and (not _is_shared(summary) or (summary.startswith(f"{folder}/") and not given)):
-        lost = {(written or ["--json"])[0]: summary}
-    for key, value in lost.items():
-        yield f"the job would write '{value}' into a folder that is removed with it: {key}: {_SHARED}"
-
-
-def _check_tracking(leaves: list[tuple[str, str]]) -> Iterator[str]:
-    registered = any(value.startswith("models:/") for _, value in leaves)
-    for key, value in leaves:
-        required = key.endswith("tracking.uri")
-        if not required and key != "tracking_uri":
+def _check_tracking(values: list[MarkedValue]) -> Iterator[str]:
+    registered = any(value.startswith("models:/") for _, value, _ in values)
+    for key, value, mark in values:
+        if not isinstance(mark, TrackingMark):
             continue
         local = not value.removeprefix("sqlite:///").startswith("/") if value.startswith("sqlite:") else False
-        if local or (not value and (required or registered)):
+        if local or (not value and (mark.always or registered)):
             yield f"{key}: a job on a cluster needs the URI of an MLflow server: {key}=http://HOST:5000"
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Texts by their dotted keys; nothing is an empty one."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner, key)
-    elif value is None or isinstance(value, str):
-        yield key, value or ""
-
-
-def _names_path(key: str, value: str, root: Path) -> bool:
-    last = key.rpartition(".")[2]
-    if not value or value.startswith("models:/"):
+def _is_path(value: str, mark: PathMark, folder: Path) -> bool:
+    if not value or mark.access is None or (mark.may_be_registered and value.startswith("models:/")):
         return False
-    return last in _PATH_KEYS or ((last in _OTHER_KEYS or "/" in value) and (root / value).exists())
+    return not mark.may_be_name or (folder / value).exists()

@@ -10,6 +10,9 @@ from typing import Any
 import yaml
 
 from rayclip.config import SearchPlan, SweepConfig, TrainConfig
+from rayclip.config.base import Effect
+from rayclip.config.fields import keys_with, without
+from rayclip.config.loader import read_record
 from rayclip.errors import UserError
 from rayclip.io.files import write_text
 from rayclip.io.paths import StoragePath, storage_path
@@ -169,7 +172,7 @@ class Sweep:
     def _open_parent(self) -> str:
         settings = self.config.model_dump(mode="json")
         record = self.folder.read_record()
-        if record is not None and _decided(record["config"]) != _decided(settings):
+        if record is not None and _decided(self._recorded(record)) != _decided(settings):
             raise UserError(
                 f"'{self.folder.path}' holds a sweep with another plan or metric: give this one another name, "
                 "or remove the folder"
@@ -179,6 +182,11 @@ class Sweep:
         run_id = open_group(self.uri, experiment, "sweep", self.config.name, settings, code_version(), known)
         self.folder.write_record(settings, run_id)
         return run_id
+
+    def _recorded(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The settings that the sweep began with, by today's names."""
+        config = read_record(SweepConfig, record["config"], f"the record of the sweep in '{self.folder.path}'")
+        return config.model_dump(mode="json")
 
     def _connect(self) -> int:
         """Join the cluster; how many trials it places at a time. Their drivers take nothing that workers need."""
@@ -251,6 +259,9 @@ class Sweep:
 
 
 def _decided(settings: dict[str, Any]) -> dict[str, Any]:
-    """What must stay as it was when a sweep goes on: not how many trials a search has, nor how a ladder is read."""
-    plan = {key: value for key, value in settings["plan"].items() if key not in ("num_trials", "form", "frontier")}
-    return plan if plan["kind"] == "ladder" else plan | {"metric": settings["metric"]}
+    """What must stay as it was when a sweep goes on: not how many trials a search has, nor how a ladder is read.
+
+    The recipe is not among it: each run's own folder tells whether that changed.
+    """
+    decisive = without(settings, keys_with(SweepConfig, Effect.SAME_RESULT))
+    return {"plan": decisive["plan"], "metric": decisive["metric"] if decisive["plan"]["kind"] == "search" else None}

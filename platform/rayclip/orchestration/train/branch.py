@@ -7,6 +7,8 @@ rate, above all. Which samples it meets, in which batches, and what learns from 
 from typing import Any
 
 from rayclip.config import TrainConfig
+from rayclip.config.base import Effect
+from rayclip.config.fields import keys_with, without
 from rayclip.data.stream import StreamSpec
 from rayclip.errors import UserError
 from rayclip.io.paths import StoragePath, storage_path
@@ -61,9 +63,8 @@ def branch_tags(checkpoint: StoragePath) -> dict[str, str]:
 
 def _kept(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that must be the trunk's."""
-    data = {key: value for key, value in config["data"].items() if key not in ("path", "mixture", "max_bad_fraction")}
-    kept = {key: config[key] for key in ("seed", "model", "batch_size")}
-    return kept | {"data": data, "loss": {"kind": config["loss"]["kind"]}}
+    decisive = without(config, keys_with(TrainConfig, Effect.SAME_RESULT, Effect.BY_CONTENT))
+    return {key: decisive.get(key) for key in sorted(keys_with(TrainConfig, Effect.OF_TRUNK))}
 
 
 def _check_settings(folder: StoragePath, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayclip.config import ModelConfig, TrainConfig
+from rayclip.config.base import PathMark
+from rayclip.config.fields import map_paths
 from rayclip.data.augment import Augmentation
 from rayclip.data.mixture import MixturePart, load_parts
 from rayclip.data.order import Order
@@ -139,7 +141,7 @@ def _describe_processes(config: TrainConfig) -> str:
     workers = f"a run with {config.cluster.min_workers} workers"
     if not config.evaluation.is_asynchronous:
         return f"{workers} and a reader"
-    return f"{workers}, a reader and a process that measures beside them (evaluation.beside)"
+    return f"{workers}, a reader and a process that measures beside them (evaluation.asynchronous)"
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -147,18 +149,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
     model = preset(config.model) if isinstance(config.model, str) else config.model
     if config.loss.kind == "sigmoid":
         model = with_logit_bias(model)
-    parts = tuple(part.model_copy(update={"path": absolute(part.path)}) for part in config.data.mixture)
-    data = config.data.model_copy(update={"path": config.data.path and absolute(config.data.path), "mixture": parts})
-    tasks = {
-        name: task.model_copy(update={"path": absolute(task.path)}) for name, task in config.evaluation.tasks.items()
-    }
-    evaluation = config.evaluation.model_copy(update={"tasks": tasks})
-    weights = config.weights
-    if weights is not None and not is_registered(weights):
-        weights = absolute(weights)
-    branch_from = config.branch_from and absolute(config.branch_from)
-    update = {"model": model, "weights": weights, "branch_from": branch_from, "data": data, "evaluation": evaluation}
-    return config.model_copy(update=update)
+    return map_paths(config.model_copy(update={"model": model}), _absolute)
+
+
+def _absolute(path: str, mark: PathMark) -> str:
+    return path if mark.may_be_registered and is_registered(path) else absolute(path)
 
 
 def plan_stream(config: TrainConfig, may_lack_shards: bool = False) -> tuple[StreamSpec, int]:

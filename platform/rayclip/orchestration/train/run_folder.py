@@ -6,26 +6,16 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from pydantic import ValidationError
-
 from rayclip.config import TrainConfig
+from rayclip.config.base import Effect
+from rayclip.config.fields import keys_with, without
+from rayclip.config.loader import read_record
 from rayclip.errors import UserError
 from rayclip.io.files import write_json
 from rayclip.io.paths import StoragePath
 from rayclip.orchestration.cluster.ray_internals import CHECKPOINT_LIST, lists_pending_validation
 from rayclip.orchestration.cluster.ray_storage import train_result
 from rayclip.training.checkpoint import read_metrics
-
-_MAY_CHANGE = (
-    "runs",
-    "cluster",
-    "checkpoint",
-    "tracking",
-    "evaluation",
-    "micro_batch_size",
-    "activation_checkpointing",
-)
-"""Sections that do not change what the weights are; all else must be as it was when a run goes on."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +61,11 @@ class RunFolder:
         write_json(self.summary, summary)
 
     def check_same(self, record: dict[str, Any], config: dict[str, Any]) -> None:
-        """Raise UserError where a run of this name was started with other settings."""
-        before, now = with_defaults(record["config"]), config
-        for section in before.keys() | now.keys():
-            if section not in _MAY_CHANGE and not same(before.get(section), now.get(section)):
+        """Raise UserError where a run of this name was started with other settings that decide what its weights are."""
+        may_change = keys_with(TrainConfig, Effect.SAME_RESULT)
+        before, now = without(with_defaults(record["config"]), may_change), without(config, may_change)
+        for section in sorted(before.keys() | now.keys()):
+            if not same(before.get(section), now.get(section)):
                 raise UserError(
                     f"'{self.path}' holds a run with {difference(section, before.get(section), now.get(section))}: "
                     f"give this one another name, or remove the folder"
@@ -130,10 +121,10 @@ def _read_or_none(path: StoragePath) -> dict[str, Any] | None:
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a run of an older version had, with the keys that have been added since."""
+    """The settings that a run of an older version had, by today's names, with the keys that have been added since."""
     try:
-        return TrainConfig.model_validate(config).model_dump(mode="json")
-    except ValidationError:
+        return read_record(TrainConfig, config, "the run's record").model_dump(mode="json")
+    except UserError:
         return config
 
 

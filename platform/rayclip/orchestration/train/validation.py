@@ -1,4 +1,4 @@
-"""Evaluation beside training: a checkpoint is measured in a process of its own, while the workers go on.
+"""Asynchronous validation: a checkpoint is measured in a process of its own, while the workers go on.
 
 Ray Train starts it when the checkpoint is in its list, one at a time and in their order; keeps the checkpoint for so
 long; puts it in its place by the score that comes back; and, where the run was killed meanwhile, starts it again. The

@@ -4,46 +4,43 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rayclip.config.base import Config
-
-
-class WorkersConfig(Config):
-    """What a job of many independent parts takes of the cluster."""
-
-    num_workers: int = Field(1, gt=0, description="processes, each with a copy of the model")
-    cpus_per_worker: float = Field(1, gt=0, description="CPU cores of each; as many threads decode beside the model")
-    use_gpu: bool = Field(False, description="one GPU for each")
+from rayclip.config.base import Config, InputModel, InputPath, NotPath, OutputPath, TrackingUri
+from rayclip.config.cluster import WorkersConfig
 
 
 class EmbedConfig(Config):
     """python -m jobs.embed"""
 
-    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
-    data: str = Field(description="folder of a data set: tar shards and their manifest.parquet")
-    output: str = Field(description="folder that the Parquet parts go to; a run that was interrupted goes on in it")
+    model: InputModel = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
+    data: InputPath = Field(description="folder of a data set: tar shards and their manifest.parquet")
+    output: OutputPath = Field(
+        description="folder that the Parquet parts go to; a run that was interrupted goes on in it"
+    )
     what: Literal["pictures", "texts", "both"] = Field("both", description="what is embedded")
     batch_size: int = Field(256, gt=0, description="pictures, and texts, encoded at once")
     part_samples: int = Field(4096, gt=0, description="samples a part, rounded to whole chunks")
     cluster: WorkersConfig = Field(WorkersConfig(), description="what it runs on")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of samples with an error that stops the run")
-    tracking_uri: str | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")
+    tracking_uri: TrackingUri | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")
 
 
 class ClassifyConfig(Config):
     """python -m jobs.classify"""
 
-    model: str = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
-    data: str | None = Field(None, description="folder of a data set; this or embeddings")
-    embeddings: str | None = Field(None, description="output of jobs.embed by the same model, in place of data")
-    output: str = Field(description="folder that the Parquet parts go to; a run that was interrupted goes on in it")
-    labels: str | tuple[str, ...] = Field(description="the labels, or the path of a file with one a line")
+    model: InputModel = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
+    data: InputPath | None = Field(None, description="folder of a data set; this or embeddings")
+    embeddings: InputPath | None = Field(None, description="output of jobs.embed by the same model, in place of data")
+    output: OutputPath = Field(
+        description="folder that the Parquet parts go to; a run that was interrupted goes on in it"
+    )
+    labels: InputPath | tuple[str, ...] = Field(description="the labels, or the path of a file with one a line")
     templates: str | tuple[str, ...] = Field("plain", description="a named template set, or templates with one {}")
     top_k: int = Field(5, gt=0, description="best labels kept for each picture, where there are that many")
     batch_size: int = Field(256, gt=0, description="pictures encoded at once")
     part_samples: int = Field(4096, gt=0, description="samples a part, rounded to whole chunks; embeddings keep theirs")
     cluster: WorkersConfig = Field(WorkersConfig(), description="what it runs on")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of samples with an error that stops the run")
-    tracking_uri: str | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")
+    tracking_uri: TrackingUri | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")
 
     @model_validator(mode="after")
     def _check(self) -> "ClassifyConfig":
@@ -55,10 +52,10 @@ class ClassifyConfig(Config):
 class ConvertConfig(Config):
     """python -m jobs.convert"""
 
-    input: str = Field(description="a checkpoint, exported weights (a folder or a file), or models:/NAME@ALIAS")
-    output: str = Field(description="folder that is written; it must not exist")
+    input: InputModel = Field(description="a checkpoint, exported weights (a folder or a file), or models:/NAME@ALIAS")
+    output: OutputPath = Field(description="folder that is written; it must not exist")
     format: Literal["rayclip", "open_clip", "huggingface"] = Field("rayclip", description="what is written")
-    model: str | None = Field(
+    model: NotPath | None = Field(
         None, description="preset that a bare state dict is of; None tells by its shapes, and takes GELU"
     )
-    tracking_uri: str | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")
+    tracking_uri: TrackingUri | None = Field(None, description="MLflow of models:/..., or None for ./mlflow/mlflow.db")
