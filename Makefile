@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
+DOCS := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check ui peers browser clean
+.PHONY: help install demo serve test check docs ui peers browser clean
 
 help: ## list what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F': *' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -36,6 +37,14 @@ check: install ## style, types and import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+docs: $(DOCS) ## build the documentation into build/site; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	@echo "build/site/index.html  ($(BIN)/python -m http.server -d build/site shows it, with its search)"
+
+$(DOCS): $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
 ui: install ## open MLflow over the embedded database, on 127.0.0.1:5000
 	@$(BIN)/rayclip ui
 
@@ -58,4 +67,4 @@ browser: ## install chromium where there is none
 		|| echo "no chromium: the tests of the page are skipped"
 
 clean: ## remove the environment, data sets, runs and the MLflow store
-	rm -rf $(VENV) data runs mlflow .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build data runs mlflow .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -92,19 +92,33 @@ def _usage(name: str) -> str:
 
 def recipes_page() -> str:
     """Return the page of recipes."""
-    intro = "A recipe is a YAML file in the package, found by its name: `rayclip train demo`. Any path to a YAML works too."
+    intro = (
+        "A recipe is a YAML file in the package, found by its name: `rayclip train demo`. Any path to a YAML works too."
+    )
     lines = ["# Recipes", "", intro, ""]
     for name in list_recipes():
         text = find_config(name).read_text()
         comment = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
         lines += [f"## {name} {{ #{name} }}", "", " ".join(comment), ""]
-        lines += ['??? note "The file"', "", "    ```yaml", *(f"    {line}" for line in text.splitlines()), "    ```", ""]
+        lines += [
+            '??? note "The file"',
+            "",
+            "    ```yaml",
+            *(f"    {line}" for line in text.splitlines()),
+            "    ```",
+            "",
+        ]
     return "\n".join(lines)
 
 
 def settings_page(name: str, schema: type[Config]) -> str:
     """Return the page of one command's settings."""
-    lines = [f"# Settings of {name}", "", f"What [`rayclip {name}`](../commands.md#{name}) takes, as `key=value` or in YAML.", ""]
+    lines = [
+        f"# Settings of {name}",
+        "",
+        f"What [`rayclip {name}`](../commands.md#{name}) takes, as `key=value` or in YAML.",
+        "",
+    ]
     return "\n".join([*lines, *_section(schema, "")])
 
 
@@ -132,7 +146,9 @@ def _entry(key: str, field: FieldInfo, nested: bool) -> Iterator[str]:
 
 
 def _limits(field: FieldInfo) -> list[str]:
-    limits = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in _COMPARISONS.items() if hasattr(m, name)]
+    limits = [
+        f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in _COMPARISONS.items() if hasattr(m, name)
+    ]
     return [f"`{limit}`" for limit in limits]
 
 
@@ -155,7 +171,11 @@ def format_type(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return " | ".join("none" if each is type(None) else format_type(each) for each in arguments)
     if origin is tuple:
-        return f"list of {format_type(arguments[0])}" if arguments[-1] is Ellipsis else f"{len(arguments)} x {format_type(arguments[0])}"
+        return (
+            f"list of {format_type(arguments[0])}"
+            if arguments[-1] is Ellipsis
+            else f"{len(arguments)} x {format_type(arguments[0])}"
+        )
     if origin is dict:
         return f"{format_type(arguments[1])} by name"
     return str(getattr(annotation, "__name__", annotation))
@@ -216,7 +236,11 @@ def _json_type(schema: dict[str, Any]) -> str:
         return " | ".join("none" if each.get("type") == "null" else _json_type(each) for each in schema["anyOf"])
     if "const" in schema or "enum" in schema:
         return " | ".join(map(str, schema.get("enum", [schema.get("const")])))
-    return f"list of {_json_type(schema.get('items', {}))}" if schema.get("type") == "array" else str(schema.get("type", "any"))
+    return (
+        f"list of {_json_type(schema.get('items', {}))}"
+        if schema.get("type") == "array"
+        else str(schema.get("type", "any"))
+    )
 
 
 def _resolved(schema: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
