@@ -18,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from rayclip.data.decode import eval_array
+from rayclip.data.decode import MAX_ASPECT, BadSampleError, check_image_size, eval_array, without_png_text
 from rayclip.serve.schemas import Error
 
 READERS: dict[bytes, type[ImageFile]] = {
@@ -36,10 +36,6 @@ Image.open has a limit of its own, below which it warns.
 
 FORMATS = "JPEG, PNG, WebP, GIF or AVIF"
 """The same for people."""
-
-MAX_ASPECT = 200
-"""Longer side over shorter. A picture is resized by its shorter side before its middle is cut out: 1 x 50,000 pixels
-would become 224 x 11,200,000. At this limit the resized picture has 200 times the pixels that are kept."""
 
 MAX_JPEG_SCANS = 100
 """Encoders write about ten. A scan of some 70 bytes can make the decoder go over all pixels again."""
@@ -199,7 +195,7 @@ def _open(data: bytes) -> ImageFile:
     # The plain count takes no time and is enough for nearly all; videos that phones append have the bytes by chance.
     if reader is JpegImageFile and data.count(b"\xff" + _SCAN) > MAX_JPEG_SCANS and _has_too_many_scans(data):
         raise _undecodable(f"it has more than {MAX_JPEG_SCANS} scans")
-    return reader(io.BytesIO(data))
+    return reader(io.BytesIO(without_png_text(data)))
 
 
 def _has_too_many_scans(data: bytes) -> bool:
@@ -215,12 +211,15 @@ def _has_too_many_scans(data: bytes) -> bool:
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        message = f"the picture has {width} x {height} pixels; at most {max_pixels} are allowed"
-        raise RequestError(422, message, "image_too_large")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        message = f"the picture has {width} x {height} pixels; a side may be at most {MAX_ASPECT} times the other"
-        raise RequestError(422, message, "image_too_thin")
+    try:
+        check_image_size(width, height, max_pixels)
+    except BadSampleError as error:
+        allowed = {
+            "image_too_large": f"at most {max_pixels} are allowed",
+            "image_too_thin": f"a side may be at most {MAX_ASPECT} times the other",
+        }[error.cause]
+        message = f"the picture has {width} x {height} pixels; {allowed}"
+        raise RequestError(422, message, error.cause) from None
 
 
 def _undecodable(why: str) -> RequestError:

@@ -117,10 +117,10 @@ BAD: dict[str, tuple[str, Callable[..., dict[str, bytes]]]] = {
     "cut webp": ("image_undecodable", _picture("webp", partial(_cut, "WEBP"))),
     "zero bytes": ("image_undecodable", _picture("jpg", lambda pixels: b"")),
     "gigapixel png": (
-        "image_undecodable",
+        "image_too_large",
         _picture("png", lambda p: png(10**5, 10**5, 8, 2, zlib.compress(bytes(99)))),
     ),
-    "gigapixel jpg": ("image_undecodable", _picture("jpg", lambda pixels: _gigapixel_jpeg())),
+    "gigapixel jpg": ("image_too_large", _picture("jpg", lambda pixels: _gigapixel_jpeg())),
     "no picture": ("no_image", lambda files, pixels, i: {"txt": files["txt"]}),
     "no caption": ("no_caption", lambda files, pixels, i: {"jpg": files["jpg"]}),
     "caption not UTF-8": ("caption_not_utf8", lambda files, pixels, i: files | {"txt": "café".encode("latin-1")}),

@@ -174,7 +174,7 @@ def test_whatever_is_damaged_there_are_pixels_or_a_bad_sample(file_format, monke
                 outcomes.add(decode(damaged.tobytes()).shape)
             except BadSampleError as error:
                 outcomes.add(error.cause)
-    assert outcomes == {(8, 8, 3), "image_undecodable"}
+    assert outcomes - {"image_too_large", "image_too_thin"} == {(8, 8, 3), "image_undecodable"}
 
 
 # Crops

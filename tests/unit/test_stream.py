@@ -18,6 +18,7 @@ from rayclip.data.order import uniform
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
+from tests.broken_corpus import png
 
 NUM_SAMPLES = 33
 DTYPES = {
@@ -256,19 +257,21 @@ def test_the_data_set_may_not_change_under_a_run(manifest, tmp_path, make_sample
 # Bad samples
 
 
-def image(file_format="PNG"):
+def image(file_format="PNG", size=(40, 40)):
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(file, file_format)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).save(file, file_format)
     return file.getvalue()
 
 
 BAD_SAMPLES = {
     "fine": {"png": image(), "txt": b"fine"},
-    "no_image": {"txt": b"words only", "gif": b"GIF89a"},
+    "no_image": {"txt": b"words only", "svg": b"<svg/>"},
     "image_undecodable": {"png": b"this is no picture", "txt": b"fine"},
     "image_undecodable, cut png": {"png": image()[:1000], "txt": b"fine"},
     "image_undecodable, cut jpg": {"jpg": image("JPEG")[:600], "txt": b"fine"},
     "image_undecodable, cut webp": {"webp": image("WEBP")[:300], "txt": b"fine"},
+    "image_too_thin": {"png": image(size=(1, 300)), "txt": b"fine"},
+    "image_too_large": {"png": png(10**5, 10**5, 8, 2, b""), "txt": b"fine"},
     "image_undecodable, nothing": {"jpg": b"", "txt": b"fine"},
     "no_caption": {"png": image(), "json": b"{}"},
     "caption_not_utf8": {"png": image(), "txt": b"\xff\xfe caption"},
@@ -321,6 +324,7 @@ def test_every_cause_is_tested():
         "chunk_unreadable",
         "sample_missing",
         "image_unreadable",
+        "row_malformed",
     }
     assert tested == set(CAUSES) - set(GUARD_CAUSES)
 

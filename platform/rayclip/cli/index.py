@@ -9,6 +9,7 @@ from rayclip.io.storage import join
 
 def main(config: IndexConfig) -> dict[str, Any]:
     """Read the shards that are new or have changed and write `manifest.parquet`; returns what there is."""
+    from rayclip.data.index import describe_findings
     from rayclip.orchestration.batch.index import index
 
     summary = index(config)
@@ -18,8 +19,8 @@ def main(config: IndexConfig) -> dict[str, Any]:
         f"{summary['bytes'] / 1e6:>9,.1f}  {summary['path']}"
     )
     print(f"{summary['read']:,} of the shards were read, the others are as the last index found them")
-    for problem in summary["problems"]:
-        print(f"  {problem}")
+    for line in describe_findings(summary):
+        print(f"  {line}")
     return summary
 
 

@@ -160,10 +160,11 @@ class IndexConfig(Config):
     """python -m jobs.index"""
 
     path: InputPath = Field(
-        description="folder or address of tar shards, Parquet, tables or pictures; or one such file"
+        description="folder or address of tar shards, Parquet, tables or pictures; one such file; several: {0..9}.tar"
     )
     output: OutputPath | None = Field(None, description="folder for the manifest; None: beside the shards")
-    format: Literal["auto", "tar", "parquet", "table", "folder"] = Field(
+    replace: bool = Field(False, description="write over a manifest there that is of other shards")
+    format: Literal["auto", "tar", "parquet", "table", "jsonl", "folder"] = Field(
         "auto", description="auto: the first of these that is there"
     )
     image_column: NotPath | None = Field(
@@ -173,6 +174,9 @@ class IndexConfig(Config):
         None, min_length=1, description="of Parquet and tables; None takes 'caption', 'title' or their kin"
     )
     chunk_samples: int = Field(64, gt=0, description="neighbouring samples that one read fetches")
+    check: Literal["decode", "header", "none"] = Field(
+        "decode", description="what is tried of each picture: decoding it small, its header, or nothing is read"
+    )
     damaged_shards: Annotated[Literal["stop", "salvage"], RenamedFrom("broken")] = Field(
         "stop", description="a shard that is not whole: stop, or take what is whole of it and say so"
     )

@@ -4,12 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rayclip.data.formats.base import Sample
+from rayclip.data.formats.base import USUAL_KEYS, Sample
 
 DRAW = 1 << 16
 """The number of the draw that chooses a caption, among those of a sample (data/order.py)."""
-
-_USUAL_KEYS = ("caption", "captions", "text")
 
 Choice = tuple[str, float]
 """A caption and its weight."""
@@ -38,7 +36,7 @@ def _choices(sample: Sample, weights: Mapping[str, float]) -> list[tuple[bytes, 
     content = json.loads(sample["json"].decode()) if "json" in sample and set(weights) != {"txt"} else {}
     content = content if isinstance(content, dict) else {}
     if not weights:
-        key = next((key for key in _USUAL_KEYS if content.get(key)), None)
+        key = next((key for key in USUAL_KEYS if content.get(key)), None)
         weights = {key: 1.0} if key else {}
     choices: list[tuple[bytes, float]] = []
     for key, weight in weights.items():

@@ -1,4 +1,7 @@
-"""From a sample's files to pixels and a caption. Pictures stay uint8: the model normalises them on its device."""
+"""From a sample's files to pixels and a caption. Pictures stay uint8: the model normalises them on its device.
+
+How large a picture may be is said here alone, for training, embedding, evaluation, ingestion and the service.
+"""
 
 import io
 import math
@@ -9,7 +12,14 @@ import numpy as np
 from PIL import Image
 
 from rayclip.data.formats.base import IMAGE_EXTENSIONS, Sample
-from rayclip.data.jpeg import Box, crop_jpeg, exif_transpose, jpeg_size
+from rayclip.data.jpeg import Box, crop_jpeg, exif_transpose, is_whole_jpeg, jpeg_size
+
+MAX_PIXELS = 178_956_970
+"""Most pixels of a picture that is decoded; Pillow refuses larger ones too."""
+
+MAX_ASPECT = 200
+"""Longer side over shorter. A picture is resized by its shorter side before its middle is cut out: 1 x 50,000 pixels
+would become 224 x 11,200,000. At this limit the resized picture has 200 times the pixels that are kept."""
 
 GUARD_CAUSES = ("loss_not_finite", "gradient_not_finite", "loss_spike", "logit_scale_collapsed")
 """Why a sample that could be read was left out: what a step came to that it was in."""
@@ -24,6 +34,9 @@ CAUSES = (
     "no_caption",
     "caption_not_utf8",
     "caption_empty",
+    "image_too_large",
+    "image_too_thin",
+    "row_malformed",
     *GUARD_CAUSES,
 )
 """Why a sample was skipped; its index in this tuple is the code that travels with the stream."""
@@ -69,9 +82,63 @@ def read_image(sample: Sample) -> Image.Image:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """A picture's file, opened and upright. Raises BadSampleError."""
+    """A picture's file, opened and upright. Raises BadSampleError, also for one above the limits of size."""
+    image = open_stored(data)
     with what_fails_is_bad():
-        return upright(Image.open(io.BytesIO(data)))
+        return upright(image)
+
+
+def open_stored(data: bytes) -> Image.Image:
+    """A picture's file, opened, as it is stored. Raises BadSampleError, also for one above the limits of size."""
+    with what_fails_is_bad():
+        image = Image.open(io.BytesIO(without_png_text(data)))
+    check_image_size(*image.size)
+    return image
+
+
+def check_image_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise BadSampleError, image_too_large or image_too_thin, for a picture that is not to be decoded."""
+    if width * height > max_pixels:
+        raise BadSampleError("image_too_large")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSampleError("image_too_thin")
+
+
+def check_image(data: bytes, decode: bool = True) -> None:
+    """Raise BadSampleError where training could not read a picture's file: decoded at the smallest scale there is.
+
+    Without `decode` its header alone is read, which finds what is no picture, and what is too large.
+    """
+    size = jpeg_size(data)
+    if size is not None:
+        check_image_size(*size)
+        if not decode or is_whole_jpeg(data, size):
+            return
+    image = open_image(data) if decode else open_stored(data)
+    with what_fails_is_bad():
+        if decode:
+            image.draft("RGB", (1, 1))  # of JPEGs; does nothing to others
+            to_rgb(image)
+
+
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXT = (b"iCCP", b"zTXt", b"iTXt", b"tEXt")
+
+
+def without_png_text(data: bytes) -> bytes:
+    """A PNG's file without its colour profile and its texts, any other file as it is.
+
+    Pillow unpacks those, and refuses the whole picture where one of them is larger than a megabyte.
+    """
+    if not data.startswith(_PNG_START) or not any(kind in data for kind in _PNG_TEXT):
+        return data
+    kept, at = [_PNG_START], len(_PNG_START)
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])  # length, kind, what it holds, checksum
+        if data[at + 4 : at + 8] not in _PNG_TEXT:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
 
 
 @contextmanager
@@ -83,6 +150,8 @@ def what_fails_is_bad() -> Iterator[None]:
     """
     try:
         yield
+    except Image.DecompressionBombError:
+        raise BadSampleError("image_too_large") from None
     except Exception:
         raise BadSampleError("image_undecodable") from None
 
@@ -105,6 +174,7 @@ def crop_image(data: bytes, choose_box: Callable[[int, int], Box], size: int) ->
     """
     picture = jpeg_size(data)
     if picture is not None:
+        check_image_size(*picture)
         crop = crop_jpeg(data, picture, choose_box(*picture), size)
         if crop is not None:
             return crop
@@ -132,16 +202,33 @@ def crop_to_array(image: Image.Image, box: Box, size: int) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as RGB, of 16-bit grey the higher eight bits; what is transparent goes on white."""
+    """The picture as RGB, of deeper grey the higher eight bits; what is transparent goes on white."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):  # PIL would cut all above 255 off
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(canvas, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_8_bits(grey_HW: np.ndarray) -> np.ndarray:
+    """Grey of 32 bits, whole or floating, as uint8 [H, W].
+
+    No file says what its white is: it is the least of 1 (floating numbers only), 255, 65,535 and 4,294,967,295 that no
+    value is above. What is below 0, or is no number, is black.
+    """
+    if grey_HW.dtype == np.int32 and grey_HW.min() < 0:  # whole numbers without a sign, which Pillow gives one
+        grey_HW = grey_HW.view(np.uint32)
+    values_HW = np.nan_to_num(grey_HW.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    whites = (1.0, 2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)[grey_HW.dtype != np.float32 :]
+    most = values_HW.max()
+    white = next((white for white in whites if most <= white), most)
+    return np.clip(values_HW / white * 255, 0, 255).round().astype(np.uint8)
 
 
 def random_box(

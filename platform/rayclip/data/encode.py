@@ -5,7 +5,7 @@ import io
 from PIL import Image
 
 from rayclip.config import IngestConfig
-from rayclip.data.decode import BadSampleError, to_rgb, upright, what_fails_is_bad
+from rayclip.data.decode import BadSampleError, open_stored, to_rgb, upright, what_fails_is_bad
 from rayclip.data.formats.tar import Sample
 from rayclip.data.sources import Record
 
@@ -25,8 +25,8 @@ def to_sample(record: Record, key: str, config: IngestConfig) -> Sample:
 
 def encode_image(image: bytes | Image.Image, config: IngestConfig) -> tuple[str, bytes]:
     """(extension, file) as the config wants it. Raises BadSampleError for a picture that cannot be decoded."""
+    picture = open_stored(image) if isinstance(image, bytes) else image
     with what_fails_is_bad():
-        picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
         picture.load()
         extension = _READABLE.get(picture.format or "", "png") if config.image_format == "keep" else config.image_format
         turned = upright(picture)

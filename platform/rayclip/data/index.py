@@ -1,138 +1,44 @@
-"""What a data set that someone else wrote is made of: its format, its shards, and the chunks of each."""
+"""From the shards that a data set is made of to its manifest: what is read again, and what was found in them.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import NamedTuple
+Which files those are, and how they are read, is decided in `index_plan`.
+"""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from rayclip.config import IndexConfig
-from rayclip.data.formats import FORMATS, Layout, Shard, Span, parquet, table, tar
-from rayclip.data.formats.folder import IMAGES, LISTING, make_listing
-from rayclip.data.manifest import FILE_NAME, Chunks, Manifest
-from rayclip.data.sources.table import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
+from rayclip.data.formats import FORMATS, Layout, Shard, Span, tar
+from rayclip.data.formats.base import MissingColumnError
+from rayclip.data.index_plan import IndexPlan, find_columns, make_plan, output_folder
+from rayclip.data.inspect import ShardReport, count, inspect_shard
+from rayclip.data.manifest import FILE_NAME, PARTIAL, Chunks, Manifest
 from rayclip.errors import UserError
+from rayclip.io.files import describe_impostor
 from rayclip.io.s3 import File
-from rayclip.io.storage import absolute, find_file, is_remote, join, list_files, split, write_bytes
+from rayclip.io.storage import read_range
 
-PARTIAL = "manifest.partial.parquet"
-"""What an index that was interrupted has found."""
+__all__ = ["IndexPlan", "make_plan", "output_folder"]
 
-_EXTENSIONS = {"tar": (".tar",), "parquet": (".parquet",), "table": (".csv", ".tsv"), "folder": IMAGES}
-_OURS = (FILE_NAME, PARTIAL, LISTING)
-_IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", *IMAGE_COLUMNS)
-_CAPTION_COLUMNS = ("caption", "captions", *CAPTION_COLUMNS, "txt")
-
-
-@dataclass(frozen=True)
-class IndexPlan:
-    """The shards of a data set and how they are read. Small and picklable but for the shards."""
-
-    folder: str
-    """Where the manifest goes."""
-    root: str
-    """Where the shards are; empty for `folder`."""
-    layout: Layout
-    shards: Sequence[File]
-    class_names: Sequence[str] = ()
-
-    def path(self, shard: File) -> str:
-        """The path or address of a shard."""
-        return join(self.root or self.folder, shard.name)
+_NUM_SHOWN = 5
+_IMPOSTOR_BYTES = 256
 
 
 class Indexed(NamedTuple):
-    """A shard that was read. `problem` says what is wrong with one that is not whole."""
+    """A shard that was read, with its chunks, int64 [num_chunks, 3], and what was found in it."""
 
     name: str
     size: int
     stamp: str
     chunks: np.ndarray
-    problem: str | None = None
+    report: ShardReport
 
-
-def make_plan(config: IndexConfig) -> IndexPlan:
-    """Find the shards, in the order of their names, which becomes the data set's. Raises UserError for none."""
-    root, one = _root(config)
-    files = [one] if one else list_files(root)
-    kind, shards = _detect(config, files)
-    folder = output_folder(config)
-    if kind == "folder":
-        return _plan_folder(folder, root, shards, files)
-    layout = _layout_of(kind, Shard(join(root, shards[0].name), shards[0].size), config)
-    return IndexPlan(folder, "" if folder == root else root, layout, shards)
-
-
-def output_folder(config: IndexConfig) -> str:
-    """Where the manifest goes."""
-    return absolute(config.output) if config.output else _root(config)[0]
-
-
-def _root(config: IndexConfig) -> tuple[str, File | None]:
-    """The folder, and the one file in it where that is what the path names."""
-    path = absolute(config.path)
-    found = find_file(path)
-    if found is None:
-        return path, None
-    folder, name = split(path)
-    return folder, File(name, found.size, found.stamp)
-
-
-def _detect(config: IndexConfig, files: Sequence[File]) -> tuple[str, list[File]]:
-    """The first format that there are files of: at the top, or else further down."""
-    kinds = _EXTENSIONS if config.format == "auto" else {config.format: _EXTENSIONS[config.format]}
-    own = [file for file in files if file.size and PurePosixPath(file.name).name not in _OURS]
-    for there in ([file for file in own if "/" not in file.name], own):
-        for kind, extensions in kinds.items():
-            shards = [file for file in there if file.name.lower().endswith(extensions)]
-            # Pictures belong together wherever they lie.
-            if shards and (kind != "folder" or there is own or config.format == "folder"):
-                return kind, shards
-    if not files and not is_remote(config.path):
-        raise UserError(f"'{config.path}' is not a folder with files in it")
-    wanted = ", ".join(f"*{extension}" for extensions in kinds.values() for extension in extensions)
-    raise UserError(f"'{config.path}' has no shards ({wanted})")
-
-
-def _plan_folder(folder: str, root: str, pictures: list[File], files: Sequence[File]) -> IndexPlan:
-    """The listing is the one shard, and is written here."""
-    listing, class_names = make_listing([file for file in files if PurePosixPath(file.name).name not in _OURS])
-    path = join(folder, LISTING)
-    write_bytes(path, listing)
-    found = find_file(path)
-    assert found
-    layout = Layout("folder", separator="\t", pictures="" if folder == root else root)
-    return IndexPlan(folder, "", layout, [File(LISTING, *found[1:])], class_names)
-
-
-def _layout_of(kind: str, first: Shard, config: IndexConfig) -> Layout:
-    """How the shards are read, from the first of them."""
-    if kind == "tar":
-        return Layout()
-    try:
-        if kind == "table":
-            separator, columns = table.read_header(first, "\t" if first.path.lower().endswith(".tsv") else "")
-        else:
-            schema = parquet.read_schema(first)
-            separator, columns = "", list(schema.names)
-    except OSError as error:
-        raise UserError(_describe_error(first, error)) from None
-    usual = _IMAGE_COLUMNS if kind == "parquet" else (*IMAGE_COLUMNS, *_IMAGE_COLUMNS)
-    image = find_column("image_column", config.image_column, usual, columns, first.path)
-    if kind == "parquet" and not _may_be_image(schema.field(image).type):
-        raise UserError(f"'{first.path}': column '{image}' is {schema.field(image).type}, not bytes or paths")
-    captions = [
-        find_column("caption_columns", named, _CAPTION_COLUMNS, columns, first.path)
-        for named in config.caption_columns or (None,)
-    ]
-    return Layout(kind, image, tuple(captions), separator)
-
-
-def _may_be_image(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    return any(test(kind) for test in tests) or pa.types.is_struct(kind)
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with a shard that is not whole."""
+        return self.report.problem
 
 
 def index_shard(shard: Shard, chunk_samples: int, layout: Layout, salvage: bool = False) -> tuple[Chunks, str | None]:
@@ -142,7 +48,7 @@ def index_shard(shard: Shard, chunk_samples: int, layout: Layout, salvage: bool 
     """
     try:
         if layout.kind == "tar" and salvage:
-            return tar.list_whole_chunks(shard, chunk_samples)
+            return tar.list_whole_chunks(shard, chunk_samples, layout)[:2]
         return FORMATS[layout.kind].list_chunks(shard, chunk_samples, layout), None
     except OSError as error:
         if salvage:
@@ -150,8 +56,31 @@ def index_shard(shard: Shard, chunk_samples: int, layout: Layout, salvage: bool 
         raise UserError(_describe_error(shard, error)) from None
 
 
+def index_file(path: str, file: File, layout: Layout, notes: dict[str, object]) -> Indexed:
+    """Read a shard and look at its samples, as `notes` say. Raises UserError for one that is not whole, but to salvage.
+
+    One that has no column of pictures at all is passed over; one whose columns have other names is a mistake.
+    """
+    shard, salvage = Shard(path, file.size), notes["broken"] == "salvage"
+    try:
+        spans, report = inspect_shard(shard, int(str(notes["chunk_samples"])), layout, salvage, str(notes["check"]))
+    except OSError as error:
+        spans, report = [], ShardReport(problem=_describe_error(shard, error))
+        passed_over = isinstance(error, MissingColumnError) and not find_columns(error.columns, layout.kind)
+        if not passed_over and not salvage:
+            if isinstance(error, MissingColumnError):
+                raise UserError(f"{error}: index such files by themselves, and name both in data.mixture") from None
+            raise UserError(str(report.problem)) from None
+    return Indexed(*file, np.asarray(spans, dtype=np.int64).reshape(-1, 3), report)
+
+
 def _describe_error(shard: Shard, error: OSError) -> str:
-    return f"'{shard.path}' cannot be read: {error.strerror}" if error.strerror else str(error)
+    text = f"'{shard.path}' cannot be read: {error.strerror}" if error.strerror else str(error)
+    try:
+        instead = describe_impostor(read_range(shard.path, 0, min(shard.size, _IMPOSTOR_BYTES)))
+    except OSError:
+        instead = None
+    return f"{text}; it is {instead}" if instead else text
 
 
 def known_shards(plan: IndexPlan, notes: dict[str, object]) -> dict[str, Indexed]:
@@ -163,7 +92,8 @@ def known_shards(plan: IndexPlan, notes: dict[str, object]) -> dict[str, Indexed
             last = Manifest.load(plan.folder, name)
         except UserError:  # none, or none that could be used
             continue
-        if last.layout == plan.layout and last.notes == notes and last.root == plan.root and last.stamps:
+        same = replace(last.layout, careful=False) == plan.layout and last.root == plan.root
+        if same and last.notes == notes and last.stamps:
             known |= {found.name: found for found in _shards_of(last) if found[:3] == now.get(found.name)}
     return known
 
@@ -172,12 +102,74 @@ def _shards_of(manifest: Manifest) -> list[Indexed]:
     chunks = np.stack([manifest.offset, manifest.length, manifest.num_samples], axis=1).astype(np.int64)
     edges = np.searchsorted(manifest.shard, np.arange(len(manifest.shards) + 1))
     rows = zip(manifest.shards, manifest.shard_bytes, manifest.stamps, edges, edges[1:], strict=False)
-    return [Indexed(name, size, stamp, chunks[a:b]) for name, size, stamp, a, b in rows]
+    reports = manifest.reports or {}
+    return [
+        Indexed(name, size, stamp, chunks[a:b], ShardReport(**reports.get(name, {})))
+        for name, size, stamp, a, b in rows
+    ]
 
 
 def to_manifest(plan: IndexPlan, found: dict[str, Indexed], notes: dict[str, object]) -> Manifest:
     """The manifest of the shards that were found, in the plan's order."""
     chosen = [found[file.name] for file in plan.shards if file.name in found and len(found[file.name].chunks)]
     shards = [(shard.name, shard.size, shard.chunks) for shard in chosen]
-    more = {"root": plan.root, "stamps": tuple(shard.stamp for shard in chosen), "notes": notes}
-    return Manifest.from_spans(plan.folder, shards, plan.layout, **more)
+    reports = {shard.name: said for shard in chosen if (said := shard.report.to_dict())}
+    layout = replace(plan.layout, careful=any(shard.report.careful for shard in chosen))
+    more = {"root": plan.root, "stamps": tuple(shard.stamp for shard in chosen), "notes": notes, "reports": reports}
+    return Manifest.from_spans(plan.folder, shards, layout, **more)
+
+
+def summarize(plan: IndexPlan, found: dict[str, Indexed], config: IndexConfig) -> dict[str, Any]:
+    """What was found in all shards: {"check", "readable", "unreadable", "examples", "absent", "ignored",
+    "repeated_keys", "passed_over", "notes"}; `readable` is None where no sample was looked at."""
+    shards = [found[file.name] for file in plan.shards if file.name in found]
+    causes: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    notes = list(plan.notes)
+    for shard in shards:
+        causes.update(shard.report.causes)
+        for kind, names in shard.report.examples.items():
+            held = examples.setdefault(kind, [])
+            held += [f"{shard.name}/{name}" for name in names][: _NUM_SHOWN - len(held)]
+    said = [f"'{shard.name}': {note}" for shard in shards for note in shard.report.notes]
+    notes += said[:_NUM_SHOWN] + [f"and {len(said) - _NUM_SHOWN:,} notes more of this kind"] * (len(said) > _NUM_SHOWN)
+    samples = sum(int(shard.chunks[:, 2].sum()) for shard in shards)
+    return {
+        "check": config.check,
+        "readable": None if config.check == "none" else samples - causes.total(),
+        "unreadable": dict(causes.most_common()),
+        "examples": examples,
+        "absent": sum(shard.report.num_absent for shard in shards),
+        "ignored": plan.num_ignored + sum(shard.report.num_ignored for shard in shards),
+        "repeated_keys": sum(shard.report.num_repeats for shard in shards),
+        "passed_over": plan.passed_over,
+        "notes": notes,
+    }
+
+
+def describe_findings(summary: dict[str, Any]) -> list[str]:
+    """The lines that `index` prints of what it found, from its summary."""
+    lines = []
+    if summary["readable"] is not None:
+        looked = "decoded" if summary["check"] == "decode" else "by the pictures' headers alone"
+        lines.append(f"{summary['readable']:,} of {summary['samples']:,} samples can be read ({looked})")
+    for cause, number in summary["unreadable"].items():
+        lines.append(f"{number:,} {cause}{_like(summary, cause)}: training will skip them")
+    if summary["repeated_keys"]:
+        lines.append(
+            f"{count(summary['repeated_keys'], 'sample')} with the key of an earlier one of the shard"
+            f"{_like(summary, 'repeated_key')}: each is a sample by itself"
+        )
+    if summary["absent"]:
+        lines.append(f"{count(summary['absent'], 'row')} without a picture: no samples")
+    if summary["ignored"]:
+        lines.append(f"{count(summary['ignored'], 'file')} of macOS or Windows ignored, as ._NAME")
+    if summary["passed_over"]:
+        others = ", ".join(f"{number:,} {ending}" for ending, number in summary["passed_over"].items())
+        lines.append(f"other files that are no part of it: {others}")
+    return [*lines, *summary["notes"], *summary["problems"]]
+
+
+def _like(summary: dict[str, Any], kind: str) -> str:
+    names = summary["examples"].get(kind, ())[:2]
+    return f", as {' and '.join(names)}" if names else ""

@@ -73,6 +73,16 @@ def crop_jpeg(data: bytes, image: tuple[int, int], box: Box, size: int) -> np.nd
     return resize(pixels_HWC[upper:lower, left:right], size)
 
 
+def is_whole_jpeg(data: bytes, image: tuple[int, int]) -> bool:
+    """Whether libjpeg-turbo finds nothing wrong with a file, decoded as small as it can."""
+    try:
+        wide, high = (-(-side // _REDUCTIONS[0]) for side in image)
+        simplejpeg.decode_jpeg(data, min_height=high, min_width=wide)
+    except ValueError:
+        return False
+    return True
+
+
 def resize(pixels_HWC: np.ndarray, size: int) -> np.ndarray:
     """Bicubic with antialiasing, uint8 [H, W, 3] to uint8 [size, size, 3]."""
     # Here, for the sake of processes that hand the stream on and crop nothing: to import it takes a second.

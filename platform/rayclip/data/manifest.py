@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from rayclip.errors import UserError
 from rayclip.io.storage import find_file, find_files, is_remote, join, list_files, read_bytes, read_range, write_bytes
 
 FILE_NAME = "manifest.parquet"
+PARTIAL = "manifest.partial.parquet"
+"""What an index that was interrupted has found."""
+
 _KEY = b"rayclip"
 _COLUMNS = ("shard", "offset", "length", "num_samples")
 _BLOCK = 1 << 18  # chunks that a digest takes at once
@@ -54,6 +57,8 @@ class Manifest:
     """What tells that a shard has changed; no part of what the data set is."""
     notes: Mapping[str, Any] | None = None
     """What the index was made with."""
+    reports: Mapping[str, Any] | None = None
+    """What the index found in shards that are not all fine, by name (data/inspect.py)."""
 
     @classmethod
     def from_spans(
@@ -97,7 +102,7 @@ class Manifest:
         """SHA-256 over names, sizes and chunks: two manifests with one digest give one stream."""
         state = hashlib.sha256(json.dumps([self.shards, self.shard_bytes]).encode())
         if self.layout != Layout():
-            state.update(json.dumps(asdict(self.layout)).encode())
+            state.update(json.dumps(self.layout.to_dict()).encode())
         for name, block in itertools.product(_COLUMNS, range(0, len(self), _BLOCK)):
             state.update(getattr(self, name)[block : block + _BLOCK].astype("<i8"))
         return state.hexdigest()
@@ -118,7 +123,7 @@ class Manifest:
         kept, shard = np.unique(self.shard[chunks], return_inverse=True)
         names, sizes = ([of[i] for i in kept.tolist()] for of in (self.shards, self.shard_bytes))
         rows = {name: getattr(self, name)[chunks] for name in _COLUMNS} | {"shard": shard.astype(np.int32)}
-        return replace(self, shards=tuple(names), shard_bytes=tuple(sizes), stamps=(), notes=None, **rows)
+        return replace(self, shards=tuple(names), shard_bytes=tuple(sizes), stamps=(), notes=None, reports=None, **rows)
 
     def shard_of(self, chunk: int) -> Shard:
         """The shard that a chunk is in."""
@@ -175,8 +180,8 @@ class Manifest:
     def save(self, name: str = FILE_NAME) -> str:
         """Write `manifest.parquet` into the folder, whole and then named."""
         meta = {"format": 1, "shards": self.shards, "shard_bytes": self.shard_bytes, "digest": self.digest}
-        more = {"root": self.root, "stamps": self.stamps, "notes": self.notes}
-        more["layout"] = asdict(self.layout) if self.layout != Layout() else None
+        more: dict[str, Any] = {"root": self.root, "stamps": self.stamps, "notes": self.notes, "reports": self.reports}
+        more["layout"] = self.layout.to_dict() if self.layout != Layout() else None
         meta |= {key: value for key, value in more.items() if value}
         table = pa.table({name: getattr(self, name) for name in _COLUMNS})
         target = io.BytesIO()
@@ -204,6 +209,7 @@ class Manifest:
         manifest = cls(
             str(folder), shards, sizes, **columns, layout=layout,
             root=meta.get("root", ""), stamps=tuple(meta.get("stamps", ())), notes=meta.get("notes"),
+            reports=meta.get("reports"),
         )  # fmt: skip
         if not len(manifest):
             raise UserError(f"the data set in '{folder}' is empty: its manifest lists no samples")

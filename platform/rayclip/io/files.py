@@ -71,3 +71,13 @@ def find_weights(path: Path) -> Path | None:
     if path.is_file():
         return path
     return next((path / name for name in SETTINGS_BESIDE if (path / name).is_file()), None)
+
+
+def describe_impostor(start: bytes) -> str | None:
+    """What a file is that stands in the place of another, by its first bytes; None where it may be the file itself."""
+    head = start[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer in the file's place: fetch the file with git lfs pull"
+    if head.startswith((b"<!doctype html", b"<html", b"<head")):
+        return "an HTML page: what was downloaded was a page about the file, or an error"
+    return None

@@ -4,15 +4,17 @@ A chunk is a row group, or a range of rows of one that is larger. Parquet can on
 a range costs what lies before it in its group too: groups of up to a few hundred rows are best.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayclip.data.formats.base import PICTURE, ChunkError, Layout, Sample, Shard, Span
+from rayclip.data.formats.base import PICTURE, ChunkError, Layout, Sample, Shard, Span, check_columns
 from rayclip.data.formats.members import add_images, caption_members
 from rayclip.io.s3 import RemoteFile
 from rayclip.io.storage import is_remote, split
@@ -23,7 +25,9 @@ _BATCH_ROWS = 64
 
 def list_chunks(shard: Shard, chunk_samples: int, layout: Layout) -> list[Span]:
     """Row groups, those of more than twice `chunk_samples` in equal ranges. Raises OSError for what is no Parquet."""
-    starts, spans = _group_starts(_read_metadata(shard)), []
+    metadata = _read_metadata(shard)
+    check_columns(shard, layout, metadata.schema.to_arrow_schema().names)
+    starts, spans = _group_starts(metadata), []
     for start, end in pairwise(starts.tolist()):
         num_ranges = max(1, -(-(end - start) // chunk_samples)) if end - start > 2 * chunk_samples else 1
         edges = np.linspace(start, end, num_ranges + 1).round().astype(int).tolist()
@@ -36,12 +40,12 @@ def read_chunk(shard: Shard, span: Span, layout: Layout) -> list[Sample]:
     try:
         table = _read_rows(shard, span, layout)
         samples = [{"__key__": str(row).encode()} for row in range(span.offset, span.offset + span.length)]
-        _add_images(samples, table[layout.image_column], layout.pictures or split(shard.path)[0])
-        captions = [_texts(table[column]) for column in layout.caption_columns]
+        absent = _add_images(samples, table[layout.image_column], layout.pictures or split(shard.path)[0])
+        captions = [_texts(_column(table, column)) for column in layout.caption_columns]
         for sample, *values in zip(samples, *captions, strict=True):
             sample |= caption_members(layout.caption_columns, values)
-        return samples
-    except (pa.ArrowException, KeyError) as error:
+        return [s for s, none in zip(samples, absent, strict=True) if not none] if layout.careful else samples
+    except (pa.ArrowException, KeyError, ValueError) as error:
         raise ChunkError(f"'{shard.path}' cannot be read: {error}") from None
 
 
@@ -73,9 +77,10 @@ def _open(shard: Shard) -> Any:
 
 def _read_rows(shard: Shard, span: Span, layout: Layout) -> pa.Table:
     metadata = _metadata(shard)
+    names = metadata.schema.to_arrow_schema().names
     starts = _group_starts(metadata)
     group = int(np.searchsorted(starts, span.offset, side="right")) - 1
-    columns = list(dict.fromkeys((layout.image_column, *layout.caption_columns)))
+    columns = list(dict.fromkeys(_outer(name, names) for name in (layout.image_column, *layout.caption_columns)))
     first, size = span.offset - int(starts[group]), int(starts[group + 1] - starts[group])
     with _open(shard) as source:
         if size == span.length:
@@ -92,8 +97,21 @@ def _read_rows(shard: Shard, span: Span, layout: Layout) -> pa.Table:
     return pa.Table.from_batches(kept)
 
 
-def _add_images(samples: list[Sample], column: pa.ChunkedArray, folder: str) -> None:
-    """From a column of bytes, of paths, or of Hugging Face's {bytes, path}."""
+def _outer(name: str, names: Sequence[str]) -> str:
+    """The column that a name means: itself, or of "caption.en" the one that holds it."""
+    return name if name in names else name.partition(".")[0]
+
+
+def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column, or a field within one, as in "caption.en"."""
+    if name in table.column_names:
+        return table[name]
+    outer, *inner = name.split(".")
+    return pc.struct_field(table[outer], inner)
+
+
+def _add_images(samples: list[Sample], column: pa.ChunkedArray, folder: str) -> list[bool]:
+    """From a column of bytes, of paths, or of Hugging Face's {bytes, path}; whether each row has none of them."""
     paths: list[str | None]
     if pa.types.is_struct(column.type):
         rows = [row or {} for row in column.to_pylist()]
@@ -107,6 +125,7 @@ def _add_images(samples: list[Sample], column: pa.ChunkedArray, folder: str) -> 
             sample[PICTURE] = picture
     by_path = [(s, path) for s, picture, path in zip(samples, pictures, paths, strict=True) if picture is None and path]
     add_images(by_path, folder)
+    return [picture is None and not path for picture, path in zip(pictures, paths, strict=True)]
 
 
 def _is_text(kind: pa.DataType) -> bool:

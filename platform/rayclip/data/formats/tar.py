@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from rayclip.data.formats.base import ChunkError, Layout, Sample, Shard, Span
+from rayclip.data.formats.base import ChunkError, Layout, Sample, Shard, Span, is_litter
 from rayclip.io.storage import open_file, read_range
 
 BLOCK = tarfile.BLOCKSIZE
@@ -26,35 +26,49 @@ class _File(NamedTuple):
     size: int
 
 
+class Listing(NamedTuple):
+    """What a tar holds. `problem` says what is wrong with one that is not whole; its whole samples are in `spans`."""
+
+    spans: list[Span]
+    problem: str | None
+    num_ignored: int
+    """Files that macOS or Windows left, which are no samples."""
+    num_repeats: int
+    """Samples that have the name of the one before."""
+
+
 def list_chunks(shard: Shard, chunk_samples: int, layout: Layout) -> list[Span]:
     """Runs of `chunk_samples` neighbours. Raises OSError, naming the file, for one that is not a whole tar."""
-    spans, problem = list_whole_chunks(shard, chunk_samples)
-    if problem:
-        raise ChunkError(problem)
-    return spans
+    found = list_whole_chunks(shard, chunk_samples, layout)
+    if found.problem:
+        raise ChunkError(found.problem)
+    return found.spans
 
 
-def list_whole_chunks(shard: Shard, chunk_samples: int) -> tuple[list[Span], str | None]:
+def list_whole_chunks(shard: Shard, chunk_samples: int, layout: Layout) -> Listing:
     """The chunks of all samples that are there in full, and what is wrong with the tar, if anything is."""
+    scan = _Scan(layout.careful)
     ends: list[int] = []
+    problem = None
     try:
         with open_file(shard.path) as file:
-            ends += _sample_ends(file)
+            ends += scan.sample_ends(file)
             file.seek(ends[-1] if ends else 0)
             mark = file.read(BLOCK)
-    except (tarfile.TarError, EOFError) as error:
-        return _cut(ends, chunk_samples), f"'{shard.path}' is not a whole tar: {error}"
-    if mark == bytes(BLOCK):
-        return _cut(ends, chunk_samples), None
-    # A tar that was cut between two files, or inside a header, reads as a shorter tar but for this mark.
-    end = min(ends[-1] if ends else 0, shard.size)
-    return _cut(ends[:-1], chunk_samples), f"'{shard.path}' is not a whole tar: it is cut off after {end:,} bytes"
+        # A tar that was cut between two files, or inside a header, reads as a shorter tar but for this mark.
+        if mark != bytes(BLOCK):
+            end = min(ends[-1] if ends else 0, shard.size)
+            ends = ends[:-1]
+            problem = f"'{shard.path}' is not a whole tar: it is cut off after {end:,} bytes"
+    except (tarfile.TarError, EOFError, UnicodeError) as error:
+        problem = f"'{shard.path}' is not a whole tar: {error}"
+    return Listing(_cut(ends, chunk_samples), problem, scan.num_ignored, scan.num_repeats)
 
 
 def read_chunk(shard: Shard, span: Span, layout: Layout) -> list[Sample]:
     """The samples of a range of bytes. Raises OSError where it cannot be read."""
     try:
-        return read_samples(read_range(shard.path, span.offset, span.length))
+        return read_samples(read_range(shard.path, span.offset, span.length), layout.careful)
     except (tarfile.TarError, UnicodeError) as error:
         raise ChunkError(f"'{shard.path}' is damaged at byte {span.offset:,}: {error}") from None
 
@@ -68,20 +82,36 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem if stem else name, extension.lower()
 
 
-def _sample_ends(shard: BinaryIO) -> Iterator[int]:
-    """Where each sample ends; the next begins there."""
-    end, last_key = 0, None
-    with tarfile.open(fileobj=shard, mode="r:") as tar:
-        for member in tar:
-            if member.isfile():
-                key, _ = split_name(member.name)
-                if key != last_key and last_key is not None:
-                    yield end
-                last_key = key
-            end = member.offset_data + _padded(member.size)
-            tar.members = []  # type: ignore[attr-defined]  # it would keep one for every file
-    if last_key is not None:
-        yield end
+class _Scan:
+    """One way through a tar, that tells its samples apart."""
+
+    def __init__(self, careful: bool) -> None:
+        self._careful = careful
+        self.num_ignored = self.num_repeats = 0
+
+    def sample_ends(self, shard: BinaryIO) -> Iterator[int]:
+        """Where each sample ends; the next begins there."""
+        end, last_key, extensions = 0, None, set[str]()
+        with tarfile.open(fileobj=shard, mode="r:") as tar:
+            for member in tar:
+                if member.isfile() and not self._is_ignored(member.name):
+                    key, extension = split_name(member.name)
+                    repeats = self._careful and key == last_key and extension in extensions
+                    if (key != last_key or repeats) and last_key is not None:
+                        yield end
+                        extensions = set()
+                    self.num_repeats += repeats
+                    extensions.add(extension)
+                    last_key = key
+                end = member.offset_data + _padded(member.size)
+                tar.members = []  # type: ignore[attr-defined]  # it would keep one for every file
+        if last_key is not None:
+            yield end
+
+    def _is_ignored(self, name: str) -> bool:
+        ignored = self._careful and is_litter(name)
+        self.num_ignored += ignored
+        return ignored
 
 
 def _cut(ends: Sequence[int], chunk_size: int) -> list[Span]:
@@ -93,16 +123,18 @@ def _cut(ends: Sequence[int], chunk_size: int) -> list[Span]:
     return spans
 
 
-def read_samples(chunk: bytes) -> list[Sample]:
-    """The samples of one chunk's bytes, in order.
+def read_samples(chunk: bytes, careful: bool = False) -> list[Sample]:
+    """The samples of one chunk's bytes, in order; for `careful` see Layout.
 
     Raises tarfile.TarError when the bytes do not start at a sample's header or end inside a file.
     """
     samples: list[Sample] = []
     last_key = None
     for name, start, size in _plain_files(chunk) or _files(chunk):
+        if careful and is_litter(name):
+            continue
         key, extension = split_name(name)
-        if key != last_key:
+        if key != last_key or (careful and extension in samples[-1]):
             samples.append({"__key__": key.encode()})
             last_key = key
         samples[-1][extension] = chunk[start : start + size]

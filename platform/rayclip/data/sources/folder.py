@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rayclip.config import FolderConfig
 from rayclip.data.decode import BadSampleError
+from rayclip.data.formats.base import is_litter
+from rayclip.data.formats.folder import IMAGES
 from rayclip.data.sources.base import Record, Split, hold_out
 from rayclip.errors import UserError
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def splits(config: FolderConfig, cache: Path) -> dict[str, Split]:
@@ -18,7 +18,7 @@ def splits(config: FolderConfig, cache: Path) -> dict[str, Split]:
     if not root.is_dir():
         raise UserError(f"source.path '{config.path}' is not a folder")
     found = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
-    paths = sorted(str(path) for path in found if path.suffix.lower() in IMAGES)
+    paths = sorted(str(path) for path in found if path.suffix.lower() in IMAGES and not is_litter(path.name))
     if not paths:
         raise UserError(f"source.path '{config.path}' has no pictures ({', '.join(IMAGES)})")
     return hold_out(paths, [os.path.relpath(path, root) for path in paths], config.held_out_share)

@@ -3,6 +3,7 @@
 import csv
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,11 +54,20 @@ def read(item: Item, config: TableConfig) -> Record:
 
 
 def find_column(key: str, named: str | None, usual: tuple[str, ...], columns: list[str], path: str) -> str:
-    """The named column, or the first of the usual ones. Raises UserError for a table without."""
+    """The named column, or the first of the usual ones, in any case. Raises UserError for a table without."""
     wanted = (named,) if named is not None else usual
-    found = next((column for column in wanted if column in columns), None)
+    found = next((column for name in wanted if (column := same_column(name, columns)) is not None), None)
+    if found is None and named is not None and "." in named and same_column(named.partition(".")[0], columns):
+        return named  # a field within a column
     if found is None:
         raise UserError(
             f"'{path}' has no column '{wanted[0]}' ({key}); it has: {', '.join(columns) or 'an empty header'}"
         )
     return found
+
+
+def same_column(name: str, columns: Sequence[str]) -> str | None:
+    """The column of that name, or else the first that differs from it in case or blanks only; None where none does."""
+    if name in columns:
+        return name
+    return next((column for column in columns if column.strip().lower() == name.lower()), None)

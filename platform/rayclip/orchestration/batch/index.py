@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from rayclip.config import IndexConfig
-from rayclip.data.formats import Layout, Shard
-from rayclip.data.index import PARTIAL, Indexed, index_shard, known_shards, make_plan, to_manifest
+from rayclip.data.formats import Layout
+from rayclip.data.index import Indexed, index_file, known_shards, make_plan, summarize, to_manifest
+from rayclip.data.manifest import PARTIAL
 from rayclip.errors import UserError
 from rayclip.io.s3 import File
 from rayclip.io.storage import join, remove, write_bytes
@@ -27,16 +26,19 @@ _Work = tuple[str, File]
 def index(config: IndexConfig) -> dict[str, Any]:
     """Write the manifest of what lies at a path; shards that have not changed since the last time are not read again.
 
-    Returns {"path", "format", "samples", "shards", "read", "chunks", "bytes", "digest", "problems"}. Raises UserError
-    where there are no samples, and for a shard that is not whole, unless `damaged_shards` is salvage.
+    Returns {"path", "format", "samples", "shards", "read", "chunks", "bytes", "digest", "problems"} and all that
+    `summarize` gives. Raises UserError where there are no samples, and for a shard that is not whole, unless
+    `damaged_shards` is salvage.
     """
     plan = make_plan(config)
-    notes: dict[str, object] = {"chunk_samples": config.chunk_samples, "broken": config.damaged_shards}
+    notes: dict[str, object] = {
+        "chunk_samples": config.chunk_samples,
+        "broken": config.damaged_shards,
+        "check": config.check,
+    }
     found = known_shards(plan, notes)
     new = [file for file in plan.shards if file.name not in found]
-    work = partial(
-        _index, chunk_samples=config.chunk_samples, layout=plan.layout, salvage=config.damaged_shards != "stop"
-    )
+    work = partial(_index, layout=plan.layout, notes=notes)
     progress = ProgressLine(len(plan.shards), unit="shards", start=len(found))
     saved_at, num_read = time.monotonic(), 0
     for results in run_tasks(_groups([(plan.path(file), file) for file in new]), lambda: work, name=_name):
@@ -65,6 +67,7 @@ def index(config: IndexConfig) -> dict[str, Any]:
         "bytes": sum(manifest.shard_bytes),
         "digest": manifest.digest,
         "problems": problems,
+        **summarize(plan, found, config),
     }
 
 
@@ -78,9 +81,5 @@ def _name(work: Sequence[_Work]) -> str:
     return f"'{work[0][0]}'" + (f" and {len(work) - 1} more" if len(work) > 1 else "")
 
 
-def _index(work: Sequence[_Work], chunk_samples: int, layout: Layout, salvage: bool) -> list[Indexed]:
-    results = []
-    for path, (name, size, stamp) in work:
-        chunks, problem = index_shard(Shard(path, size), chunk_samples, layout, salvage)
-        results.append(Indexed(name, size, stamp, np.asarray(chunks, dtype=np.int64).reshape(-1, 3), problem))
-    return results
+def _index(work: Sequence[_Work], layout: Layout, notes: dict[str, object]) -> list[Indexed]:
+    return [index_file(path, file, layout, notes) for path, file in work]

@@ -1,0 +1,235 @@
+"""Data as users really have it: what `index` says of it, on disk and in S3, and that training reads the same."""
+
+import io
+import json
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from rayclip.config import IndexConfig
+from rayclip.data.decode import CAUSES
+from rayclip.data.index import describe_findings
+from rayclip.data.manifest import Manifest
+from rayclip.data.stream import Stream, StreamSpec
+from rayclip.io import storage
+from rayclip.orchestration.batch.index import index
+
+BUCKET = "s3://data"
+
+
+def picture(number, kind="JPEG", size=(18, 24)):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def tar(*members):
+    """The bytes of a tar of (name, content)."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as shard:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def pair(stem, number=0):
+    return (f"{stem}.jpg", picture(number)), (f"{stem}.txt", f"text {number}".encode())
+
+
+def pairs(stems):
+    return [member for number, stem in enumerate(stems) for member in pair(stem, number)]
+
+
+def parquet(**columns):
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
+def pictures(count, folder=""):
+    return {f"{folder}{i}.jpg": picture(i) for i in range(count)}
+
+
+def profiled_png(size):
+    """With a colour profile of so many bytes, all zero."""
+    data, profile = picture(0, "PNG"), b"grey\0\0" + zlib.compress(bytes(size))
+    checksum = zlib.crc32(b"iCCP" + profile)
+    after_header = 8 + 25
+    chunk = struct.pack(">I", len(profile)) + b"iCCP" + profile + struct.pack(">I", checksum)
+    return data[:after_header] + chunk + data[after_header:]
+
+
+def metadata_lines(count):
+    return "".join(json.dumps({"file_name": f"{i}.jpg", "text": f"text {i}"}) + "\n" for i in range(count)).encode()
+
+
+def numbered(count):
+    return [f"{i:03}" for i in range(count)]
+
+
+TSV_CAPTIONS = ["plain", '"begins with a quote', "a", '"quoted whole"', 'in "the" middle', '"7 inch', '"twice" said']
+
+# Of each: its files; how many samples there are and can be read; and what else the summary says.
+CASES = {
+    "the key and the extensions repeat": (
+        {"0.tar": tar(*pairs([stem for stem in numbered(30) for _ in range(2)]))},
+        (60, 60),
+        {"repeated_keys": 30, "examples": {"repeated_key": ["0.tar/000", "0.tar/001", "0.tar/002"]}, "unreadable": {}},
+    ),
+    "one key for all": ({"a.tar": tar(*pairs(["image"] * 40))}, (40, 40), {"repeated_keys": 39}),
+    "a key that comes again later": (
+        {"0.tar": tar(*pairs(["a", "b", "a"]))},
+        (3, 3),
+        {"repeated_keys": 1, "examples": {"repeated_key": ["0.tar/a"]}},
+    ),
+    "dots in names": (
+        {"0.tar": tar(*pairs([f"photo.{i:03}" for i in range(20)]))},
+        (1, 0),
+        {"notes": "'photo.000.jpg': a sample's name ends at the first dot"},
+    ),
+    "pictures first, then captions": (
+        {"0.tar": tar(*pairs(numbered(30))[::2], *pairs(numbered(30))[1::2])},
+        (60, 0),
+        {"unreadable": {"no_caption": 30, "no_image": 30}, "notes": "tar cf SORTED.tar --sort=name"},
+    ),
+    "files that macOS adds": (
+        {
+            "0.tar": tar(*[m for s in "abc" for p in pair(s) for m in ((f"._{p[0]}", b"\0\5\x16\7"), p)]),
+            "._0.tar": b"x",
+        },
+        (3, 3),
+        {"ignored": 7},
+    ),
+    "captions that begin with a quote": (
+        {"p.tsv": "\n".join(["filepath\ttitle", *(f"{i}.jpg\t{c}" for i, c in enumerate(TSV_CAPTIONS))]).encode()}
+        | pictures(len(TSV_CAPTIONS)),
+        (7, 7),
+        {"notes": "3 quotes at the start of a field without one at its end"},
+    ),
+    "a comma without quotes": (
+        {"p.csv": b"filepath,title\n0.jpg,a dog, a cat\n" + b"".join(b"%d.jpg,x\n" % i for i in range(1, 8))}
+        | pictures(8),
+        (8, 7),
+        {"unreadable": {"row_malformed": 1}, "notes": "1 row with more fields than the header skipped, on line 2"},
+    ),
+    "metadata.jsonl": ({"train/metadata.jsonl": metadata_lines(8), **pictures(8, "train/")}, (8, 8), {}),
+    "img2dataset's files": (
+        pictures(8, "00000/")
+        | {f"00000/{i}.txt": b"text" for i in range(8)}
+        | {"00000.parquet": parquet(url=["u"] * 8, caption=["x"] * 8)},
+        (8, 8),
+        {"passed_over": {".parquet": 1}, "notes": "00000.parquet' has no column 'image'"},
+    ),
+    "null pictures": (
+        {"0.parquet": parquet(caption=["x"] * 8, jpg=pa.array([*map(picture, range(6)), None, None], pa.binary()))},
+        (6, 6),
+        {"absent": 2},
+    ),
+    "a large chunk in a PNG": (
+        {"0.tar": tar(("0.png", profiled_png(3_000_000)), ("0.txt", b"x"), *pair("1"))},
+        (2, 2),
+        {},
+    ),
+    "a thin picture": (
+        {"0.tar": tar(("0.png", picture(0, "PNG", (15_000, 1))), ("0.txt", b"x"), *pairs(["1", "2"]))},
+        (3, 2),
+        {"unreadable": {"image_too_thin": 1}, "examples": {"image_too_thin": ["0.tar/0"]}},
+    ),
+    "more kinds of pictures": (
+        {
+            "0.tar": tar(
+                *[
+                    member
+                    for extension, kind in {
+                        "gif": "GIF",
+                        "bmp": "BMP",
+                        "tif": "TIFF",
+                        "TIFF": "TIFF",
+                        "avif": "AVIF",
+                        "jfif": "JPEG",
+                    }.items()
+                    for member in ((f"{extension}.{extension}", picture(1, kind)), (f"{extension}.txt", b"x"))
+                ]
+            )
+        },
+        (6, 6),
+        {},
+    ),
+    "semicolons, and a header in capitals": (
+        {"p.csv": b"FilePath;Title\n0.jpg;a dog, a cat\n1.jpg;x\n"} | pictures(2),
+        (2, 2),
+        {},
+    ),
+    "bars": ({"p.csv": b"image|caption\n0.jpg|a, b; c\n1.jpg|x\n"} | pictures(2), (2, 2), {}),
+    "captions in a list": (
+        {"0.parquet": parquet(image=[picture(0), picture(1)], title=[["one", "two"], ["three"]])},
+        (2, 2),
+        {},
+    ),
+    "a caption in a struct": (
+        {"0.parquet": parquet(image=[picture(0), picture(1)], caption=[{"en": "one", "n": 1}, {"en": "two", "n": 2}])},
+        (2, 2),
+        {},
+    ),
+    "git-lfs pointers": (
+        {"0.tar": tar(("0.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"), ("0.txt", b"x"))},
+        (1, 0),
+        {"unreadable": {"image_undecodable": 1}, "notes": "git lfs pull"},
+    ),
+}
+
+
+def put(files, target):
+    for name, content in files.items():
+        storage.write_bytes(f"{target}/{name}", content)
+
+
+def stream_of(path):
+    """Every sample's cause, in the manifest's order, as training meets it; and the captions of those that are fine."""
+    manifest = Manifest.load(path)
+    spec = StreamSpec(
+        folder=manifest.folder, digest=manifest.digest, seed=1, end=len(manifest), window=3, image_size=8,
+        context_length=16, crop_scale=(0.9, 1.0), crop_ratio=(1.0, 1.0),
+    )  # fmt: skip
+    stream, found = Stream(spec), {}
+    for batch in stream.batches(7):
+        chunks = stream.order.chunks(batch["position"]).tolist()
+        found |= {
+            (chunk, row): CAUSES[cause]
+            for chunk, row, cause in zip(chunks, batch["row"].tolist(), batch["cause"].tolist(), strict=True)
+        }
+    return [found[place] for place in sorted(found)]
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Tasks one after another in this process, in the place of a cluster's."""
+    monkeypatch.setattr("rayclip.orchestration.batch.index.run_tasks", lambda tasks, make, **_: map(make(), tasks))
+
+
+@pytest.mark.parametrize("where", ["disk", "s3"])
+@pytest.mark.parametrize("name", CASES)
+def test_what_users_have_is_read_or_said(name, where, tmp_path, s3, in_process):
+    files, (samples, readable), said = CASES[name]
+    path = str(tmp_path) if where == "disk" else f"{BUCKET}/{name.replace(' ', '-')}"
+    put(files, path)
+    summary = index(IndexConfig(path=path, chunk_samples=5))
+    assert (summary["samples"], summary["readable"]) == (samples, readable)
+    note, facts = said.get("notes"), {key: value for key, value in said.items() if key != "notes"}
+    assert not summary["notes"] if note is None else note in summary["notes"][0]
+    assert {key: summary[key] for key in facts} == facts
+    causes = stream_of(path)
+    assert causes.count("fine") == readable
+    assert {cause: causes.count(cause) for cause in set(causes) - {"fine"}} == summary["unreadable"]
+    again = index(IndexConfig(path=path, chunk_samples=5))
+    assert {**again, "read": 0} == {**summary, "read": 0}
+    assert f"{readable:,} of {samples:,} samples can be read" in describe_findings(summary)[0]
