@@ -20,7 +20,8 @@ from rayclip.scaling.forms import Form
 from rayclip.scaling.frontier import select
 from rayclip.scaling.holdout import hold_out
 from rayclip.scaling.intervals import tail_probability
-from rayclip.scaling.points import Point, read_csv
+from rayclip.scaling.points import Point, Run, make_run, read_csv
+from rayclip.scaling.report import make_report
 from rayclip.tracking.experiment import read_runs
 from rayclip.tracking.mlflow import close_run, connect, connect_existing, open_run
 
@@ -457,7 +458,8 @@ def test_the_job_gives_no_number_where_there_is_too_little(tmp_path, capsys):
     assert (tmp_path / "out" / "law.png").stat().st_size > 1000
     assert reason in capsys.readouterr().out
     write(tmp_path / "runs.csv", [], ["broken,1,1e9,"])
-    assert main(FitConfig(source=source, output=str(tmp_path / "out")))["dropped"][0]["name"] == "broken"
+    with pytest.raises(UserError, match=r"none of the 1 runs of .* can be used: broken: error is missing"):
+        main(FitConfig(source=source, output=str(tmp_path / "out")))
 
 
 def test_the_job_from_an_experiment_and_back_into_it(tmp_path, tiny_config):
@@ -509,3 +511,31 @@ def test_an_experiment_without_a_database_makes_none(tmp_path):
     with pytest.raises(UserError, match="no MLflow database at"):
         main(FitConfig(source="ladder", tracking_uri=f"sqlite:///{tmp_path}/none.db"))
     assert not (tmp_path / "none.db").exists()
+
+
+def rising():
+    return [Run(str(i), Point(1 + i // 2, 1e6 * 2**i, 0.2 + 0.05 * i)) for i in range(7)]
+
+
+@pytest.mark.parametrize("form", ["power", "power_limit", "shifted_limit", "chinchilla"])
+def test_an_error_that_rises_with_compute_is_refused(form):
+    with pytest.raises(UserError) as raised:
+        make_report(rising(), FitConfig(source="runs.csv", form=form, resamples=20))
+    assert str(raised.value).startswith("no law fits 'runs.csv': the error rises with compute (rank correlation +1.00")
+    assert "is it an accuracy?" in str(raised.value)
+
+
+def test_noise_around_a_level_is_no_rising_error():
+    errors = (0.30, 0.31, 0.29, 0.30, 0.32, 0.30)
+    runs = [Run(str(i), Point(1.0, 1e6 * 2**i, error)) for i, error in enumerate(errors)]
+    assert make_report(runs, FitConfig(source="runs.csv", form="power", resamples=20)).law is not None
+
+
+def test_no_run_that_can_be_used_is_refused_with_the_reasons():
+    runs = [make_run("a", {"gmacs": 1, "samples": 1e6, "error": 50}), make_run("b", {"gmacs": 1, "samples": 1e6})]
+    with pytest.raises(UserError) as raised:
+        make_report(runs, FitConfig(source="runs.csv"))
+    assert str(raised.value) == (
+        "none of the 2 runs of 'runs.csv' can be used: a: error 50 is above 1: it must be a share, not percent; "
+        "b: error is missing"
+    )

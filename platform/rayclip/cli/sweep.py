@@ -24,7 +24,11 @@ def main(config: SweepConfig) -> dict[str, Any]:
         print()
         rungs, plan = str(folder.path / "rungs.csv"), config.plan
         law = FitConfig(source=rungs, form=plan.form, frontier=plan.frontier, output=str(folder.path))
-        summary["fit"] = fit.main(law)
+        try:
+            summary["fit"] = fit.main(law)
+        except UserError as error:  # the runs are what was asked for; that they carry no law is news, not a failure
+            print_table([("no law", str(error))])
+            summary["fit"] = None
     else:
         print("\nnext:")
         print_table([(f"rayclip train {format_path(str(folder.path / 'best.yaml'))}", "train the best")])

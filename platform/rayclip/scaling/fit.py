@@ -16,12 +16,17 @@ from rayclip.scaling.points import Point
 
 _MISFIT_P = 0.01
 _LIMIT_P = 0.05
+_RISING_P = 0.05
 _NO_LIMIT = 1e-6
 _LARGEST_RATIO = 5.0  # of an exponent's interval, above which it says nothing
 
 
 class NotEnoughError(Exception):
     """The runs cannot carry the law; the message says why."""
+
+
+class RisingError(NotEnoughError):
+    """Runs of more compute have more error, which no law says."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,11 @@ def _inverse(figures: dict[str, np.ndarray], error: float) -> np.ndarray:
 
 
 def fit_law(points: list[Point], config: FitConfig, num_resamples: int | None = None) -> Law:
-    """The law of these runs. Raises NotEnoughError where they cannot carry one."""
+    """Return the law of these runs. Raises NotEnoughError where they cannot carry one."""
     if not points:
         raise NotEnoughError("not enough points: there are none")
     compute_N, gmacs_N, error_N = logarithms(points)
+    _check_falls(compute_N, error_N)
     given = Runs(config.frontier, config.bins, compute_N, gmacs_N, error_N)
     runs = given.select()
     form = Form.of(config.form, runs)
@@ -211,6 +217,18 @@ def _at_bounds(law: Law) -> list[str]:
     room_1K = 1e-6 * (upper_1K - lower_1K)
     touched_1K = (law.theta_1K <= lower_1K + room_1K) | (law.theta_1K >= upper_1K - room_1K)
     return [name for name, touched in zip(names, touched_1K[0], strict=False) if touched]
+
+
+def _check_falls(compute_N: np.ndarray, error_N: np.ndarray) -> None:
+    """Raise RisingError where the errors' ranks go up with compute, and not by chance (Kendall, 1938)."""
+    if len(compute_N) < 3:
+        return
+    tau = stats.kendalltau(compute_N, error_N, alternative="greater")
+    if tau.pvalue < _RISING_P:
+        raise RisingError(
+            f"the error rises with compute (rank correlation {tau.statistic:+.2f}, p = {tau.pvalue:.2g}), and a law's "
+            "falls: is it an accuracy? The error is one minus that"
+        )
 
 
 def _check_enough(form: Form, runs: Selection) -> None:

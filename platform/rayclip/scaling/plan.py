@@ -68,7 +68,7 @@ class TrainingPlan:
 
 
 def read_law(path: StoragePath) -> FittedLaw:
-    """The law of a folder of jobs.fit, fitted again to its points: the same resamples, so joint intervals.
+    """The law of a folder of `rayclip fit`, fitted again to its points: the same resamples, so joint intervals.
 
     Raises UserError for a folder that is none, and for runs that carry no law.
     """
@@ -78,7 +78,7 @@ def read_law(path: StoragePath) -> FittedLaw:
         keys = ("form", "frontier", "bins", "resamples", "seed")
         config = FitConfig(source=str(summary), **{key: said[key] for key in keys})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{summary}' is no summary of jobs.fit: {' '.join(str(error).split())}") from None
+        raise UserError(f"'{summary}' is no summary of rayclip fit: {' '.join(str(error).split())}") from None
     runs = read_csv(summary.parent / "points.csv")
     points = [run.point for run in runs if run.point is not None]
     try:
@@ -99,6 +99,10 @@ def make_plan(config: PlanConfig, fitted: FittedLaw | None, flops_per_gpu_s: flo
     hours = _scaled(compute, per_c / flops_per_gpu_s / 3600)
     error = _error(config, fitted, center, gmacs)
     factor = center / fitted.largest if fitted else None
+    if config.target_error is not None and compute.high == math.inf:
+        notes.append(
+            f"target_error {config.target_error:g} may be out of reach: it lies within the 95% interval of the limit"
+        )
     if factor and factor > 1:
         notes.append(f"extrapolated: {factor:.3g} times the compute of the largest run of the fit")
     speed = flops_per_gpu_s * config.num_gpus / (per_c * gmacs)

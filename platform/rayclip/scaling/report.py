@@ -4,10 +4,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rayclip.config import FitConfig
+from rayclip.errors import UserError
 from rayclip.scaling.fit import (
     Estimate,
     Law,
     NotEnoughError,
+    RisingError,
     fit_law,
     fitted_runs,
     flags,
@@ -19,6 +21,7 @@ from rayclip.scaling.points import Point, Run
 
 UNITS = "C = forward GMACs a pair times samples seen; training costs three times as much"
 _SHOWN_DROPPED = 20
+_SHOWN_REASONS = 3
 
 Card = list[tuple[str, str]]
 
@@ -40,11 +43,19 @@ class FitReport:
 
 
 def make_report(runs: list[Run], config: FitConfig) -> FitReport:
-    """Fit the runs, hold some out, and say of every run that is not fitted why."""
+    """Fit the runs, hold some out, and say of every run that is not fitted why.
+
+    Raises UserError where no run can be used, and where the error rises with compute.
+    """
     points = [run.point for run in runs if run.point is not None]
+    if not points:
+        reasons = "; ".join(f"{run.name}: {run.reason}" for run in runs[:_SHOWN_REASONS])
+        raise UserError(f"none of the {len(runs)} runs of '{config.source}' can be used: {reasons or 'there are none'}")
     holdouts = hold_out(points, config)
     try:
         law = fit_law(points, config)
+    except RisingError as reason:
+        raise UserError(f"no law fits '{config.source}': {reason}") from None
     except NotEnoughError as reason:
         return FitReport(config, runs, None, str(reason), holdouts)
     return FitReport(config, _with_reasons(runs, points, law, config), law, "", holdouts)
@@ -77,7 +88,7 @@ def summarise(report: FitReport) -> dict[str, Any]:
 
 
 def card(summary: dict[str, Any]) -> Card:
-    """Two columns for people."""
+    """Return the table rows that `rayclip fit` prints."""
     rows = [
         ("runs", f"{summary['num_fitted']} fitted of {summary['num_runs']}, frontier {summary['frontier']}"),
         ("form", f"{summary['form']}; {UNITS}"),
@@ -145,15 +156,15 @@ def _plan(report: FitReport) -> dict[str, Any] | None:
 
 
 def _with_reasons(runs: list[Run], points: list[Point], law: Law, config: FitConfig) -> list[Run]:
-    fitted, text, index = fitted_runs(law), [], 0
+    fitted, found, index = fitted_runs(law), [], 0
     names = [run.name for run in runs if run.point is not None]
     for run in runs:
         if run.point is None:
-            text.append(run)
+            found.append(run)
             continue
-        text.append(run if index in fitted else replace(run, reason=_why_not(index, names, points, config)))
+        found.append(run if index in fitted else replace(run, reason=_why_not(index, names, points, config)))
         index += 1
-    return text
+    return found
 
 
 def _why_not(index: int, names: list[str], points: list[Point], config: FitConfig) -> str:
