@@ -30,6 +30,7 @@ class TrainingProcess:
         self.log = folder / f"{config['name']}.log"
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform"}
         environment.pop("RAY_ADDRESS", None)
+        self.environment = environment
         self._on_cluster = address is not None
         if address:
             environment["RAY_ADDRESS"] = address

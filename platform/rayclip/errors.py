@@ -1,6 +1,7 @@
 """The error that people cause and can mend."""
 
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -14,15 +15,39 @@ class UserError(ValueError):
     """
 
 
+class Interruption(KeyboardInterrupt):
+    """A signal has ended the work; the message, if any, says what has been saved and how to go on."""
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message)
+        self.number = number
+
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return type(self), (self.number, str(self))
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell gives for a process that the signal ended: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.number
+
+
+def raise_interruption(number: int, frame: object) -> NoReturn:
+    """Signal handler: raise Interruption where the process is."""
+    raise Interruption(number)
+
+
 def exit_with(command: Callable[[], int]) -> NoReturn:
-    """Run a command and exit with its code: 2 and one line for a user's error, 130 when it is interrupted."""
+    """Run a command and exit with its code: 2 and one line for a user's error, 130 for ctrl-c, 143 for SIGTERM."""
+    signal.signal(signal.SIGTERM, raise_interruption)
     try:
         sys.exit(command())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        if str(error):
+            print(f"\n{error}", file=sys.stderr)
+        sys.exit(error.exit_code if isinstance(error, Interruption) else 130)
 
 
 def require_extra(module: str, extra: str, what: str) -> None:

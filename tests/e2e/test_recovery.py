@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -76,6 +79,40 @@ def test_a_killed_worker_and_a_killed_driver_lose_and_repeat_nothing(
     check_samples(lineage, Manifest.load(data), config["seed"])
     check_tracking(tmp_path, config, [state["samples_seen"] for _, state, _ in lineage])
     check_summary(json.loads((tmp_path / "runs/chaos/summary.json").read_text()))
+
+
+def test_a_second_launch_is_refused_and_what_a_signal_stops_is_saved(tmp_path, data, make_config, start_training):
+    config = make_config(
+        "owned",
+        data,
+        data={"shuffle_window": WINDOW},
+        epochs=EPOCHS,
+        checkpoint={"every_samples": 480, "keep": 1000, "record_samples": True},
+    )
+    training = start_training(tmp_path, config)
+    training.wait_until(lambda state: state["samples_seen"] > 500)
+    second = subprocess.run(
+        [sys.executable, "-m", "rayclip", "train", str(tmp_path / "owned.yaml")],
+        cwd=tmp_path, env=training.environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert second.returncode == 2
+    holder = (
+        f"one at a time: run 'owned' is held by process {training.process.pid} on host {socket.gethostname()} since"
+    )
+    assert second.stderr.splitlines()[-1].startswith(f"error: {holder} 20")
+
+    training.process.send_signal(signal.SIGTERM)
+    assert training.end() == 143, training.log.read_text()
+    saved = training.latest()["samples_seen"]
+    assert f"stopped: saved at {saved:,} samples" in training.log.read_text()
+    assert saved < EPOCHS * NUM_SAMPLES
+
+    training = start_training(tmp_path, config)
+    assert training.end() == 0, training.log.read_text()
+    assert f"going on with run 'owned' from {saved:,} samples" in training.log.read_text()
+    lineage = lineage_of(training.checkpoints)
+    assert saved in [state["samples_seen"] for _, state, _ in lineage]
+    check_samples(lineage, Manifest.load(data), config["seed"])
 
 
 def test_a_run_with_every_option_goes_on_too(

@@ -71,7 +71,8 @@ class Run:
         self.checkpoint, self.spec, self.config = folder / "checkpoint", make_spec(data), tiny_config
         self.plan, self.calls, self.seen = plan or make_plan(), [], []
 
-    def start(self, crash_after=None, seed=0, origin=None):
+    def start(self, crash_after=None, seed=0, origin=None, stop_at=None):
+        self.stop_at = stop_at
         torch.manual_seed(seed)
         self.model = CLIP(self.config)
         self.optimizer = build_optimizer(self.model, OPTIMIZER)
@@ -81,7 +82,14 @@ class Run:
         elif origin:
             state = restore(origin, self.model, self.optimizer).branch()
         stream = Stream(self.spec, state.ledger)
-        hooks = Hooks(self._step, self._log, self._evaluate, self._save, shard_of=Stream(self.spec).shard_at)
+        hooks = Hooks(
+            self._step,
+            self._log,
+            self._evaluate,
+            self._save,
+            shard_of=Stream(self.spec).shard_at,
+            wants_stop=lambda: self.stop_at is not None and self.trainer.state.samples_seen >= self.stop_at,
+        )
         self.trainer = Trainer(self.plan, self.model, self.optimizer, state, stream.ledger(), hooks)
         return self.trainer.run(self._batches(stream, crash_after))
 
@@ -547,3 +555,19 @@ def test_all_processes_are_stopped_by_one_bad_sample(workers):
     first, second = (worker["stopped"]["error"] for worker in workers)
     assert first == second
     assert "samples could not be read" in first
+
+
+@pytest.mark.parametrize("stop_at", [0, 12, 30, TOTAL - 1])
+def test_a_stop_saves_the_step_it_comes_in_and_the_rest_ends_with_the_same_bits(tmp_path, data, tiny_config, stop_at):
+    whole = Run(tmp_path / "whole", data, tiny_config)
+    whole.start()
+    stopped = Run(tmp_path / "stopped", data, tiny_config)
+    state = stopped.start(stop_at=stop_at)
+    reached = state.samples_seen
+    assert stop_at < reached <= max(stop_at, 0) + 2 * BATCH_SIZE
+    assert stopped.at("save")[-1] == reached, "nothing that was trained is lost"
+    stopped.start()
+    assert stopped.everything() == whole.everything()
+    assert Counter(map(tuple, np.concatenate(stopped.seen).tolist())) == Counter(
+        map(tuple, np.concatenate(whole.seen).tolist())
+    )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from rayclip.config import Config
 from rayclip.config.loader import describe, load
-from rayclip.errors import UserError, exit_with
+from rayclip.errors import Interruption, UserError, exit_with
 from rayclip.io.s3 import StorageError
 from rayclip.io.storage import write_bytes
 
@@ -39,7 +39,7 @@ class Command:
     from_file: bool = False
 
     def __call__(self, arguments: list[str]) -> int:
-        """Run the job; 0, or 130 when it is interrupted. Raises UserError."""
+        """Run the job; returns 0. Raises UserError, and Interruption where a signal ends it."""
         if not arguments or "--help" in arguments or "-h" in arguments:
             print_help(self.help())
             return 0 if arguments else 2
@@ -53,9 +53,11 @@ class Command:
             write_bytes(summary, (json.dumps(self.main(config), indent=2) + "\n").encode())
         except StorageError as error:
             raise UserError(str(error)) from None
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from where it was", file=sys.stderr)
-            return 130
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, Interruption) else signal.SIGINT
+            raise Interruption(
+                number, str(error) or "interrupted; the same command goes on from where it was"
+            ) from None
         return 0
 
     def help(self) -> str:

@@ -28,7 +28,9 @@ from rayclip.io import s3
 from rayclip.io.paths import S3Path, StoragePath
 from rayclip.io.s3 import ChangedError, StorageError
 
-FILE_NAME = "owner.json"
+FILE_NAME, _LOCK_NAME = "owner.json", "owner.lock"
+FILE_NAMES = (FILE_NAME, _LOCK_NAME)
+"""Beginnings of the names of files that a holder keeps in the folder."""
 TERM_S = 60.0
 """How long a holder on another machine may be silent before it has lost the folder. It renews three times a term."""
 _LOOK_EVERY_S = 1.0
@@ -225,6 +227,7 @@ class _DiskStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._made: list[Path] = []
 
     def read(self) -> _Found | None:
         try:
@@ -234,6 +237,7 @@ class _DiskStore:
         return _Found(_parse(data), data.decode(errors="replace"))
 
     def create(self, data: bytes) -> str:
+        self._made = [folder for folder in self._path.parents if not folder.exists()]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         return self._swap(data, None)
 
@@ -241,10 +245,14 @@ class _DiskStore:
         return self._swap(data, version)
 
     def remove(self, version: str) -> None:
-        with self._locked():
+        with self._locked() as lock:
             found = self.read()
             if found is not None and found.version == version:
                 self._path.unlink()
+                lock.unlink()  # whoever waits for it sees that it is gone, and makes another
+        for folder in self._made:  # a job that failed before it wrote anything leaves nothing
+            with suppress(OSError):
+                folder.rmdir()
 
     def _swap(self, data: bytes, version: str | None) -> str:
         with self._locked():
@@ -257,18 +265,26 @@ class _DiskStore:
         return data.decode()
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[Path]:
         """The file `owner.lock` is locked, by the kernel, which lets go of it when the process dies."""
         import fcntl  # not on Windows, where there is no Ray cluster either
 
-        if not self._path.parent.is_dir():
-            raise ChangedError(f"'{self._path.parent}' is gone")
-        descriptor = os.open(self._path.with_name("owner.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+        lock = self._path.with_name(_LOCK_NAME)
+        is_there = False
+        while True:
+            try:
+                descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                raise ChangedError(f"'{lock.parent}' is gone") from None
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                with suppress(FileNotFoundError):
+                    is_there = os.path.samestat(os.fstat(descriptor), lock.stat())
+                if is_there:
+                    yield lock
+                    return
+            finally:
+                os.close(descriptor)
 
 
 class _RemoteStore:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -45,10 +46,13 @@ def connect(uri: str) -> MlflowClient:
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = " ".join(str(getattr(error, "reason", error)).split())
             raise UserError(f"no MLflow server answers at {uri}: {reason}") from None
-    elif uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
-    return MlflowClient(uri)
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(uri)
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{database}.lock"):  # of two that make its tables at once, one fails
+        return MlflowClient(uri)
 
 
 def connect_existing(uri: str) -> MlflowClient:

@@ -70,7 +70,7 @@ class Hooks:
     (position, row, index into CAUSES).
     `notice` gets a line for people. `shard_of` names the shard at a position. `replay` gives this rank's share of
     samples that came before, int64 [n, 2] of (position, row), in equally many batches on all ranks; it is asked where
-    the guard rolls back.
+    the guard rolls back. `wants_stop` is asked at every step; where a rank says so, all ranks save and end after it.
     """
 
     step: Callable[[Metrics, RunState], None]
@@ -80,6 +80,7 @@ class Hooks:
     notice: Callable[[str], None] = lambda line: None
     replay: Callable[[np.ndarray], Iterable[Batch]] | None = None
     shard_of: Callable[[int], str] | None = None
+    wants_stop: Callable[[], bool] = lambda: False
 
 
 class Trainer:
@@ -111,7 +112,8 @@ class Trainer:
         self._unreadable_in: Counter[str] = Counter()
 
     def run(self, batches: Iterable[Batch]) -> RunState:
-        """Train to the end of `batches`, evaluate, save, and return the final state.
+        """Train to the end of `batches`, evaluate, save, and return the final state; or to where a stop is wanted, save
+        there, and return the state so far.
 
         Raises UserError, on all ranks, for what the guard stops at and for too many unreadable samples.
         """
@@ -121,14 +123,18 @@ class Trainer:
         self.model.train()
         for batch in self._meter.timed(self._with_replays(batches)):
             before, consumed_before = self.state.samples_seen, self._samples_consumed()
-            self._step(batch, before)
-            if self._samples_consumed() == consumed_before:  # nothing but padding
+            stops = self._step(batch, before)
+            if self._samples_consumed() == consumed_before and not stops:  # nothing but padding
                 continue
             ends = self._samples_consumed() >= self.plan.total_samples
             evaluated = ends or self._due(before, self.plan.evaluate_every)
             reached = passes(self.plan.checkpoint_at, consumed_before, self._samples_consumed())
             if evaluated or reached or self._due(before, self.plan.checkpoint_every):
                 self._checkpoint(evaluate=evaluated, last=ends)
+            if stops and not ends:
+                if self._unsaved:
+                    self._checkpoint(evaluate=False, last=False)
+                return self.state
         if not evaluated:
             self._checkpoint(evaluate=True, last=True)
         return self.state
@@ -137,12 +143,13 @@ class Trainer:
         """Samples that came, whether they could be read or not, in the whole run."""
         return self.state.samples_seen + self._num_skipped
 
-    def _step(self, batch: Batch, before: int) -> None:
+    def _step(self, batch: Batch, before: int) -> bool:
+        """Train on a batch; whether the run stops after it."""
         settings = self.plan.optimizer
         lr = learning_rate(before, settings, self.plan.total_samples)
         result = train_step(
             self._net, self.model, self.optimizer, batch, lr, settings.max_grad_norm,
-            self.plan.loss, self.plan.micro_batch_size, self._guard,
+            self.plan.loss, self.plan.micro_batch_size, self._guard, self.hooks.wants_stop(),
         )  # fmt: skip
         if self.ema and result.num_trained:
             self.ema.update(result.num_trained)
@@ -159,6 +166,7 @@ class Trainer:
         if self._due(before, self.plan.log_every):
             self.hooks.log(metrics | self._meter.rates(), self.state)
             self._meter.start_window()
+        return result.stops
 
     def _account(self, batch: Batch, result: StepResult) -> None:
         given = np.stack([batch[name].astype(np.int64) for name in ("position", "row", "cause")], axis=1)

@@ -33,6 +33,8 @@ class StepResult:
     grad_norm: float = math.nan
     num_left_out: int = 0
     anomaly: Anomaly | None = None
+    stops: bool = False
+    """Whether a rank wants the run to stop after this step."""
 
 
 def train_step(
@@ -45,23 +47,26 @@ def train_step(
     loss: LossConfig = LossConfig(),  # noqa: B008 (frozen)
     micro_batch_size: int | None = None,
     guard: Guard | None = None,
+    wants_stop: bool = False,
 ) -> StepResult:
     """Forward, backward and update on this rank's part of a global batch.
 
     `net` is `model`, or `model` wrapped for data parallelism. At most `micro_batch_size` pairs of this rank go through
     it at once, which changes memory and time and nothing else; None is all. Where `guard` finds trouble with the loss
     or its gradient, the weights stay as they are. Raises UserError, on every rank, for trouble that stops the run;
-    without a guard that is a loss or a gradient that is not finite.
+    without a guard that is a loss or a gradient that is not finite. Where `wants_stop` is true on any rank, `stops` is
+    on all.
     """
     guard = guard or Guard(_FINITE, [])
     device = model.logit_scale.device
     real = np.flatnonzero(batch["num_tokens"])
     samples_consumed = int((batch["position"] >= 0).sum())
-    counts = gather_counts([len(real), samples_consumed - len(real)], device)
-    batch_sizes = [trained for trained, _ in counts]
-    num_trained, num_skipped = sum(batch_sizes), sum(skipped for _, skipped in counts)
+    counts = gather_counts([len(real), samples_consumed - len(real), int(wants_stop)], device)
+    batch_sizes = [trained for trained, _, _ in counts]
+    num_trained, num_skipped = sum(batch_sizes), sum(skipped for _, skipped, _ in counts)
+    stops = any(wants for _, _, wants in counts)
     if not num_trained:
-        return StepResult(math.nan, 0, num_skipped, model.logit_scale.exp().item())
+        return StepResult(math.nan, 0, num_skipped, model.logit_scale.exp().item(), stops=stops)
 
     logit_scale = model.logit_scale.detach().exp()
     optimizer.zero_grad(set_to_none=True)
@@ -78,7 +83,7 @@ def train_step(
         optimizer.step()
         model.clamp_logit_scale_()
         anomaly = guard.check_scale(model.logit_scale.exp().item())
-    result = StepResult(total_loss, num_trained, num_skipped, logit_scale.item(), norms / len(counts))
+    result = StepResult(total_loss, num_trained, num_skipped, logit_scale.item(), norms / len(counts), stops=stops)
     if anomaly is None:
         return result
     anomaly = replace(anomaly, text=f"{anomaly.text}: {_identity(batch)}")

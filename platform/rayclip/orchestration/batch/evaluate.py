@@ -1,6 +1,7 @@
 """Measuring a model with a suite: features of all its data sets by the whole cluster, then task by task from them."""
 
 import re
+import sys
 from itertools import product
 from typing import Any
 
@@ -10,10 +11,11 @@ from rayclip.evaluation.page import write_report
 from rayclip.evaluation.plots import write_bars
 from rayclip.evaluation.reports import SUMMARY, EvaluationReport, compare
 from rayclip.evaluation.shift import has_accuracy, read_baselines, shift_report
-from rayclip.evaluation.suite import DataSet, open_suite
+from rayclip.evaluation.suite import DataSet, Suite, open_suite
 from rayclip.evaluation.suite_tasks import TASKS, Measured, corrupted, measure
 from rayclip.inference.zero_shot import class_prompts
 from rayclip.io.files import write_json
+from rayclip.io.lease import hold
 from rayclip.io.paths import StoragePath, matching, storage_path
 from rayclip.orchestration.batch.embed import EmbeddingModel, open_model
 from rayclip.orchestration.batch.features import Extraction, extract, images_of, prompts_of
@@ -25,6 +27,17 @@ def evaluate(config: SuiteConfig) -> dict[str, Any]:
     suite, baselines = open_suite(config), read_baselines(config.baselines)
     model = open_model(config.model, config.tracking_uri)
     output = output_folder(config, model.source.version)
+    with hold(output, f"the report '{output}'", say=lambda line: print(line, file=sys.stderr)):
+        return _evaluate(config, suite, baselines, model, output)
+
+
+def _evaluate(
+    config: SuiteConfig,
+    suite: Suite,
+    baselines: dict[str, dict[str, float]],
+    model: EmbeddingModel,
+    output: StoragePath,
+) -> dict[str, Any]:
     wanted = {dataset.name: _extractions(dataset, model, config) for dataset in suite.datasets}
     # Data sets of the same classes and templates have the same prompts.
     distinct = {needed.job.output.path: needed for of_one in wanted.values() for needed in of_one.values()}

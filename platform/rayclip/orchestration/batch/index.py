@@ -1,5 +1,6 @@
 """Indexing tens of thousands of shards, a few a task."""
 
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -7,9 +8,11 @@ from typing import Any
 
 from rayclip.config import IndexConfig
 from rayclip.data.formats import Layout
-from rayclip.data.index import Indexed, index_file, known_shards, make_plan, summarize, to_manifest
+from rayclip.data.index import Indexed, index_file, known_shards, make_plan, output_folder, summarize, to_manifest
 from rayclip.data.manifest import PARTIAL
 from rayclip.errors import UserError
+from rayclip.io.lease import hold
+from rayclip.io.paths import storage_path
 from rayclip.io.s3 import File
 from rayclip.io.storage import join, remove, write_bytes
 from rayclip.orchestration.batch.task_runner import run_tasks
@@ -28,8 +31,14 @@ def index(config: IndexConfig) -> dict[str, Any]:
 
     Returns {"path", "format", "samples", "shards", "read", "chunks", "bytes", "digest", "problems"} and all that
     `summarize` gives. Raises UserError where there are no samples, and for a shard that is not whole, unless
-    `damaged_shards` is salvage.
+    `damaged_shards` is salvage; and where another process indexes into the same folder.
     """
+    folder = output_folder(config)
+    with hold(storage_path(folder), f"the manifest in '{folder}'", say=lambda line: print(line, file=sys.stderr)):
+        return _index(config)
+
+
+def _index(config: IndexConfig) -> dict[str, Any]:
     plan = make_plan(config)
     notes: dict[str, object] = {
         "chunk_samples": config.chunk_samples,
@@ -38,7 +47,7 @@ def index(config: IndexConfig) -> dict[str, Any]:
     }
     found = known_shards(plan, notes)
     new = [file for file in plan.shards if file.name not in found]
-    work = partial(_index, layout=plan.layout, notes=notes)
+    work = partial(_index_shards, layout=plan.layout, notes=notes)
     progress = ProgressLine(len(plan.shards), unit="shards", start=len(found))
     saved_at, num_read = time.monotonic(), 0
     for results in run_tasks(_groups([(plan.path(file), file) for file in new]), lambda: work, name=_name):
@@ -81,5 +90,5 @@ def _name(work: Sequence[_Work]) -> str:
     return f"'{work[0][0]}'" + (f" and {len(work) - 1} more" if len(work) > 1 else "")
 
 
-def _index(work: Sequence[_Work], layout: Layout, notes: dict[str, object]) -> list[Indexed]:
+def _index_shards(work: Sequence[_Work], layout: Layout, notes: dict[str, object]) -> list[Indexed]:
     return [index_file(path, file, layout, notes) for path, file in work]

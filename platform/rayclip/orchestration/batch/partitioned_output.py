@@ -9,6 +9,7 @@ is decided here for all.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 from rayclip.io.files import whole_file, write_json
+from rayclip.io.lease import FILE_NAMES, Lease, hold
 from rayclip.io.paths import StoragePath, matching
 
 Tally = dict[str, dict[str, int]]
@@ -72,7 +74,7 @@ class PartitionedOutput:
     @property
     def _first_names(self) -> tuple[str, ...]:
         """What a run that was killed as it began may have made: beginnings of names."""
-        return (self._record.name,)
+        return (self._record.name, *FILE_NAMES)
 
     def file(self, part: int) -> StoragePath:
         """The file that says that a part is there."""
@@ -102,15 +104,19 @@ class PartitionedOutput:
         return None
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Make the folder this run's own while the block runs. The one way to write to an output, of any kind."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._clear()
-        self.begin()
-        try:
-            yield
-        finally:
+    def writing(self) -> Iterator[Lease]:
+        """Make the folder this process's own while the block runs. The one way to write to an output, of any kind.
+
+        Raises HeldError, a UserError, where another process holds it.
+        """
+        with hold(self.path, f"output '{self.path}'", say=lambda line: print(line, file=sys.stderr)) as lease:
+            self.check()  # whoever held it until now may have put something there
             self._clear()
+            self.begin()
+            try:
+                yield lease
+            finally:
+                self._clear()
 
     def _clear(self) -> None:
         """Remove what workers that were lost, or killed, left half written."""

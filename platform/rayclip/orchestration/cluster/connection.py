@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sysconfig
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +28,23 @@ def connect(local_cpus: int = 0) -> None:
     all be placed, also on a laptop with fewer cores. Ray's own messages go to its log files.
     """
     _quieten()
-    if ray.is_initialized():
+    if not ray.is_initialized():
+        with _own_signal_handlers():
+            _start_or_join(local_cpus)
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Keep the process's handling of SIGTERM: Ray puts its own there, which exits with code 15 and saves nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def _start_or_join(local_cpus: int) -> None:
     if os.environ.get("RAY_ADDRESS"):
         # A submitted job's processes have its environment already.
         environment = None if is_submitted_job() else {"env_vars": s3_environment()}

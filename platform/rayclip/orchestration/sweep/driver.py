@@ -1,10 +1,11 @@
 """Sweeps: many trainings under Ray Tune, for a scaling law or for the best settings.
 
 What has to be done is a function of the config, and what has been done is in the folders of the runs: a sweep that is
-started again trains what is missing. Only the decisions of a search are kept beside (sweep_search.py).
+started again trains what is missing. Only the decisions of a search are kept beside (search.py).
 """
 
 import os
+import sys
 from typing import Any
 
 import yaml
@@ -13,12 +14,14 @@ from rayclip.config import SearchPlan, SweepConfig, TrainConfig
 from rayclip.config.base import Effect
 from rayclip.config.fields import keys_with, without
 from rayclip.config.loader import read_record
-from rayclip.errors import UserError
+from rayclip.errors import Interruption, UserError
 from rayclip.io.files import write_text
+from rayclip.io.lease import Lease, hold
 from rayclip.io.paths import StoragePath, storage_path
 from rayclip.orchestration.cluster.connection import check_resources, connect, num_that_fit
 from rayclip.orchestration.cluster.ray_internals import SWEEP_ENVIRONMENT
 from rayclip.orchestration.cluster.resources import resource_request, total
+from rayclip.orchestration.cluster.signals import Received, deferred_signals
 from rayclip.orchestration.sweep.search import Asha, Journal, suggest
 from rayclip.orchestration.sweep.table import FAILED, FINISHED, STARTING, STOPPED, WAITING, SweepTable, TrialLine
 from rayclip.orchestration.sweep.trial import TrialTask
@@ -34,18 +37,27 @@ from rayclip.version import code_version
 
 
 def run_sweep(config: SweepConfig) -> dict[str, Any]:
-    """Train what the sweep lacks, and return what all of it came to. Raises UserError for what a user can mend.
+    """Train what the sweep lacks, and return what all of it came to. Raises UserError for what a user can mend, and
+    Interruption where SIGINT or SIGTERM came: the first lets all trials save checkpoints, the second ends at once.
 
     Trials that fail are named in the summary, and do not keep the others from being trained.
     """
-    sweep = Sweep(config)
-    succeeded = False
+    folder = sweep_folder(config).path
+    with hold(folder, f"sweep '{config.name}'", say=lambda line: print(line, file=sys.stderr)) as lease:
+        return _run(Sweep(config, lease))
+
+
+def _run(sweep: "Sweep") -> dict[str, Any]:
+    succeeded = stopped = False
     try:
         sweep.train()
         summary = sweep.finish()
         succeeded = not summary["failed"]
+    except KeyboardInterrupt:
+        stopped = True
+        raise
     finally:
-        tracking.close_run(sweep.uri, sweep.parent_run_id, succeeded)
+        tracking.close_run(sweep.uri, sweep.parent_run_id, succeeded, stopped)
     return summary
 
 
@@ -57,8 +69,9 @@ def sweep_folder(config: SweepConfig) -> RunFolder:
 class Sweep:
     """The driver's side of a sweep. All is checked as it is made, before anything is started."""
 
-    def __init__(self, config: SweepConfig) -> None:
-        self.config, self.plan = config, config.plan
+    def __init__(self, config: SweepConfig, lease: Lease) -> None:
+        self.config, self.plan, self._lease = config, config.plan, lease
+        self._received = Received()
         self.folder = sweep_folder(config)
         self.uri = tracking.resolve_uri(config.base.tracking.uri)
         self.journal = Journal(self.folder.path / "journal.jsonl")
@@ -80,10 +93,15 @@ class Sweep:
             return
         at_once = self._connect()
         self.table.note(f"sweep '{self.config.name}': {num_left} trials to train, {at_once} at a time")
-        try:
-            run_trials(self, self._asha(), num_left, at_once, self.config.max_failures, self.folder.path / "tune")
-        finally:
-            self.table.refresh(at_once=True)
+        tune, failures = self.folder.path / "tune", self.config.max_failures
+        with deferred_signals() as self._received:
+            try:
+                run_trials(self, self._asha(), num_left, at_once, failures, tune, self._received)
+            finally:
+                self.table.refresh(at_once=True)
+        if self._received.number is not None:
+            message = "stopped: trials have saved the step that they were at; the same command goes on from there"
+            raise Interruption(self._received.number, message)
 
     def finish(self) -> dict[str, Any]:
         """Write the table and what the sweep came to, and log both to the parent run; returns the summary."""
@@ -142,6 +160,8 @@ class Sweep:
             self.table.note(f"{name} failed: {failure}")
         elif stopped:
             self.table.change(name, state=STOPPED, samples=stopped["samples_seen"])
+        elif self._received.number is not None:
+            self.table.change(name, state=WAITING)
         else:
             self.table.change(name, state=FINISHED, samples=self.lines[name].total)
         self.write_rows()
@@ -152,7 +172,8 @@ class Sweep:
         self.table.change(name, state=STARTING)
 
     def refresh(self) -> None:
-        """Show how far the trials are, where it is time."""
+        """Show how far the trials are, where it is time. Raises LostError where another has the sweep's folder now."""
+        self._lease.check()
         self.table.refresh()
 
     # What is done

@@ -11,6 +11,7 @@ from ray.tune.search import Searcher
 from rayclip.io.paths import StoragePath
 from rayclip.orchestration.cluster.ray_internals import TUNE_ENVIRONMENT
 from rayclip.orchestration.cluster.ray_storage import ray_storage
+from rayclip.orchestration.cluster.signals import Received
 from rayclip.orchestration.sweep.search import InFolder
 from rayclip.orchestration.sweep.trial import TrialActor, TrialTask
 
@@ -41,8 +42,9 @@ def run_trials(
     at_once: int,
     max_failures: int,
     folder: StoragePath,
+    received: Received,
 ) -> None:
-    """Run so many trials, some of them at a time, to their ends; `folder` is Ray Tune's own."""
+    """Run so many trials, some of them at a time, to their ends, or to where a signal comes; `folder` is Ray Tune's."""
     os.environ.update(TUNE_ENVIRONMENT)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is in the table, and in its log
     ray.tune.Tuner(
@@ -62,6 +64,7 @@ def run_trials(
             failure_config=ray.tune.FailureConfig(max_failures=max_failures),
             checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
             callbacks=[_Listener(trials)],
+            stop=_SignalStopper(received),
             verbose=0,
         ),
     ).fit()
@@ -80,6 +83,19 @@ class _Source(InFolder, Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass
+
+
+class _SignalStopper(ray.tune.Stopper):
+    """Stops all trials once a signal has come: each saves the step that it is at."""
+
+    def __init__(self, received: Received) -> None:
+        self._received = received
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._received.number is not None
 
 
 class _Listener(InFolder, ray.tune.Callback):

@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
+from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -23,16 +24,18 @@ from rayclip.data.augment import Augmentation
 from rayclip.data.mixture import MixturePart, load_parts
 from rayclip.data.order import Order
 from rayclip.data.stream import Stream, StreamSpec
-from rayclip.errors import UserError
+from rayclip.errors import Interruption, UserError
 from rayclip.evaluation.tasks import Evaluator
+from rayclip.io.lease import Lease, LostError, hold
 from rayclip.io.paths import StoragePath, storage_path
-from rayclip.io.storage import absolute
+from rayclip.io.storage import absolute, format_path
 from rayclip.models.presets import preset, with_logit_bias
 from rayclip.models.weights import fit_weights
 from rayclip.orchestration.cluster.connection import check_resources, connect
 from rayclip.orchestration.cluster.progress import Line, ProgressLine
 from rayclip.orchestration.cluster.ray_storage import ray_storage
 from rayclip.orchestration.cluster.resources import resource_request, total
+from rayclip.orchestration.cluster.signals import Received, deferred_signals
 from rayclip.orchestration.train.branch import branch_checkpoint, branch_tags
 from rayclip.orchestration.train.run_context import RunContext
 from rayclip.orchestration.train.run_folder import RunFolder
@@ -62,9 +65,10 @@ def run_training(config: TrainConfig, new_line: Callable[..., Line] = ProgressLi
     """Train, or go on with a run that was interrupted, and return its summary. One that is complete is left as it is.
 
     `new_line(total, start=samples_seen)` makes what shows the progress. Raises UserError for everything that a user can
-    mend, CrashedError among it.
+    mend, CrashedError among it; and Interruption where SIGINT or SIGTERM came: the first lets the workers save a
+    checkpoint at the step they are at, the second ends at once.
     """
-    training = start_training(config, new_line)
+    training = start_training(config, new_line, stops_on_signals=True)
     while True:
         try:
             next(training)
@@ -73,11 +77,13 @@ def run_training(config: TrainConfig, new_line: Callable[..., Line] = ProgressLi
             return summary
 
 
-def start_training(config: TrainConfig, new_line: Callable[..., Line], awaits_decision: bool = False) -> Training:
+def start_training(
+    config: TrainConfig, new_line: Callable[..., Line], awaits_decision: bool = False, stops_on_signals: bool = False
+) -> Training:
     """`run_training` as a generator, which yields now and then while the workers train.
 
     Where `awaits_decision`, it yields each evaluation, and the workers wait: for `next`, and the run goes on; or for
-    `close`, and it ends there. Every other time it yields None.
+    `close`, and it ends there. Every other time it yields None, and `close` lets the workers save and end.
     """
     config = resolve(config)
     folder = RunFolder(storage_path(config.runs) / config.name)
@@ -96,6 +102,25 @@ def start_training(config: TrainConfig, new_line: Callable[..., Line], awaits_de
         assert isinstance(config.model, ModelConfig)
         fit_weights(resolve_model(config.weights, uri).folder, config.model)
 
+    with hold(folder.path, f"run '{config.name}'", say=new_line(total_samples).note) as lease:
+        return (yield from _train(config, folder, spec, uri, new_line, awaits_decision, stops_on_signals, lease))
+
+
+def _train(
+    config: TrainConfig,
+    folder: RunFolder,
+    spec: StreamSpec,
+    uri: str,
+    new_line: Callable[..., Line],
+    awaits_decision: bool,
+    stops_on_signals: bool,
+    lease: Lease,
+) -> Training:
+    """Train in a folder that this process holds; what another has left there is read only now."""
+    complete, record = folder.read_summary(), folder.read_record()
+    if complete is not None:
+        return complete
+    total_samples = Stream(spec).num_remaining()
     workers, needed = config.cluster, resource_request(config)
     most_to_come = (workers.max_workers - workers.min_workers) * workers.cpus_per_worker
     connect(local_cpus=math.ceil(total(needed)["CPU"] + most_to_come))
@@ -125,9 +150,10 @@ def start_training(config: TrainConfig, new_line: Callable[..., Line], awaits_de
     )
     succeeded = stopped = False
     try:
-        yield from _fit(context, folder, new_line)
+        with deferred_signals() if stops_on_signals else nullcontext(Received()) as received:
+            yield from _fit(context, folder, new_line, lease, received)
         succeeded = True
-    except GeneratorExit:
+    except (GeneratorExit, KeyboardInterrupt):
         stopped = True
         raise
     finally:
@@ -224,7 +250,7 @@ def _open_mlflow_run(
 
 
 def _fit(
-    context: RunContext, folder: RunFolder, new_line: Callable[..., Line]
+    context: RunContext, folder: RunFolder, new_line: Callable[..., Line], lease: Lease, received: Received
 ) -> Generator[Evaluation | None, None, None]:
     config = context.config
     workers = config.cluster
@@ -265,11 +291,11 @@ def _fit(
     )
     fit = _start(trainer)
     try:
-        yield from _follow(context.status_actor, line, fit)
+        yield from _follow(context.status_actor, line, fit, lease, received)
         fit.result()
     except ray.train.TrainingFailedError as error:
         raise CrashedError(f"training failed after {workers.max_failures} restarts: {_last_line(error)}") from error
-    except KeyboardInterrupt:  # the workers end with this process
+    except (KeyboardInterrupt, LostError):  # the workers end with this process
         raise
     except BaseException:  # whatever it is, workers that wait for a decision, now or later, hear that there is none
         ray.get(context.status_actor.end.remote())
@@ -280,6 +306,20 @@ def _fit(
     mistake: Any = ray.get(context.status_actor.error.remote())
     if mistake:
         raise UserError(mistake)
+    if received.number is not None:
+        _check_complete(context, folder, received.number)
+
+
+def _check_complete(context: RunContext, folder: RunFolder, signal_number: int) -> None:
+    """Raise Interruption where the workers have stopped before the end, with what is saved and how to go on."""
+    checkpoint = latest_checkpoint(str(folder.checkpoints))
+    state = read_state(checkpoint) if checkpoint else None
+    if state and state.samples_consumed >= context.total_samples:
+        return
+    saved = "nothing was trained yet"
+    if state:
+        saved = f"saved at {state.samples_seen:,} samples, in {format_path(str(checkpoint))}"
+    raise Interruption(signal_number, f"stopped: {saved}; the same command goes on from there")
 
 
 def _last_evaluation(found: StoragePath, total_samples: int) -> Evaluation | None:
@@ -304,12 +344,19 @@ def _start(trainer: TorchTrainer) -> "Future[None]":
     return fit
 
 
-def _follow(status_actor: Any, line: Line, fit: "Future[None]") -> Generator[Evaluation | None, None, None]:
-    """Show how far the workers are, until they have ended."""
+def _follow(
+    status_actor: Any, line: Line, fit: "Future[None]", lease: Lease, received: Received
+) -> Generator[Evaluation | None, None, None]:
+    """Show how far the workers are, until they have ended; let them save and end once a signal has come."""
     last: dict[str, Any] = {}
-    finished = False
+    finished = is_ending = False
     while not finished:
         finished = bool(wait([fit], _POLL_S).done)  # one more look after the end
+        lease.check()
+        if received.number is not None and not is_ending:
+            is_ending = True
+            line.note("stopping: a checkpoint of this step is being saved; once more stops at once")
+            ray.get(status_actor.end.remote())
         state = ray.get(status_actor.state.remote())
         for note in state.pop("notes"):
             line.note(note)

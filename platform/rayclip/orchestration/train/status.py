@@ -20,9 +20,10 @@ class RunStatusActor:
         self._attempts: dict[int, int] = {}
         self._error: str | None = None
 
-    def update(self, state: dict[str, Any]) -> None:
-        """Replace the state."""
+    def update(self, state: dict[str, Any]) -> bool:
+        """Replace the state; returns whether the run is to save and stop."""
         self._state = state
+        return self._has_ended
 
     def note(self, text: str) -> None:
         """Keep a line for people, which is shown once."""
@@ -39,7 +40,7 @@ class RunStatusActor:
             self._changed.notify_all()
 
     async def end(self) -> None:
-        """Let the run end at its next evaluation, or at the one it waits at."""
+        """Let the run end at the evaluation that it waits at, or else save and end within a few steps."""
         async with self._changed:
             self._has_ended = True
             self._changed.notify_all()

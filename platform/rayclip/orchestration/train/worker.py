@@ -71,6 +71,8 @@ class TrainingWorker:
         self.is_first = train_context.get_world_rank() == 0
         self.world_size = train_context.get_world_size()
         self._shown_at = 0.0
+        self._answer: ray.ObjectRef | None = None
+        self._stops = False
         # First of all: what reads the stream starts while this process gets ready.
         self.batches = ray.train.get_dataset_shard("train").batches(self._local_batch)
         self.tracker = MlflowTracker(context.tracking_uri, context.mlflow_run_id) if self.is_first else None
@@ -96,6 +98,7 @@ class TrainingWorker:
             self._notice,
             self._replay,
             Stream(self.context.spec).shard_at,
+            self._wants_stop,
         )
         trainer = Trainer(self._plan(), self.model, self.optimizer, state, ledger, hooks, self.ema)
         if not isinstance(self.config.cluster.num_workers, int):
@@ -165,7 +168,13 @@ class TrainingWorker:
             return
         self._shown_at = time.monotonic()
         shown = {"samples_seen": state.samples_seen, "loss": metrics["loss"], **metrics["rates"]}
-        self.context.status_actor.update.remote(shown)
+        self._answer = self.context.status_actor.update.remote(shown)
+
+    def _wants_stop(self) -> bool:
+        """Whether the driver has answered the last word on progress so; nobody waits for the answer."""
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._stops, self._answer = ray.get(self._answer), None
+        return self._stops
 
     def _log(self, metrics: Metrics, state: RunState) -> None:
         if self.tracker:
