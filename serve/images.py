@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from rayclip.data.decode import MAX_ASPECT, BadSampleError, check_image_size, eval_array, without_png_text
+from rayclip.serve.avif import frame_sizes
 from rayclip.serve.schemas import Error
 
 READERS: dict[bytes, type[ImageFile]] = {
@@ -48,7 +49,8 @@ _DATA_URI = re.compile(r"\s*data:(?:image\b|\s*(?:[\w.+-]{1,127}/[\w.+-]{1,127}\
 _BLANKS = str.maketrans("", "", " \t\r\n\f")
 _BINARY = ("", "application/octet-stream", "binary/octet-stream")
 """Types of data: URIs that say nothing of the content."""
-_AVIF = re.compile(rb".{4}ftyp(?:avi[fs]|.{8,64}?avi[fs])", re.DOTALL)
+# Of one that begins with avis, an animation, other parts are decoded than those whose size is looked at.
+_AVIF = re.compile(rb".{4}ftyp(?:avif|mif1.{4,64}?avif)", re.DOTALL)
 _JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # those that a length follows, and the end
 _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as warnings.filters holds it
 _SCAN, _END = b"\xda", b"\xd9"
@@ -165,6 +167,8 @@ def decode_image(data: bytes, size: int, max_pixels: int) -> np.ndarray:
     try:
         with _open(data) as image:
             _check_size(image.width, image.height, max_pixels)
+            if isinstance(image, AvifImageFile):
+                _check_frames(data, max_pixels)
             return eval_array(image, size)
     except RequestError:
         raise
@@ -220,6 +224,16 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         }[error.cause]
         message = f"the picture has {width} x {height} pixels; {allowed}"
         raise RequestError(422, message, error.cause) from None
+
+
+def _check_frames(data: bytes, max_pixels: int) -> None:
+    """Raise RequestError where an AVIF file's frames are larger than its header says; ValueError for a strange file."""
+    areas = [width * height for width, height in frame_sizes(data)]
+    if not areas:
+        raise _undecodable("it has no frame")
+    # Colours, transparency, and the edges of tiles.
+    if max(areas) > max_pixels or sum(areas) > 3 * max_pixels:
+        raise RequestError(422, f"a frame of the picture has more than {max_pixels} pixels", "image_too_large")
 
 
 def _undecodable(why: str) -> RequestError:

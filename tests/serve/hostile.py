@@ -262,7 +262,7 @@ def broken_images() -> Iterator[Case]:
     """Cut off, with bits turned, of other kinds, or no pictures at all."""
     path = "/v1/zero-shot?labels=a"
     random = np.random.default_rng(0)
-    for kind in ("PNG", "JPEG", "WEBP", "GIF"):
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "AVIF"):
         data = image_file(kind)
         for part in range(8):
             yield Case(f"{part}/8 of a {kind}", post(path, data[: len(data) * part // 8], PNG))

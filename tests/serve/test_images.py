@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from rayclip.serve import images as images
+from rayclip.serve.avif import frame_sizes
 from rayclip.serve.images import (
     MAX_ASPECT,
     MAX_JPEG_SCANS,
@@ -237,7 +238,7 @@ def test_a_16_bit_colour_png_is_read():
     assert np.abs(decoded(data).astype(int) - [255, 128, 0]).max() <= 1
 
 
-@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "AVIF"])
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG"])
 def test_of_an_animation_the_first_frame_is_read(file_format):
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "lime", "blue")]
     data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:], duration=50)
@@ -302,6 +303,28 @@ def test_a_gif_frame_larger_than_its_screen_counts():
     assert refused(decoded, bytes(data)).message.startswith("the picture has 9000 x 9000 pixels")
     data[descriptor + 5 : descriptor + 9] = struct.pack("<HH", 65_535, 65_535)  # above Pillow's own limit
     assert refused(decoded, bytes(data)).code == "image_too_large"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+@pytest.mark.parametrize("size", [(8, 8), (61, 33), (300, 200)])
+def test_the_frames_of_an_avif_are_as_large_as_the_image(mode, size):
+    image = Image.fromarray(noise(*size)).convert(mode)
+    assert set(frame_sizes(encoded(image, "AVIF", speed=10))) == {size}
+
+
+def test_an_avif_whose_frame_is_larger_than_it_says_is_refused():
+    data = encoded(Image.new("RGB", (600, 400)), "AVIF", speed=10)
+    place = data.index(b"ispe") + 8
+    assert struct.unpack_from(">II", data, place) == (600, 400)
+    lying = data[:place] + struct.pack(">II", 8, 8) + data[place + 8 :]
+    error = refused(decoded, lying, 16, 600 * 400 - 1)
+    assert (error.code, "a frame of" in error.message) == ("image_too_large", True)
+
+
+def test_an_animated_avif_is_not_read():
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "lime")]
+    data = encoded(frames[0], "AVIF", save_all=True, append_images=frames[1:])
+    assert refused(decoded, data).code == "image_undecodable"
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
