@@ -49,8 +49,8 @@ def _set_local_haproxy() -> None:
     folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     first = random.SystemRandom().randrange(10_000, 32_000, _PORTS)
+    write_haproxy_starter(folder, HEADER_TIMEOUT_S)  # before the environment says that this is HAProxy
     os.environ.update(haproxy_environment(folder, _free_port, range(first, first + _PORTS)) | os.environ)
-    write_haproxy_starter(folder, HEADER_TIMEOUT_S)
 
 
 def check(config: ServeConfig) -> str:
