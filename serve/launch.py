@@ -138,9 +138,10 @@ def stop(at_once: bool = False) -> None:
 
     # What Ray says meanwhile of actors that it kills itself goes to its logs too.
     with redirect_stdout(io.StringIO()):
-        ending = threading.Thread(target=serve.shutdown, daemon=True)
-        ending.start()
-        ending.join(_AT_ONCE_S if at_once else None)  # HAProxy is the first to go
+        if ray.is_initialized():  # Serve would start Ray to find out that it has nothing to shut down
+            ending = threading.Thread(target=serve.shutdown, daemon=True)
+            ending.start()
+            ending.join(_AT_ONCE_S if at_once else None)  # HAProxy is the first to go
         ray.shutdown()
 
 
