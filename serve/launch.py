@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -45,11 +46,16 @@ def set_environment() -> None:
 
 def _set_local_haproxy() -> None:
     """Files and ports of its own, so that two services fit on one machine."""
+    from rayclip.serve.schemas import Error, ErrorResponse
+
     # Short: HAProxy appends 70 characters to it, and a socket has a path of at most 97.
     folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     first = random.SystemRandom().randrange(10_000, 32_000, _PORTS)
-    write_haproxy_starter(folder, HEADER_TIMEOUT_S)  # before the environment says that this is HAProxy
+    not_yet = ErrorResponse(error=Error(message="the service is starting", type="server_error", code="loading"))
+    write_haproxy_starter(
+        folder, HEADER_TIMEOUT_S, not_yet.model_dump_json()
+    )  # before the environment says that this is HAProxy
     os.environ.update(haproxy_environment(folder, _free_port, range(first, first + _PORTS)) | os.environ)
 
 
@@ -93,7 +99,8 @@ def run(config: ServeConfig, version: str) -> int:
         print("stopping: what was accepted is answered; again to stop at once", file=sys.stderr, flush=True)
         if not drain(config, coordinator, signals.again):
             print("stopped before every request was answered", file=sys.stderr)
-    except StopRequestedError:
+    except (StopRequestedError, SystemExit):  # the second is what Ray's own handler of SIGTERM raises
+        signals.number = signals.number or signal.SIGTERM
         print("stopped while it was starting", file=sys.stderr)
     finally:
         stop(at_once=signals.again.is_set())

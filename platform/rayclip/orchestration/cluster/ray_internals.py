@@ -105,17 +105,22 @@ def haproxy_environment(folder: Path, free_port: Callable[[], int], ports: range
     return values
 
 
-def write_haproxy_starter(folder: Path, header_timeout_s: int) -> None:
-    """Write the program of haproxy_environment's BINARY_PATH: HAProxy with a time limit for a request's headers.
+def write_haproxy_starter(folder: Path, header_timeout_s: int, not_yet: str) -> None:
+    """Write the program of haproxy_environment's BINARY_PATH: HAProxy with two lines more than Ray can be asked for.
 
-    Ray has no setting for one, and without it a client that sends a byte now and then holds a connection as long as it
-    likes.
+    A time limit for a request's headers: without it a client that sends a byte now and then holds a connection as long
+    as it likes. And 503 with the JSON text `not_yet`, which has no single quotes, before there is an application at /,
+    where Ray says that there is no such path.
     """
-    path = folder / _HAPROXY_FILES["BINARY_PATH"]
     binary = importlib.import_module(HAPROXY_MODULE).get_haproxy_binary()
+    answer = f"http-request return status 503 content-type application/json string '{not_yet}' hdr Retry-After 1"
+    (folder / "haproxy.sed").write_text(
+        f"s/^ *timeout client .*/&\\n    timeout http-request {header_timeout_s}s/\n"
+        f"s|^backend default_backend$|&\\n    {answer} if {{ path_beg / }}|\n"
+    )
+    path = folder / _HAPROXY_FILES["BINARY_PATH"]
     # The third argument is the file of settings, which Ray writes anew before each start.
-    edit = rf"s/^ *timeout client .*/&\n    timeout http-request {header_timeout_s}s/"
-    path.write_text(f'#!/bin/sh\nsed -i "{edit}" "$3"\nexec "{binary}" "$@"\n')
+    path.write_text(f'#!/bin/sh\nsed -i -f "{folder}/haproxy.sed" "$3"\nexec "{binary}" "$@"\n')
     path.chmod(0o700)
 
 
