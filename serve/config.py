@@ -1,4 +1,4 @@
-"""The service's settings: the same keys after `python -m serve`, after `serve run`, and under `args:` in a file."""
+"""The service's settings: the same keys after `rayclip serve`, after `serve run`, and under `args:` in a file."""
 
 from typing import Literal
 
@@ -34,7 +34,7 @@ class LimitsConfig(Config):
 
 
 class AuthConfig(Config):
-    """API keys. Only their hashes are kept; `python -m serve key NAME` makes one."""
+    """API keys. Only their hashes are kept; `rayclip serve key NAME` makes one."""
 
     keys_file: InputPath | None = Field(
         None, description="a line 'NAME sha256:HEX' for each key; also RAYCLIP_API_KEYS"
@@ -81,7 +81,7 @@ class LabelSet(Config):
 
 
 class ServeConfig(Config):
-    """python -m serve"""
+    """rayclip serve"""
 
     model: InputModel = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint's folder")
     canary: InputModel | None = Field(None, description="a second model that gets a share of the traffic")

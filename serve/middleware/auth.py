@@ -127,7 +127,7 @@ def require_keys(host: str, config: AuthConfig, keys: ApiKeys) -> bool:
     if not keys and not _is_loopback(host):
         raise UserError(
             f"host '{host}' can be reached from elsewhere and there are no API keys: set auth.keys_file or "
-            f"{KEYS_VARIABLE} ('python -m serve key NAME' makes a key), listen on 127.0.0.1, or set auth.required=false"
+            f"{KEYS_VARIABLE} ('rayclip serve key NAME' makes a key), listen on 127.0.0.1, or set auth.required=false"
         )
     return bool(keys)
 

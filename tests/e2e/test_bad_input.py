@@ -99,7 +99,7 @@ def test_a_data_set_that_is_not_as_its_manifest_says(train, tmp_path, values):
         shard.write(b"more")
     said = train("train.yaml")
     assert "000001.tar' has" in said
-    assert "python -m jobs.index" in said
+    assert "rayclip index" in said
     (folder / "000001.tar").unlink()
     assert "names shard '000001.tar', which is not there" in train("train.yaml")
     Manifest.from_spans(folder, []).save()

@@ -508,7 +508,7 @@ def test_bad_input_is_one_line(run, job, override, said):
 
 
 def test_no_embeddings_to_classify(run, tmp_path):
-    assert "holds nothing of jobs.embed" in run("classify", "data=null", f"embeddings={tmp_path}")
+    assert "holds nothing of rayclip embed" in run("classify", "data=null", f"embeddings={tmp_path}")
 
 
 def test_a_damaged_model_is_one_line(run, checkpoint, tmp_path):

@@ -193,7 +193,7 @@ def test_a_service_that_others_reach_must_have_keys(host, keys):
         require_keys(host, AuthConfig(), ApiKeys([]))
     message = str(caught.value)
     assert message.startswith(f"host '{host}' can be reached from elsewhere and there are no API keys")
-    for way_out in ("auth.keys_file", KEYS_VARIABLE, "python -m serve key NAME", "127.0.0.1", "auth.required=false"):
+    for way_out in ("auth.keys_file", KEYS_VARIABLE, "rayclip serve key NAME", "127.0.0.1", "auth.required=false"):
         assert way_out in message
     assert "\n" not in message
 

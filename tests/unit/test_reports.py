@@ -108,7 +108,7 @@ def test_the_command_takes_any_number_of_reports(tmp_path, ranks, monkeypatch):
 
 
 def test_a_path_without_a_report_is_named(tmp_path):
-    with pytest.raises(UserError, match=rf"^no report of jobs\.evaluate in '{tmp_path}': give folders"):
+    with pytest.raises(UserError, match=rf"^no report of rayclip evaluate in '{tmp_path}': give folders"):
         find_reports([str(tmp_path)])
 
 

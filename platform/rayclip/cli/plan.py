@@ -77,7 +77,7 @@ def _samples_per_s(config: PlanConfig) -> float | None:
     try:
         return float(json.loads(storage_path(config.run).read_text())["samples_per_s"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{config.run}' is no summary of jobs.train: {' '.join(str(error).split())}") from None
+        raise UserError(f"'{config.run}' is no summary of rayclip train: {' '.join(str(error).split())}") from None
 
 
 def _plain(estimate: "Estimate", factor: float = 1.0) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rayclip.config.cluster import WorkersConfig
 class MixturePartConfig(Config):
     """One data set of a mixture."""
 
-    path: InputPath = Field(description="folder or address of a data set: what jobs.ingest or jobs.index wrote")
+    path: InputPath = Field(description="folder or address of a data set: what rayclip ingest or rayclip index wrote")
     weight: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="times that an epoch has each of its samples, on average"
     )
@@ -139,7 +139,7 @@ SourceConfig = Annotated[
 
 
 class IngestConfig(Config):
-    """python -m jobs.ingest"""
+    """rayclip ingest"""
 
     source: SourceConfig = Field(description="where pictures and captions come from")
     output: OutputPath = Field(description="folder of the data set; each split becomes a folder in it")
@@ -157,7 +157,7 @@ class IngestConfig(Config):
 
 
 class IndexConfig(Config):
-    """python -m jobs.index"""
+    """rayclip index"""
 
     path: InputPath = Field(
         description="folder or address of tar shards, Parquet, tables or pictures; one such file; several: {0..9}.tar"
@@ -183,7 +183,7 @@ class IndexConfig(Config):
 
 
 class CurateConfig(Config):
-    """python -m jobs.curate"""
+    """rayclip curate"""
 
     data: InputPath = Field(description="folder of a data set: tar shards and their manifest.parquet")
     output: OutputPath = Field(description="folder of the new data set; a run that was interrupted goes on in it")
@@ -204,7 +204,7 @@ class CurateConfig(Config):
     min_side: int = Field(64, gt=0, description="least shorter side of a picture in pixels")
     max_aspect: float = Field(3.0, ge=1, description="most longer side over shorter")
     embeddings: Annotated[InputPath | None, Effect.BY_CONTENT, RenamedFrom("scores")] = Field(
-        None, description="output of jobs.embed on this data set: pairs are judged by the model that made it"
+        None, description="output of rayclip embed on this data set: pairs are judged by the model that made it"
     )
     min_score: float = Field(0.2, ge=-1, le=1, description="least cosine of picture and caption by that model")
     seed: int = Field(0, ge=0, description="of what is drawn, each pair by its name")

@@ -113,7 +113,7 @@ class DataSetConfig(Config):
 
 
 class SuiteConfig(Config):
-    """python -m jobs.evaluate"""
+    """rayclip evaluate"""
 
     model: InputModel = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
     name: str = Field(description="of the suite")
@@ -128,8 +128,8 @@ class SuiteConfig(Config):
     seeds: int = Field(5, gt=0, description="draws of these samples")
     baselines: tuple[InputPath, ...] = Field(
         (),
-        description="other models, whose line effective robustness is told from: reports of jobs.evaluate, folders of "
-        "them, or CSVs with a row a model, a column a data set",
+        description="other models, whose line effective robustness is told from: rayclip evaluate's reports, folders "
+        "of them, or CSVs with a row a model, a column a data set",
     )
     cluster: WorkersConfig = Field(WorkersConfig(), description="what it runs on")
     experiment: str | None = Field(None, description="MLflow experiment that the result is logged to; None: none")
@@ -151,9 +151,9 @@ class SuiteConfig(Config):
 
 
 class CompareConfig(Config):
-    """python -m jobs.compare"""
+    """rayclip compare"""
 
-    runs: tuple[InputPath, ...] = Field(min_length=1, description="reports of jobs.evaluate, or folders of them")
+    runs: tuple[InputPath, ...] = Field(min_length=1, description="reports of rayclip evaluate, or folders of them")
     output: OutputPath = Field("runs/comparison", description="folder of the page, the plots and the table")
     experiment: str | None = Field(None, description="MLflow experiment that it is logged to; None: none")
     tracking_uri: TrackingUri | None = Field(None, description="MLflow, or None for ./mlflow/mlflow.db")

@@ -9,7 +9,7 @@ from rayclip.config.cluster import WorkersConfig
 
 
 class EmbedConfig(Config):
-    """python -m jobs.embed"""
+    """rayclip embed"""
 
     model: InputModel = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
     data: InputPath = Field(description="folder of a data set: tar shards and their manifest.parquet")
@@ -25,11 +25,11 @@ class EmbedConfig(Config):
 
 
 class ClassifyConfig(Config):
-    """python -m jobs.classify"""
+    """rayclip classify"""
 
     model: InputModel = Field(description="models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint or exported weights")
     data: InputPath | None = Field(None, description="folder of a data set; this or embeddings")
-    embeddings: InputPath | None = Field(None, description="output of jobs.embed by the same model, in place of data")
+    embeddings: InputPath | None = Field(None, description="output of rayclip embed by this model, in place of data")
     output: OutputPath = Field(
         description="folder that the Parquet parts go to; a run that was interrupted goes on in it"
     )
@@ -50,7 +50,7 @@ class ClassifyConfig(Config):
 
 
 class ConvertConfig(Config):
-    """python -m jobs.convert"""
+    """rayclip convert"""
 
     input: InputModel = Field(description="a checkpoint, exported weights (a folder or a file), or models:/NAME@ALIAS")
     output: OutputPath = Field(description="folder that is written; it must not exist")

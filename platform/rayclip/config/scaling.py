@@ -64,7 +64,7 @@ class LadderConfig(Config):
 
 
 class FitConfig(Config):
-    """python -m jobs.fit"""
+    """rayclip fit"""
 
     source: InputPathOrName = Field(
         description="a CSV with columns name, gmacs, samples, error; or an MLflow experiment's name"
@@ -120,8 +120,8 @@ class LadderPlan(LadderConfig):
     """The runs of a ladder, and the law that is fitted to them."""
 
     kind: Literal["ladder"] = Field("ladder", description="what is swept")
-    form: Annotated[LawForm, Effect.SAME_RESULT] = Field("chinchilla", description="the law's form, as in jobs.fit")
-    frontier: Annotated[Frontier, Effect.SAME_RESULT] = Field("all", description="runs that are fitted, as in jobs.fit")
+    form: Annotated[LawForm, Effect.SAME_RESULT] = Field("chinchilla", description="the law's form, as in rayclip fit")
+    frontier: Annotated[Frontier, Effect.SAME_RESULT] = Field("all", description="runs that are fitted, as there")
 
 
 class SearchPlan(Config):
@@ -152,13 +152,13 @@ class SearchPlan(Config):
 
 
 class SweepConfig(Config):
-    """python -m jobs.sweep"""
+    """rayclip sweep"""
 
     name: NotPath = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the sweep's name, and its folder's")
     sweeps: OutputPath = Field("runs/sweeps", description="where that folder is; a cluster needs one all nodes share")
     metric: str = Field(description="TASK.METRIC of base that trials are compared by; the error is one minus it")
     plan: Annotated[LadderPlan | SearchPlan, Field(discriminator="kind")] = Field(description="the trials")
-    base: TrainConfig = Field(description="the recipe, as in jobs.train; its name is the sweep's where it has none")
+    base: TrainConfig = Field(description="the recipe, as in rayclip train; its name is the sweep's where it has none")
     max_concurrent: int | None = Field(None, gt=0, description="trials at a time; None: as many as the cluster places")
     max_failures: int = Field(2, ge=0, description="times that a trial whose processes die is begun again")
 
@@ -197,9 +197,9 @@ class SweepConfig(Config):
 
 
 class PlanConfig(Config):
-    """python -m jobs.plan"""
+    """rayclip plan"""
 
-    law: InputPath | None = Field(None, description="a fit: the folder of jobs.fit, or its summary.json")
+    law: InputPath | None = Field(None, description="a fit: the folder of rayclip fit, or its summary.json")
     target_error: float | None = Field(None, gt=0, lt=1, description="error to reach, by the law")
     gpu_hours: float | None = Field(None, gt=0, description="budget in hours of one GPU")
     days: float | None = Field(None, gt=0, description="budget in days of num_gpus")
@@ -210,7 +210,7 @@ class PlanConfig(Config):
     num_gpus: int = Field(1, ge=1, description="that train together")
     flops_per_gpu_s: float | None = Field(None, gt=0, description="measured training FLOP/s of one GPU: the surest")
     samples_per_s: float | None = Field(None, gt=0, description="measured samples/s of measured_model on measured_gpus")
-    run: InputPath | None = Field(None, description="summary.json of jobs.train, for samples_per_s")
+    run: InputPath | None = Field(None, description="summary.json of rayclip train, for samples_per_s")
     measured_model: str | None = Field(None, description="preset that samples_per_s is of; None: model")
     measured_gpus: int | None = Field(None, ge=1, description="GPUs that samples_per_s is of; None: num_gpus")
     gpu: str | None = Field(None, description="a known GPU, whose published peak times utilisation is taken")

@@ -120,7 +120,7 @@ class TrackingConfig(Config):
 
 
 class TrainConfig(Config):
-    """python -m jobs.train"""
+    """rayclip train"""
 
     name: Annotated[str, Effect.SAME_IN_TRIALS] = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's name"

@@ -165,7 +165,7 @@ class Manifest:
             if size != expected:
                 raise UserError(
                     f"shard '{self._path(name)}' has {size:,} bytes, its manifest says {expected:,}: "
-                    f"index it again with python -m jobs.index {self.root or self.folder}"
+                    f"index it again with rayclip index {self.root or self.folder}"
                 )
 
     def _sizes_there(self) -> list[int | None]:
@@ -197,7 +197,7 @@ class Manifest:
         if not is_remote(folder) and not Path(folder).is_dir():
             raise UserError(f"no data set at '{folder}': the folder does not exist")
         if find_file(path) is None:
-            raise UserError(f"no '{name}' in '{folder}': write one with python -m jobs.index {folder}")
+            raise UserError(f"no '{name}' in '{folder}': write one with rayclip index {folder}")
         try:
             file = pq.ParquetFile(pa.BufferReader(read_bytes(path)))
             meta = json.loads((file.schema_arrow.metadata or {})[_KEY])

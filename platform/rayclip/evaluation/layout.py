@@ -6,9 +6,9 @@
     FOLDER/SPLIT/nshards.txt                         how many there are, where somebody says so
     FOLDER/SPLIT/CLASS/*.jpg                         or a folder a class, in the order of their names
 
-This is how CLIP_benchmark's users have them; both texts may lie in SPLIT too, where jobs.ingest puts them. Nothing is
-written there: what a folder lacks to be read in chunks (an index of its shards, or shards of its loose pictures) goes
-to a cache.
+This is how CLIP_benchmark's users have them; both texts may lie in SPLIT too, where rayclip ingest puts them. Nothing
+is written there: what a folder lacks to be read in chunks (an index of its shards, or shards of its loose pictures)
+goes to a cache.
 """
 
 import hashlib
@@ -140,7 +140,7 @@ def _index_shard(path: StoragePath) -> tuple[str, int, Chunks]:
 
 def _pack(split: StoragePath, cache: StoragePath) -> Manifest:
     if not isinstance(split, Path):
-        raise UserError(f"'{split}' holds loose pictures: in S3 they must be in shards; pack them with jobs.ingest")
+        raise UserError(f"'{split}' holds loose pictures: in S3 they must be in shards; pack them with rayclip ingest")
     images = [(path, label) for label, folder in enumerate(class_folders(split)) for path in _images(folder)]
 
     def make(folder: StoragePath) -> list[tuple[str, int, Chunks]]:

@@ -34,7 +34,7 @@ class _Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What jobs.evaluate wrote of one model."""
+    """What rayclip evaluate wrote of one model."""
 
     folder: StoragePath
     summary: dict[str, Any]
@@ -59,7 +59,7 @@ def find_reports(paths: Sequence[str]) -> list[EvaluationReport]:
         there = [folder / SUMMARY, *matching(folder, f"*/{SUMMARY}"), *matching(folder, f"*/*/{SUMMARY}")]
         reports = [report for file in there if file.is_file() and (report := _read(file)) is not None]
         if not reports:
-            raise UserError(f"no report of jobs.evaluate in '{path}': give folders with the summary.json that it wrote")
+            raise UserError(f"no report of rayclip evaluate in '{path}': give folders with its summary.json")
         found += reports
     return found
 

@@ -22,7 +22,7 @@ _LEAST_MODELS = 3
 
 
 def read_baselines(paths: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Other models' accuracies, from reports of jobs.evaluate, folders of them, and CSVs (column `model`, a column a
+    """Other models' accuracies, from reports of rayclip evaluate, folders of them, and CSVs (column `model`, a column a
     data set; empty where a model was not measured).
 
     Raises UserError for a path that is neither, a CSV without a model column, a value that is no fraction of 1.

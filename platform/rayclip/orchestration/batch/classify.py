@@ -128,7 +128,7 @@ def _embeddings(config: ClassifyConfig, model: EmbeddingModel) -> _FeatureSource
 
 
 class _EmbeddingReader:
-    """Reads parts that jobs.embed wrote, where an Embedder makes them."""
+    """Reads parts that rayclip embed wrote, where an Embedder makes them."""
 
     def __init__(self, folder: PartitionedOutput) -> None:
         self._folder = folder

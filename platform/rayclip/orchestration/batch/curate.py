@@ -154,7 +154,7 @@ def read_scores(path: StoragePath, manifest: Manifest) -> np.ndarray:
     if folder.identity["source_digest"] != manifest.digest:
         raise UserError(f"embeddings '{path}' were made from another data set, '{folder.identity['source']}'")
     if folder.identity["what"] != "both":
-        raise UserError(f"embeddings '{path}' holds {folder.identity['what']} only: run jobs.embed with what=both")
+        raise UserError(f"embeddings '{path}' holds {folder.identity['what']} only: run rayclip embed with what=both")
     score_N = np.full(manifest.total_samples, np.nan, dtype=np.float32)
     first = 0
     for part in range(folder.num_parts):

@@ -1,7 +1,7 @@
 """Features of data sets and of prompts, extracted by the whole cluster and kept: a second task or run reads them.
 
 A folder of them is named by what they are a function of: the model's weights, the data (or the prompts), the
-preprocess. What an interrupted run left is gone on with, as with jobs.embed, whose parts and workers these are.
+preprocess. What an interrupted run left is gone on with, as with rayclip embed, whose parts and workers these are.
 """
 
 import hashlib

@@ -87,7 +87,7 @@ class PartitionedOutput:
         if not self._record.is_file():
             if self.path.exists() and any(not p.name.startswith(self._first_names) for p in self.path.iterdir()):
                 raise UserError(
-                    f"output '{self.path}' is not empty and holds nothing of jobs.{self.kind}: choose another folder"
+                    f"output '{self.path}' is not empty and holds nothing of rayclip {self.kind}: choose another folder"
                 )
             return
         difference = self._difference(json.loads(self._record.read_text()))
@@ -173,16 +173,16 @@ class PartitionedOutput:
 def open_complete(path: StoragePath, kind: str) -> tuple[PartitionedOutput, dict[str, Any]]:
     """Return a complete output of a job and its summary. Raises UserError where it is missing or not complete."""
     if not (path / f"{kind}.json").is_file():
-        raise UserError(f"'{path}' holds nothing of jobs.{kind}")
+        raise UserError(f"'{path}' holds nothing of rayclip {kind}")
     identity = json.loads((path / f"{kind}.json").read_text())
     try:
         num_parts = json.loads((path / _SUMMARY).read_text())["parts"]
     except FileNotFoundError:
-        raise UserError(f"'{path}' is not complete: run its jobs.{kind} again to the end") from None
+        raise UserError(f"'{path}' is not complete: run its rayclip {kind} again to the end") from None
     folder = PartitionedOutput(path, identity, num_parts)
     summary = folder.read_summary()
     if summary is None:
-        raise UserError(f"'{path}' has lost some of its {num_parts:,} parts: run its jobs.{kind} again")
+        raise UserError(f"'{path}' has lost some of its {num_parts:,} parts: run its rayclip {kind} again")
     return folder, summary
 
 

@@ -89,7 +89,8 @@ def check_paths(config: Config, summary: str, shipped: Sequence[str], folder: Pa
     values = marked_values(config)
     paths = [(key, value, mark) for key, value, mark in values if isinstance(mark, PathMark)]
     local = [found for found in paths if _is_path(found[1], found[2], folder) and not _is_shared(found[1])]
-    lost = [(key, value) for key, value, mark in local if mark.access == "write"]
+    # A sweep puts the runs of its trials into a folder of its own, wherever its recipe would have them.
+    lost = [(key, value) for key, value, mark in local if mark.access == "write" and key != "base.runs"]
     # What a command makes of no output, or of a relative one, is absolute, and below the folder that it runs in.
     given = any(summary.startswith(value) for _, value, _ in paths if value.startswith("/"))
     if not lost and (not _is_shared(summary) or (summary.startswith(f"{folder}/") and not given)):

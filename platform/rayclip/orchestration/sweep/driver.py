@@ -270,7 +270,7 @@ class Sweep:
         return {"trial": best.name, self.config.metric: best.metric, "values": self.trials[best.name].values}
 
     def _write_best(self, planned: Planned) -> StoragePath:
-        """The recipe with the best trial's values, as a config that jobs.train takes."""
+        """The recipe with the best trial's values, as a config that rayclip train takes."""
         config = trial_config(self.config.base, f"{self.config.name}-best", planned.values)
         path = self.folder.path / "best.yaml"
         values = config.model_dump(mode="json", exclude_unset=True)
