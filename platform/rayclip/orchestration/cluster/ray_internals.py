@@ -152,7 +152,7 @@ def serve_logs() -> str:
 
 # What Ray prints
 
-_LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune")
+_LOGGERS = ("ray", "ray.data", "ray.train", "ray.tune", "ray.widgets")
 _JOB_LOGGERS = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 
 
