@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -159,3 +160,13 @@ def test_a_list_of_checkpoints_that_a_crash_cut_off_is_repaired(tmp_path):
     listed.write_text('{"checkpoint_results": [1, 2]}')
     folder.repair_list()  # a whole one is left alone
     assert json.loads(listed.read_text()) == {"checkpoint_results": [1, 2]}
+
+
+def test_a_terminal_that_has_gone_ends_nothing():
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = ProgressLine(10, stream=os.fdopen(writer, "w", closefd=False))
+    line.update(5, rate=1.0)
+    line.note("half")
+    line.close()
+    os.close(writer)

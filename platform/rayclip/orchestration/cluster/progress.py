@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Protocol, TextIO
 
@@ -67,7 +67,7 @@ class ProgressLine:
         if self._hidden:
             _logger.info(text)
             return
-        print(f"\r\x1b[K{text}" if self._terminal else text, file=self.stream, flush=True)
+        self._print(f"\r\x1b[K{text}" if self._terminal else text)
         if self._terminal:
             self._written = ""  # it took the progress line's place
 
@@ -78,16 +78,20 @@ class ProgressLine:
         if self._last != self._written:
             self._write()
         if self._last and self._terminal:
-            print(file=self.stream, flush=True)
+            self._print("")
 
     def _write(self) -> None:
         if self._hidden:
             return
         self._written = self._last
         if self._terminal:
-            print(f"\r\x1b[K{self._last}", end="", file=self.stream, flush=True)
+            self._print(f"\r\x1b[K{self._last}", end="")
         else:
-            print(self._last, file=self.stream, flush=True)
+            self._print(self._last)
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        with suppress(OSError):  # a terminal that has gone ends no training
+            print(text, end=end, file=self.stream, flush=True)
 
 
 def format_duration(seconds: float) -> str:

@@ -6,9 +6,8 @@ the workers alive, shows how far they are, and registers the best checkpoint at 
 
 import json
 import math
-import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import nullcontext
 from typing import Any
 
@@ -37,6 +36,7 @@ from rayclip.orchestration.cluster.ray_storage import ray_storage
 from rayclip.orchestration.cluster.resources import resource_request, total
 from rayclip.orchestration.cluster.signals import Received, deferred_signals
 from rayclip.orchestration.train.branch import branch_checkpoint, branch_tags
+from rayclip.orchestration.train.follow import Evaluation, follow, start_fit
 from rayclip.orchestration.train.run_context import RunContext
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.orchestration.train.status import RunStatusActor
@@ -49,11 +49,6 @@ from rayclip.tracking.registry import is_registered, resolve_model
 from rayclip.training.checkpoint import read_metrics, read_state
 from rayclip.version import code_version
 
-_POLL_S = 0.5
-
-
-Evaluation = dict[str, float]
-"""What an evaluation gave: `samples_seen` and each TASK.METRIC."""
 Training = Generator[Evaluation | None, None, dict[str, Any]]
 
 
@@ -289,9 +284,9 @@ def _fit(
         else None,
         dataset_config=StreamConfig(context.spec, str(folder.checkpoints), context.parent_checkpoint),
     )
-    fit = _start(trainer)
+    fit = start_fit(trainer)
     try:
-        yield from _follow(context.status_actor, line, fit, lease, received)
+        yield from follow(context.status_actor, line, fit, lease, received)
         fit.result()
     except ray.train.TrainingFailedError as error:
         raise CrashedError(f"training failed after {workers.max_failures} restarts: {_last_line(error)}") from error
@@ -328,47 +323,6 @@ def _last_evaluation(found: StoragePath, total_samples: int) -> Evaluation | Non
     if state.samples_consumed >= total_samples or not tasks:
         return None
     return {"samples_seen": state.samples_seen, **tracking.flatten(tasks)}
-
-
-def _start(trainer: TorchTrainer) -> "Future[None]":
-    fit: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            trainer.fit()
-            fit.set_result(None)
-        except BaseException as error:
-            fit.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()  # an executor's would keep an interrupted process waiting
-    return fit
-
-
-def _follow(
-    status_actor: Any, line: Line, fit: "Future[None]", lease: Lease, received: Received
-) -> Generator[Evaluation | None, None, None]:
-    """Show how far the workers are, until they have ended; let them save and end once a signal has come."""
-    last: dict[str, Any] = {}
-    finished = is_ending = False
-    while not finished:
-        finished = bool(wait([fit], _POLL_S).done)  # one more look after the end
-        lease.check()
-        if received.number is not None and not is_ending:
-            is_ending = True
-            line.note("stopping: a checkpoint of this step is being saved; once more stops at once")
-            ray.get(status_actor.end.remote())
-        state = ray.get(status_actor.state.remote())
-        for note in state.pop("notes"):
-            line.note(note)
-        evaluations = state.pop("evaluations")
-        if state and state != last:
-            shown = {"loss": f"{state['loss']:.3f}", "data wait": f"{state['data_wait_share']:.0%}"}
-            line.update(state["samples_seen"], state["samples_per_s"], **shown)
-            last = state
-        yield None
-        for evaluation in evaluations:
-            yield evaluation
-            ray.get(status_actor.go_on.remote(int(evaluation["samples_seen"])))
 
 
 def _last_line(error: BaseException) -> str:
