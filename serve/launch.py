@@ -15,12 +15,12 @@ import threading
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 from rayclip.errors import UserError
 from rayclip.orchestration.cluster.ray_internals import (
     HAPROXY_MODULE,
     SERVE_ENVIRONMENT,
+    blocking_handle,
     haproxy_environment,
     serve_logs,
     write_haproxy_starter,
@@ -94,7 +94,7 @@ def run(config: ServeConfig, version: str) -> int:
         print(
             f"{version} answers at {address}  (a page to try it; {address}/docs for the API; ctrl-c stops)", flush=True
         )
-        coordinator = get_coordinator()
+        coordinator = blocking_handle("Coordinator", APP)
         signals.wait(ProblemReporter(coordinator))
         print("stopping: what was accepted is answered; again to stop at once", file=sys.stderr, flush=True)
         if not drain(config, coordinator, signals.again):
@@ -105,13 +105,6 @@ def run(config: ServeConfig, version: str) -> int:
     finally:
         stop(at_once=signals.again.is_set())
     return signals.exit_code
-
-
-def get_coordinator() -> Any:
-    """A handle to the running service's coordinator."""
-    from ray import serve
-
-    return serve.get_deployment_handle("Coordinator", APP)
 
 
 def start(config: ServeConfig, signals: StopSignals) -> None:

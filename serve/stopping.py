@@ -95,7 +95,7 @@ def drain(config: ServeConfig, coordinator: Any, again: threading.Event) -> bool
                 return True
             again.wait(min(0.2, config.poll_s))
     except Exception as error:  # Ray is going down by itself: there is nothing to wait for
-        print(f"warning: requests may be cut off: {type(error).__name__}", file=sys.stderr)
+        print(f"warning: requests may be cut off: {type(error).__name__}: {error}", file=sys.stderr)
     return False
 
 

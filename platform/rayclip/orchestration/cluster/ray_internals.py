@@ -201,6 +201,15 @@ def cluster_versions(client: "JobSubmissionClient") -> dict[str, str]:
     return {"Ray": there["rayVersion"], "Python": there["pythonVersion"]}
 
 
+def blocking_handle(deployment: str, application: str) -> Any:
+    """A handle to a deployment for a program without an event loop, whatever SERVE_ENVIRONMENT says of routers."""
+    from ray import serve
+
+    handle = serve.get_deployment_handle(deployment, application)
+    handle._init(_run_router_in_separate_loop=True)
+    return handle
+
+
 def serve_host() -> str | None:
     """The host that Ray Serve listens on, asked in one of its replicas; None where that is not known."""
     from ray.serve.context import _get_global_client
