@@ -1,6 +1,5 @@
 """Ending a service so that what it has accepted is answered: readiness first, then the door, then the rest."""
 
-import csv
 import signal
 import socket
 import sys
@@ -10,10 +9,13 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from rayclip.orchestration.cluster.ray_internals import HAPROXY_FRONTEND, haproxy_socket
+import psutil
+
+from rayclip.orchestration.cluster.ray_internals import haproxy_socket
 from rayclip.serve.config import ServeConfig
 
 _WATCH_S = 2.0
+_FLUSH_S = 3.0
 
 
 class StopRequestedError(BaseException):
@@ -87,11 +89,12 @@ def drain(config: ServeConfig, coordinator: Any, again: threading.Event) -> bool
     try:
         coordinator.enter.remote("stopping").result(timeout_s=patience_s)
         again.wait(config.poll_s + config.stop_delay_s)  # every replica has heard of it by its next report
-        close_door()
+        door = close_door()
         coordinator.enter.remote("closed").result(timeout_s=patience_s)
         deadline = time.monotonic() + patience_s + 5 * config.poll_s
         while not again.is_set() and time.monotonic() < deadline:
-            if coordinator.is_idle.remote().result(timeout_s=patience_s) and not num_connections():
+            if coordinator.is_idle.remote().result(timeout_s=patience_s):
+                _wait_for_end(door, again)
                 return True
             again.wait(min(0.2, config.poll_s))
     except Exception as error:  # Ray is going down by itself: there is nothing to wait for
@@ -99,17 +102,33 @@ def drain(config: ServeConfig, coordinator: Any, again: threading.Event) -> bool
     return False
 
 
-def close_door() -> None:
-    """Have this machine's HAProxy take no more connections; it ends those that wait for nothing, and no others."""
-    _ask_haproxy(f"shutdown frontend {HAPROXY_FRONTEND}")
+def close_door() -> psutil.Process | None:
+    """Have this machine's HAProxy take no more connections and end once it has none; none where there is no HAProxy.
+
+    By its signal: the command that shuts a frontend down leaves the port open, and who connects waits in vain.
+    """
+    for line in _ask_haproxy("show info").splitlines():
+        name, _, value = line.partition(": ")
+        if name == "Pid":
+            try:
+                process = psutil.Process(int(value))
+                process.send_signal(signal.SIGUSR1)
+                return process
+            except psutil.Error:
+                return None
+    return None
 
 
-def num_connections() -> int:
-    """Connections of clients that this machine's HAProxy still serves; 0 where there is none."""
-    rows = csv.DictReader(_ask_haproxy("show stat").removeprefix("# ").splitlines())
-    return sum(
-        int(row["scur"] or 0) for row in rows if (row["pxname"], row["svname"]) == (HAPROXY_FRONTEND, "FRONTEND")
-    )
+def _wait_for_end(door: psutil.Process | None, again: threading.Event) -> None:
+    """Until HAProxy has passed on the last answer; a connection on which nothing was asked does not hold it up long."""
+    deadline = time.monotonic() + _FLUSH_S
+    while door is not None and not again.is_set() and time.monotonic() < deadline:
+        try:
+            if door.status() == psutil.STATUS_ZOMBIE:
+                return
+        except psutil.Error:
+            return
+        again.wait(0.05)
 
 
 def _ask_haproxy(command: str) -> str:

