@@ -74,6 +74,7 @@ def only_error(code, stderr):
         ("nonsense", "'nonsense' is not of the form key=value"),
         ("data.path=elsewhere", "elsewhere': the folder does not exist"),
         ("batch_size=31", "batch_size 31 is larger than the data set in"),
+        ("model.text.vocab_size=1000", "model.text.vocab_size 1,000 is below the tokenizer's 49,408"),
         ("evaluation.tasks.faces={kind: zero_shot, path: elsewhere}", "elsewhere': the folder does not exist"),
         ("evaluation.tasks.faces={kind: zero_shot, path: data}", "zero-shot needs the classes' names"),
         ("tracking.uri=http://127.0.0.1:9", "no MLflow server answers at http://127.0.0.1:9"),

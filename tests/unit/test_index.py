@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from rayclip.config import IndexConfig
-from rayclip.data.decode import CAUSES
+from rayclip.data.decode import CAUSES, read_image, to_rgb
 from rayclip.data.index import describe_findings
 from rayclip.data.manifest import Manifest
 from rayclip.data.stream import Stream, StreamSpec
+from rayclip.errors import UserError
 from rayclip.io import storage
 from rayclip.orchestration.batch.index import index
 
@@ -197,7 +198,7 @@ def stream_of(path):
     """Every sample's cause, in the manifest's order, as training meets it; and the captions of those that are fine."""
     manifest = Manifest.load(path)
     spec = StreamSpec(
-        folder=manifest.folder, digest=manifest.digest, seed=1, end=len(manifest), window=3, image_size=8,
+        folder=path, digest=manifest.digest, seed=1, end=len(manifest), window=3, image_size=8,
         context_length=16, crop_scale=(0.9, 1.0), crop_ratio=(1.0, 1.0),
     )  # fmt: skip
     stream, found = Stream(spec), {}
@@ -233,3 +234,89 @@ def test_what_users_have_is_read_or_said(name, where, tmp_path, s3, in_process):
     again = index(IndexConfig(path=path, chunk_samples=5))
     assert {**again, "read": 0} == {**summary, "read": 0}
     assert f"{readable:,} of {samples:,} samples can be read" in describe_findings(summary)[0]
+
+
+def test_a_second_table_does_not_replace_the_first_ones_manifest(tmp_path, in_process):
+    for name, count in (("a", 6), ("b", 2)):
+        rows = [f"{i}.jpg\tx" for i in range(count)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["filepath\ttitle", *rows]))
+    put(pictures(6), tmp_path)
+    first = index(IndexConfig(path=str(tmp_path / "a.tsv")))
+    with pytest.raises(UserError, match=r"is of 6 samples in 'a\.tsv', which '.*b\.tsv' leaves out: give output="):
+        index(IndexConfig(path=str(tmp_path / "b.tsv")))
+    assert Manifest.load(tmp_path).digest == first["digest"]
+    assert index(IndexConfig(path=str(tmp_path / "b.tsv"), output=str(tmp_path / "b")))["samples"] == 2
+    assert index(IndexConfig(path=str(tmp_path)))["samples"] == 8
+    assert index(IndexConfig(path=str(tmp_path / "b.tsv"), replace=True))["samples"] == 2
+
+
+def test_a_part_of_the_pictures_does_not_replace_the_listing_of_all(tmp_path, in_process):
+    put(pictures(4, "a/") | pictures(4, "b/"), tmp_path)
+    assert index(IndexConfig(path=str(tmp_path)))["samples"] == 8
+    listing = (tmp_path / "listing.tsv").read_bytes()
+    with pytest.raises(UserError, match=r"leaves out"):
+        index(IndexConfig(path=f"{tmp_path}/a/*.jpg", output=str(tmp_path)))
+    assert (tmp_path / "listing.tsv").read_bytes() == listing
+
+
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_braces_and_globs_name_shards(where, tmp_path, s3, in_process):
+    path = str(tmp_path) if where == "disk" else f"{BUCKET}/patterns"
+    put({f"{i:05}.tar": tar(*pairs([f"{i}{j}" for j in range(3)])) for i in range(4)}, path)
+    assert index(IndexConfig(path=f"{path}/{{00001..00002}}.tar", output=f"{path}/two"))["samples"] == 6
+    assert Manifest.load(f"{path}/two").shards == ("00001.tar", "00002.tar")
+    assert index(IndexConfig(path=f"{path}/*.tar"))["samples"] == 12
+    part = Manifest.load(f"{path}/0000[03].tar")
+    assert (part.shards, part.total_samples) == (("00000.tar", "00003.tar"), 6)
+    assert [sample["txt"] for sample in part.read_samples(1)] == [b"text 0", b"text 1", b"text 2"]
+    assert set(stream_of(f"{path}/{{00001,00003}}.tar")) == {"fine"}
+    for wrong in ("{00003..00005}.tar", "{00001.tar"):
+        with pytest.raises(UserError, match=r"'00004\.tar' is not there, nor|brace is not closed"):
+            index(IndexConfig(path=f"{path}/{wrong}"))
+        with pytest.raises(UserError, match=r"'00004\.tar' is not there, nor|brace is not closed"):
+            Manifest.load(f"{path}/{wrong}")
+
+
+def test_parquet_files_of_different_columns_are_refused_by_name(tmp_path, in_process):
+    files = {
+        "0.parquet": parquet(image=[picture(0)], caption=["x"]),
+        "1.parquet": parquet(jpg=[picture(1)], text=["y"]),
+    }
+    put(files, tmp_path)
+    with pytest.raises(
+        UserError, match=r"1\.parquet' has no column 'image'; it has: jpg, text: index such files by them"
+    ):
+        index(IndexConfig(path=str(tmp_path)))
+    put({"1.parquet": parquet(url=["u"], text=["y"])}, tmp_path)
+    summary = index(IndexConfig(path=str(tmp_path)))
+    assert summary["samples"] == 1
+    assert "1.parquet' has no column 'image'" in summary["problems"][0]
+
+
+def test_captions_that_cannot_be_told_are_refused(tmp_path, in_process):
+    put({"0.parquet": parquet(image=[picture(0)], caption=[{"en": "x", "de": "y"}])}, tmp_path)
+    with pytest.raises(UserError, match=r"holds en, de: name one, as caption_columns=\[caption\.en\]"):
+        index(IndexConfig(path=str(tmp_path)))
+    index(IndexConfig(path=str(tmp_path), caption_columns=("caption.de",)))
+    assert Manifest.load(tmp_path).read_samples(0)[0]["txt"] == b"y"
+    put({"0.parquet": parquet(image=[picture(0)], caption=[7])}, tmp_path)
+    with pytest.raises(UserError, match="'caption' is int64, not text"):
+        index(IndexConfig(path=str(tmp_path)))
+
+
+def test_a_page_in_the_place_of_a_shard_is_said(tmp_path, in_process):
+    put({"0.tar": b"<!DOCTYPE html><html>404</html>" + bytes(600)}, tmp_path)
+    with pytest.raises(UserError, match=r"0\.tar' is not a whole tar.*; it is an HTML page"):
+        index(IndexConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("mode", "white"), [("F", 1.0), ("F", 255.0), ("I", 255), ("I", 65_535), ("I", 2**31 - 1)])
+def test_deep_grey_is_scaled_to_what_its_values_reach(mode, white):
+    grey = np.arange(256, dtype=np.float64).reshape(16, 16)
+    values = grey / 255 * white
+    file = io.BytesIO()
+    Image.fromarray(values.round().astype(np.int32) if mode == "I" else values.astype(np.float32)).save(file, "TIFF")
+    pixels = np.asarray(to_rgb(read_image({"tif": file.getvalue(), "txt": b"x"})))
+    reached = white if white < 2**31 - 1 else 2**32 - 1
+    assert np.abs(pixels[..., 0] - values / reached * 255).max() <= 1
+    assert np.ptp(pixels, axis=2).max() == 0

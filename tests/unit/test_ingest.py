@@ -11,6 +11,7 @@ from rayclip.data.ingest import plan_shards, write_shard_of
 from rayclip.data.manifest import Manifest
 from rayclip.data.sources import SOURCES
 from rayclip.errors import UserError
+from rayclip.orchestration.batch.ingest import ingest
 from rayclip.orchestration.batch.ingest_output import IngestOutput
 from rayclip.orchestration.batch.partitioned_output import check_bad
 
@@ -147,6 +148,33 @@ def test_a_source_that_changed_between_two_runs_is_refused(config, tmp_path):
     Image.new("RGB", (6, 6)).save(tmp_path / "source/new.png")
     with pytest.raises(UserError, match="the source has changed"):
         begin(config)
+
+
+def test_a_complete_data_set_whose_source_changed_is_not_called_complete(config, tmp_path):
+    config = config.model_copy(update={"shard_samples": 1000, "max_bad_fraction": 0.5})
+    assert not ingest(config)["complete"]
+    assert ingest(config)["complete"]
+    caption = tmp_path / "source/04.txt"
+    before = caption.read_text()
+    caption.write_text("another caption")
+    with pytest.raises(UserError, match="is of files that have changed in the source since"):
+        ingest(config)
+    caption.write_text(before)
+    assert ingest(config)["complete"]
+    Image.new("RGB", (6, 6)).save(tmp_path / "source/new.png")
+    with pytest.raises(UserError, match="the source has changed since"):
+        ingest(config)
+    (tmp_path / "source").rename(tmp_path / "elsewhere")
+    assert ingest(config)["complete"]
+
+
+def test_a_data_set_of_an_earlier_release_is_complete(config, tmp_path):
+    config = config.model_copy(update={"shard_samples": 1000, "max_bad_fraction": 0.5})
+    ingest(config)
+    record = json.loads((tmp_path / "out/ingest.json").read_text())
+    del record["content"]
+    (tmp_path / "out/ingest.json").write_text(json.dumps(record))
+    assert ingest(config)["complete"]
 
 
 def test_a_folder_of_something_else_is_refused(config, tmp_path):

@@ -444,3 +444,24 @@ def test_convert_tells_a_preset_what_a_state_dict_leaves_open(tmp_path):
     )
     assert summary["model"] == config.model_dump(mode="json")
     assert summary["model_version"].startswith("x.pt@")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
+        (b"<!doctype html>\n<html><body>Not found</body></html>", "an HTML page"),
+    ],
+)
+def test_what_stands_in_the_place_of_weights_is_said(tmp_path, content, said):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"x\.pt' does not hold the model's weights: it is .*{said}"):
+        read_weights(tmp_path / "x.pt")
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    tensors = dict(random_model(FAMILIES["vit-gelu"]).state_dict())
+    tensors["text_projection"][3, 4] = float("nan")
+    torch.save(tensors, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"1 of .* tensors hold what is no finite number, as 'text_projection'"):
+        read_weights(tmp_path / "x.pt")

@@ -118,7 +118,7 @@ def check_image(data: bytes, decode: bool = True) -> None:
     with what_fails_is_bad():
         if decode:
             image.draft("RGB", (1, 1))  # of JPEGs; does nothing to others
-            to_rgb(image)
+            to_rgb(image).load()
 
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"

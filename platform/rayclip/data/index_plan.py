@@ -43,6 +43,7 @@ _OURS = (FILE_NAME, PARTIAL, LISTING, "index.json", "classnames.txt")
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", *IMAGE_COLUMNS)
 _CAPTION_COLUMNS = ("caption", "captions", *CAPTION_COLUMNS, "txt")
 _NUM_NAMED = 3
+_MOST_ASKED = 1000  # pictures of a listing, whether they are there
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def make_plan(config: IndexConfig) -> IndexPlan:
     root = "" if folder == files.root else files.root
     if kind == "folder":
         _keep_listing(folder, shards, files, config)
-    _keep_others(folder, kind, root, shards, files, config)
+    _keep_others(folder, kind, root, shards, config)
     more = {**_left_out(files, kind, shards), "notes": (*notes, *_say_empty(files))}
     if kind == "folder":
         return _plan_folder(folder, files, shards, more)
@@ -297,13 +298,17 @@ def _keep_listing(folder: str, pictures: list[File], files: _Files, config: Inde
     path = join(folder, LISTING)
     if config.replace or find_file(path) is None:
         return
-    new = {file.name for file in pictures}
-    lost = [name for name in read_listing(read_bytes(path)) if name not in new]
-    still = {file.name for file in files.there if file.size}
-    _refuse(folder, [name for name in lost if name in still], config)
+    try:
+        root = Manifest.load(folder).layout.pictures or folder
+    except UserError:  # none, or none that could be used
+        return
+    new = {join(files.root, file.name) for file in pictures}
+    lost = [name for name in read_listing(read_bytes(path)) if join(root, name) not in new][:_MOST_ASKED]
+    there = find_files([join(root, name) for name in lost])
+    _refuse(folder, [name for name, found in zip(lost, there, strict=True) if found], config)
 
 
-def _keep_others(folder: str, kind: str, root: str, shards: Sequence[File], files: _Files, config: IndexConfig) -> None:
+def _keep_others(folder: str, kind: str, root: str, shards: Sequence[File], config: IndexConfig) -> None:
     """Raise UserError where the folder's manifest is of shards that are still there and that the new one leaves out."""
     if config.replace:
         return

@@ -109,7 +109,7 @@ def _list_tar(shard: Shard, chunk_samples: int, layout: Layout, salvage: bool, r
 
 def _list_table(shard: Shard, chunk_samples: int, layout: Layout, report: ShardReport) -> list[Span]:
     found = table.survey(shard, chunk_samples, layout)
-    report.careful = found.num_strays > 0
+    report.careful = table.needs_care(shard, found.spans, layout)
     if found.num_strays:
         report.notes.append(
             f"{count(found.num_strays, 'quote')} at the start of a field without one at its end: read as a character"

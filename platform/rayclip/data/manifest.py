@@ -23,6 +23,8 @@ from rayclip.data.captions import choose_caption
 from rayclip.data.formats import FORMATS, Layout, Sample, Shard, Span
 from rayclip.data.order import mix64
 from rayclip.errors import UserError
+from rayclip.io.patterns import is_pattern, select, split_pattern
+from rayclip.io.s3 import File
 from rayclip.io.storage import find_file, find_files, is_remote, join, list_files, read_bytes, read_range, write_bytes
 
 FILE_NAME = "manifest.parquet"
@@ -125,6 +127,15 @@ class Manifest:
         rows = {name: getattr(self, name)[chunks] for name in _COLUMNS} | {"shard": shard.astype(np.int32)}
         return replace(self, shards=tuple(names), shard_bytes=tuple(sizes), stamps=(), notes=None, reports=None, **rows)
 
+    def _of_shards(self, patterns: Sequence[str], path: str) -> "Manifest":
+        files = [File(name, size, "") for name, size in zip(self.shards, self.shard_bytes, strict=True)]
+        chosen = {file.name for file in select(files, patterns, path)}
+        if not chosen:
+            raise UserError(
+                f"'{path}' names none of the {len(files):,} shards in '{self.folder}', as '{files[0].name}'"
+            )
+        return self.take(np.flatnonzero(np.array([name in chosen for name in self.shards])[self.shard]))
+
     def shard_of(self, chunk: int) -> Shard:
         """The shard that a chunk is in."""
         index = int(self.shard[chunk])
@@ -192,8 +203,14 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path, name: str = FILE_NAME) -> "Manifest":
-        """Read the manifest of a data set's folder. Raises UserError where there is none, or it is damaged."""
+        """Read the manifest of a data set's folder, or of those of its shards that a path as FOLDER/{0..9}.tar names.
+
+        Raises UserError where there is none, or it is damaged, or lacks a shard that is named.
+        """
         path = join(folder, name)
+        if is_pattern(str(folder)) and find_file(path) is None:
+            root, patterns = split_pattern(str(folder))
+            return cls.load(root, name)._of_shards(patterns, str(folder))
         if not is_remote(folder) and not Path(folder).is_dir():
             raise UserError(f"no data set at '{folder}': the folder does not exist")
         if find_file(path) is None:

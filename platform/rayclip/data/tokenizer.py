@@ -82,6 +82,15 @@ class Tokenizer:
         return get_tokenizer, (self.context_length,)
 
 
+def check_vocabulary(vocab_size: int) -> None:
+    """Raise UserError where a model's token embedding has no row for some of the tokenizer's ids."""
+    if vocab_size < VOCAB_SIZE:
+        raise UserError(
+            f"model.text.vocab_size {vocab_size:,} is below the tokenizer's {VOCAB_SIZE:,}: captions would have tokens "
+            "that the model has no row for"
+        )
+
+
 @cache
 def get_tokenizer(context_length: int = 77) -> Tokenizer:
     """The process's one tokenizer of that context length."""

@@ -22,14 +22,11 @@ def split_pattern(path: str) -> tuple[str, list[str]]:
 
     Raises UserError where braces are not closed.
     """
+    if path.count("{") != path.count("}"):
+        raise UserError(f"'{path}': a brace is not closed; several files are {{00000..00099}}.tar or {{a,b}}.tar")
     parts = path.split("/")
     plain = list(takewhile(lambda part: not is_pattern(part), parts))
-    try:
-        return "/".join(plain) or "/", list(braceexpand("/".join(parts[len(plain) :])))
-    except ValueError:
-        raise UserError(
-            f"'{path}': a brace is not closed; several files are {{00000..00099}}.tar or {{a,b}}.tar"
-        ) from None
+    return "/".join(plain) or "/", list(braceexpand("/".join(parts[len(plain) :])))
 
 
 def select(files: Sequence[File], patterns: Sequence[str], path: str) -> list[File]:

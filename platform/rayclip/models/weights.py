@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rayclip.config import ModelConfig
 from rayclip.errors import UserError
-from rayclip.io.files import SETTINGS_BESIDE, find_weights, whole_folder
+from rayclip.io.files import SETTINGS_BESIDE, describe_impostor, find_weights, whole_folder
 from rayclip.io.paths import StoragePath
 from rayclip.models import huggingface, open_clip
 from rayclip.models.architecture import Tensors, check_fit, fit, infer
@@ -123,6 +123,7 @@ def read_tensors(file: Path) -> Tensors:
 
     Raises UserError for a file that is neither, or is cut off, or would run code.
     """
+    _refuse_impostor(file)
     try:
         content = _load(file)
     except pickle.UnpicklingError:  # torch's own words for it tell people to let the file run its code
@@ -136,10 +137,27 @@ def read_tensors(file: Path) -> Tensors:
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise UserError(f"'{file}' does not hold the model's weights: it is no state dict")
     wrapped = all(name.startswith("module.") for name in content)
+    broken = [name for name, t in content.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if broken:
+        raise UserError(
+            f"'{file}': {len(broken):,} of {len(content):,} tensors hold what is no finite number, as '{broken[0]}': "
+            "the training that they come from had diverged"
+        )
     return {
         name.removeprefix("module.") if wrapped else name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in content.items()
     }
+
+
+def _refuse_impostor(file: Path) -> None:
+    """Raise UserError for a git-lfs pointer or an HTML page in the place of weights."""
+    try:
+        with file.open("rb") as opened:
+            instead = describe_impostor(opened.read(256))
+    except OSError:  # which is said where it is read
+        return
+    if instead:
+        raise UserError(f"'{file}' does not hold the model's weights: it is {instead}")
 
 
 def _load(file: Path) -> object:

@@ -7,7 +7,8 @@ is, so that one bad caption is one bad sample. A row with more fields than the h
 import csv
 import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
@@ -66,6 +67,15 @@ def survey(shard: Shard, chunk_samples: int, layout: Layout) -> Listing:
         each = ends()
         spans = _cut(next(each, 0), each, chunk_samples)
     return Listing(spans, reader.num_strays, len(malformed), malformed[:_NUM_LINES_NAMED])
+
+
+def needs_care(shard: Shard, spans: Sequence[Span], layout: Layout) -> bool:
+    """Whether Python's csv reads anything else in these chunks than a careful reading does."""
+    plain = replace(layout, careful=False)
+    try:
+        return any(list(_read_values(shard, s, layout)) != list(_read_values(shard, s, plain)) for s in spans)
+    except ChunkError:
+        return True
 
 
 def read_chunk(shard: Shard, span: Span, layout: Layout) -> list[Sample]:

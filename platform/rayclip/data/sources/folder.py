@@ -2,6 +2,7 @@
 
 import json
 import os
+from hashlib import blake2b
 from pathlib import Path
 
 from rayclip.config import FolderConfig
@@ -31,6 +32,21 @@ def read(item: str, config: FolderConfig) -> Record:
     return Record(read_image(path), caption)
 
 
+def stamp(item: str) -> tuple[int, str]:
+    """What tells that a picture or its caption has changed."""
+    beside = _beside(Path(item))
+    caption = beside.read_bytes() if beside else b""
+    return file_size(item), blake2b(caption, digest_size=16).hexdigest()
+
+
+def file_size(path: str) -> int:
+    """Bytes of a file, -1 where there is none."""
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return -1
+
+
 def read_image(path: Path) -> bytes:
     """A file's bytes. Raises BadSampleError where there is none to read."""
     try:
@@ -39,8 +55,13 @@ def read_image(path: Path) -> bytes:
         raise BadSampleError("no_image") from None
 
 
+def _beside(image: Path) -> Path | None:
+    """The file with the picture's caption."""
+    return next((p for p in (image.with_suffix(".txt"), image.with_suffix(".json")) if p.is_file()), None)
+
+
 def _caption(image: Path, key: str) -> str:
-    beside = next((p for p in (image.with_suffix(".txt"), image.with_suffix(".json")) if p.is_file()), None)
+    beside = _beside(image)
     if beside is None:
         raise BadSampleError("no_caption")
     try:

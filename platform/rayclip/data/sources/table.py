@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rayclip.config import TableConfig
 from rayclip.data.decode import BadSampleError
 from rayclip.data.sources.base import Record, Split, hold_out
-from rayclip.data.sources.folder import read_image
+from rayclip.data.sources.folder import file_size, read_image
 from rayclip.errors import UserError
 
 IMAGE_COLUMNS = ("filepath", "image_path", "image", "file_name", "path")
@@ -51,6 +51,11 @@ def read(item: Item, config: TableConfig) -> Record:
     if item.caption is None:
         raise BadSampleError("no_caption")
     return Record(read_image(Path(item.path)), item.caption)
+
+
+def stamp(item: Item) -> int:
+    """What tells that a picture has changed; its caption is in the item."""
+    return file_size(item.path)
 
 
 def find_column(key: str, named: str | None, usual: tuple[str, ...], columns: list[str], path: str) -> str:

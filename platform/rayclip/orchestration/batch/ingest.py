@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from rayclip.config import IngestConfig
-from rayclip.data.ingest import plan_shards, write_shard_of
+from rayclip.data.ingest import content_of, plan_shards, write_shard_of
 from rayclip.data.sources import SOURCES, Split
 from rayclip.errors import UserError
 from rayclip.io.paths import remove_tree, staged, storage_path
@@ -21,19 +21,31 @@ def ingest(config: IngestConfig) -> dict[str, Any]:
     config = config.model_copy(update={"output": str(storage_path(config.output))})
     output = IngestOutput.unlisted(config)
     is_new = not output.path.exists()
+    _check_source(config, output)
     return {"complete": True, **complete_output(output, None, lambda: _write(config, output, is_new))}
 
 
 def _write(config: IngestConfig, output: IngestOutput, is_new: bool) -> dict[str, Any]:
     splits = _list_source(config, output, is_new)
     tasks = plan_shards(config, splits)
-    output = output.listed(splits, tasks)
+    output = output.listed(splits, tasks, content_of(config, splits))
     output.check()
     output.begin()
     job = OutputJob(output, lambda: partial(write_shard_of, config), tasks)
     total = sum(len(task.items) for task in tasks)
     tally, _, _ = write_missing(job, None, total, config.max_bad_fraction)
     return {"complete": False, **output.finish(dict(tally))}
+
+
+def _check_source(config: IngestConfig, output: IngestOutput) -> None:
+    """Raise UserError where a data set is complete and the files of its source, if they are there, have changed."""
+    path = getattr(config.source, "path", None)
+    if path is None or not storage_path(path).exists():
+        return
+    output.check()
+    if output.read_summary() is not None:
+        splits = _list_source(config, output, is_new=False)
+        output.listed(splits, (), content_of(config, splits)).check()
 
 
 def _list_source(config: IngestConfig, output: IngestOutput, is_new: bool) -> dict[str, Split]:

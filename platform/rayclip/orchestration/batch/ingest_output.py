@@ -23,7 +23,7 @@ from rayclip.orchestration.batch.partitioned_output import PartitionedOutput, Ta
 
 STATE = ".ingest"
 SKIPPED = "skipped.jsonl"
-_ITEMS = "items"
+_ITEMS, _CONTENT = "items", "content"
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,13 @@ class IngestOutput(PartitionedOutput):
         """The output before the source is listed."""
         return cls(storage_path(config.output), settings_of(config), 0)
 
-    def listed(self, splits: dict[str, Split], tasks: Sequence[ShardTask]) -> "IngestOutput":
-        """This output with the shards that are made from what the source listed."""
+    def listed(
+        self, splits: dict[str, Split], tasks: Sequence[ShardTask], content: str | None = None
+    ) -> "IngestOutput":
+        """This output with the shards that are made from what the source listed; `content` tells the items' files."""
         return replace(
             self,
-            identity={**self.identity, _ITEMS: digest_of(splits)},
+            identity={**self.identity, _ITEMS: digest_of(splits), **({_CONTENT: content} if content else {})},
             num_parts=len(tasks),
             shards=[(task.split, task.shard) for task in tasks],
             class_names={name: split.class_names for name, split in splits.items()},
@@ -67,11 +69,14 @@ class IngestOutput(PartitionedOutput):
         return STATE, *super()._first_names
 
     def _difference(self, there: dict[str, Any]) -> str | None:
-        items, wanted = there.pop(_ITEMS, None), dict(self.identity)
-        listed = wanted.pop(_ITEMS, items)
+        items, content, wanted = there.pop(_ITEMS, None), there.pop(_CONTENT, None), dict(self.identity)
+        listed, now = wanted.pop(_ITEMS, items), wanted.pop(_CONTENT, content)
         if there != wanted:
             return f"is a data set of other settings ({describe_change(there, wanted)})"
-        return "was begun from other items, and the source has changed since" if listed != items else None
+        if listed != items:
+            return "was begun from other items, and the source has changed since"
+        # The record of an earlier release does not tell the files.
+        return "is of files that have changed in the source since" if content and now != content else None
 
     def begin(self) -> None:
         """Make the folders and write the records, which is put off until the source is listed."""

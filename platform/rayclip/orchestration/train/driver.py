@@ -23,6 +23,7 @@ from rayclip.data.augment import Augmentation
 from rayclip.data.mixture import MixturePart, load_parts
 from rayclip.data.order import Order
 from rayclip.data.stream import Stream, StreamSpec
+from rayclip.data.tokenizer import check_vocabulary
 from rayclip.errors import Interruption, UserError
 from rayclip.evaluation.tasks import Evaluator
 from rayclip.io.lease import Lease, LostError, hold
@@ -189,6 +190,7 @@ def plan_stream(config: TrainConfig, may_lack_shards: bool = False) -> tuple[Str
 def _stream_spec(config: TrainConfig, may_lack_shards: bool) -> StreamSpec:
     model = config.model
     assert isinstance(model, ModelConfig)
+    check_vocabulary(model.text.vocab_size)
     parts = tuple(MixturePart(part.path, part.weight) for part in config.data.mixture)
     folder = config.data.path or " + ".join(f"{part.weight:g} x {part.path}" for part in parts)
     whole = load_parts(folder, parts)
