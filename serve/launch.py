@@ -31,6 +31,7 @@ from rayclip.serve.stopping import ProblemReporter, StopRequestedError, StopSign
 APP = "rayclip"
 _PORTS = 200
 _AT_ONCE_S = 2.0
+_STARTING_S = 5.0
 HEADER_TIMEOUT_S = 10
 """Longest that a request's headers may take."""
 
@@ -88,23 +89,35 @@ def run(config: ServeConfig, version: str) -> int:
     signals = StopSignals()
     signals.install()
     try:
-        print(f"starting {version} ...", file=sys.stderr)
+        print(f"starting {version} ...", file=sys.stderr, flush=True)
         start(config, signals)
         address = f"http://{'[' + config.host + ']' if ':' in config.host else config.host}:{config.port}"
         print(
             f"{version} answers at {address}  (a page to try it; {address}/docs for the API; ctrl-c stops)", flush=True
         )
-        coordinator = blocking_handle("Coordinator", APP)
-        signals.wait(ProblemReporter(coordinator))
-        print("stopping: what was accepted is answered; again to stop at once", file=sys.stderr, flush=True)
-        if not drain(config, coordinator, signals.again):
-            print("stopped before every request was answered", file=sys.stderr)
-    except (StopRequestedError, SystemExit):  # the second is what Ray's own handler of SIGTERM raises
+        signals.wait(ProblemReporter(blocking_handle("Coordinator", APP)))
+        _finish(config, signals, config.request_timeout_s)
+    except (StopRequestedError, SystemExit):  # while it starts; the second is what Ray's own handler of SIGTERM raises
         signals.number = signals.number or signal.SIGTERM
-        print("stopped while it was starting", file=sys.stderr)
+        _finish(config, signals, _STARTING_S)  # it may answer already, before it is known here
     finally:
         stop(at_once=signals.again.is_set())
     return signals.exit_code
+
+
+def _finish(config: ServeConfig, signals: StopSignals, patience_s: float) -> None:
+    """Have what was accepted answered, where the service has come so far that it accepts anything."""
+    import ray
+
+    print("stopping: what was accepted is answered; again to stop at once", file=sys.stderr, flush=True)
+    if not ray.is_initialized():
+        return
+    try:
+        coordinator = blocking_handle("Coordinator", APP)
+    except Exception:  # there is none yet
+        return
+    if not drain(config, coordinator, signals.again, patience_s):
+        print("stopped before it was known that every request was answered", file=sys.stderr)
 
 
 def start(config: ServeConfig, signals: StopSignals) -> None:

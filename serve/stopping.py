@@ -80,18 +80,18 @@ class ProblemReporter:
         self._told = problems
 
 
-def drain(config: ServeConfig, coordinator: Any, again: threading.Event) -> bool:
+def drain(config: ServeConfig, coordinator: Any, again: threading.Event, patience_s: float) -> bool:
     """Turn readiness off, take no more requests after `stop_delay_s`, and wait for those that were accepted.
 
-    Returns whether all were answered; not where `again` is set meanwhile, or the coordinator does not answer.
+    Returns whether all were answered; not where `again` is set meanwhile, or the coordinator does not answer within
+    `patience_s`.
     """
-    patience_s = config.request_timeout_s
     try:
         coordinator.enter.remote("stopping").result(timeout_s=patience_s)
         again.wait(config.poll_s + config.stop_delay_s)  # every replica has heard of it by its next report
         door = close_door()
         coordinator.enter.remote("closed").result(timeout_s=patience_s)
-        deadline = time.monotonic() + patience_s + 5 * config.poll_s
+        deadline = time.monotonic() + config.request_timeout_s + 5 * config.poll_s
         while not again.is_set() and time.monotonic() < deadline:
             if coordinator.is_idle.remote().result(timeout_s=patience_s):
                 _wait_for_end(door, again)

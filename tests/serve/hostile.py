@@ -374,7 +374,7 @@ def content_types() -> Iterator[Case]:
             headers = (*JSON, ("Content-Encoding", coding))
             yield Case(f"{path}, bomb in {coding}", post(path, bomb, headers), REFUSED)
     packed = post("/v1/zero-shot?labels=a", gzip.compress(image_file()), (*PNG, ("Content-Encoding", "gzip")))
-    yield Case("a packed picture", packed, frozenset({422}))
+    yield Case("a packed picture", packed, frozenset({200}))
     for query in ("labels", "labels=&labels=", "labels=" + "%5B" * 10_000, "&".join(["labels=a"] * 5_000), "%ff=%ff",
                   "labels=a&top_k=" + "9" * 5_000, "labels=a&multi_label=maybe", "labels=a&model=%00", "a=b", "=&=&;",
                   "labels=[%22%5Cud800%22]", "labels=a&image=x", "labels=" + "a" * 50_000):  # fmt: skip

@@ -535,8 +535,8 @@ def test_urls_lead_nowhere_but_to_the_allowed_host(strict):
         f"http://{hidden}\\@{allowed}/secret",
         f"http://{hidden}%00{allowed}/secret",
         f"http://2130706433:{strict.hidden.server_port}/secret",
-        f"https://{allowed}/picture",
-        f"ftp://{allowed}/picture",
+        f"https://{allowed}/image",
+        f"ftp://{allowed}/image",
         f"http://localhost:{strict.allowed.server_port}/picture",
         f"http://[::ffff:127.0.0.1]:{strict.hidden.server_port}/secret",
     ]
@@ -557,7 +557,7 @@ def test_urls_lead_nowhere_but_to_the_allowed_host(strict):
     with ThreadPoolExecutor(4) as threads:  # fewer than may wait for the image tower
         assert [found for found in threads.map(try_one, urls) if found] == []
     assert strict.hidden.asked == []
-    body = {"image": f"http://{allowed}/picture", "labels": ["a"]}
+    body = {"image": f"http://{allowed}/image", "labels": ["a"]}
     assert send(strict.url, post("/v1/zero-shot", body, (*JSON, *strict.headers))).status == 200
     strict.check()
 
