@@ -123,7 +123,12 @@ def write_haproxy_starter(folder: Path, header_timeout_s: int, not_yet: str) -> 
 
 def haproxy_socket() -> str | None:
     """The socket on which this machine's HAProxy takes commands, where one was started with haproxy_environment."""
-    return os.environ.get("RAY_SERVE_HAPROXY_SOCKET_PATH")
+    given = os.environ.get("RAY_SERVE_HAPROXY_SOCKET_PATH")
+    if not given:
+        return None
+    # Ray puts a folder of the node's own between.
+    found = sorted(Path(given).parent.glob(f"*/{Path(given).name}"))
+    return str(found[0]) if found else given
 
 
 def is_submitted_job() -> bool:
