@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from rayclip.errors import UserError
 from rayclip.io import s3
 from rayclip.io.s3 import File
 
+_OTHER_STORES = ("gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https")
 _DOWNLOAD_BYTES = 64 * 2**20  # what a download fetches at once
 
 
@@ -20,7 +22,16 @@ def is_remote(path: str | Path) -> bool:
 
 
 def absolute(path: str | Path) -> str:
-    """A path that means the same in any folder; an address already does."""
+    """A path that means the same in any folder; an address already does.
+
+    Raises UserError for the address of a store that is not read, which would be taken for a folder of that name.
+    """
+    scheme, found, _ = str(path).partition("://")
+    if found and scheme.lower() in _OTHER_STORES:
+        raise UserError(
+            f"'{path}': {scheme}:// is not read; give a path on disk or s3://BUCKET/KEY (of another store that speaks "
+            "S3's protocol with AWS_ENDPOINT_URL), or copy the files there"
+        )
     return str(path).rstrip("/") if is_remote(path) else str(Path(path).absolute())
 
 
