@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 DOCS := $(VENV)/.docs
+# A line for each package as it comes; pip's exit code counts, not the filter's.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+CALMLY := | awk '/^Collecting/ {print "  " $$2; fflush()} /^Installing collected/ {print "  installing ..."; fflush()}'
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test check docs ui peers browser clean
@@ -18,8 +22,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt torch $(CALMLY)
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' $(CALMLY)
 	@touch $@
 
 demo: install ## build the embedded data, train a small CLIP on it, evaluate and register it

@@ -28,6 +28,7 @@ class BenchmarkConfig(Config):
         "storage",
         "pause",
         "stream",
+        "start",
     ] = Field(description="what is measured")
     repeats: int = Field(5, gt=0, description="counted runs of each side, in turn, after a warm-up")
     samples: int = Field(20_000, gt=0, description="captions to tokenise, pictures to extract, pairs to train on")
@@ -50,4 +51,7 @@ class BenchmarkConfig(Config):
     )
     model: InputModel | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
     workers: int = Field(2, gt=0, description="processes with a core each that extract features, or train")
+    checkout: str | None = Field(
+        None, description="another version's folder, whose start is measured in turn with ours"
+    )
     settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")

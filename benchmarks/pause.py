@@ -21,7 +21,7 @@ from rayclip.data.formats.tar import Sample, write_shard
 from rayclip.data.manifest import Manifest
 from rayclip.orchestration.cluster.connection import connect
 from rayclip.orchestration.train.driver import run_training
-from rayclip.tracking.mlflow import STEP_METRIC
+from rayclip.tracking.names import STEP_METRIC
 
 _SIDE = 32
 _CHUNK = 64
@@ -39,8 +39,8 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     connect(local_cpus=config.workers + 2)  # the same for both, with a reader and what measures
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        _write_data(folder / "train", _TRAINED_ON)
-        _write_data(folder / "measured", _MEASURED_ON)
+        write_data(folder / "train", _TRAINED_ON)
+        write_data(folder / "measured", _MEASURED_ON)
         on_workers, beside = (_gaps(_run(config, folder, beside)) for beside in (False, True))
     report: dict[str, Any] = {"workers": config.workers, "pictures_measured": _MEASURED_ON}
     for name, gaps in (("on_workers", on_workers), ("beside", beside)):
@@ -89,7 +89,8 @@ def _run(config: BenchmarkConfig, folder: Path, beside: bool) -> tuple[TrainConf
     return run, [(point.step, point.timestamp / 1000) for point in points]
 
 
-def _write_data(folder: Path, count: int) -> None:
+def write_data(folder: Path, count: int) -> None:
+    """Write a data set of so many labelled pictures."""
     folder.mkdir()
     shard = folder / "0.tar"
     with shard.open("wb") as file:

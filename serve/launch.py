@@ -130,7 +130,7 @@ def start(config: ServeConfig, signals: StopSignals) -> None:
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.serve")  # it overlooks the environment
-    connect(local_cpus=_cpus(config))
+    connect(local_cpus=_cpus(config), lean=False)
     signals.install()
     serve.start(
         http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.request_timeout_s + 5),

@@ -17,6 +17,7 @@ import yaml
 from moto.server import ThreadedMotoServer
 
 from rayclip.tracking import mlflow as tracking
+from rayclip.tracking.names import STEP_METRIC
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "infra/mlflow"
 BUCKET, WAIT_S = "runs", 180
@@ -104,7 +105,7 @@ def test_a_run_goes_through_the_server_into_database_and_bucket(server, s3, tmp_
         monkeypatch.delenv(name)
     run_id = tracking.open_run(server, "kept", "first", {"optimizer": {"lr": 0.1}}, {"code_version": "abc"}, None)
     tracker = tracking.MlflowTracker(server, run_id)
-    tracker.log({tracking.STEP_METRIC: 0.5}, 10)
+    tracker.log({STEP_METRIC: 0.5}, 10)
     (tmp_path / "sheet.png").write_bytes(b"a picture")
     tracker.log_image(tmp_path / "sheet.png")
     tracker.close()
@@ -114,7 +115,7 @@ def test_a_run_goes_through_the_server_into_database_and_bucket(server, s3, tmp_
     run = client.get_run(run_id)
     assert run.data.params["optimizer.lr"] == "0.1"
     assert run.data.tags["code_version"] == "abc"
-    assert run.data.metrics[tracking.STEP_METRIC] == 0.5
+    assert run.data.metrics[STEP_METRIC] == 0.5
     assert run.info.status == "FINISHED"
     assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
     assert json.loads(Path(client.download_artifacts(run_id, "config.json", str(tmp_path))).read_text()) == {

@@ -112,7 +112,22 @@ def test_a_run_with_bad_samples_from_data_to_a_registered_version(
     assert int(version.version) == 1
     assert load_model(summary["checkpoint"]).logit_scale.exp() > 0
 
+    assert f"MLflow run {summary['mlflow_run_id']} in " in output.err
+    check_the_page_of_the_run(client, summary["mlflow_run_id"])
     check_that_a_second_run_changes_nothing(config, summary, tmp_path, client, capsys)
+
+
+def check_the_page_of_the_run(client, run_id):
+    run = client.get_run(run_id)
+    assert "million parameters" in run.data.tags["mlflow.note.content"]
+    assert run.data.tags["mlflow.source.name"] == "rayclip train smoke"
+    assert run.data.metrics["loss"] == run.data.metrics["train/loss"]
+    assert run.data.params["evaluation/classes.num_classes"] == "3"
+    assert "evaluation/classes.num_classes" not in run.data.metrics
+    contexts = {tag.value for one in run.inputs.dataset_inputs for tag in one.tags}
+    assert contexts == {"training", "evaluation"}
+    images = {file.path for file in client.list_artifacts(run_id, "pictures")}
+    assert {"pictures/training_samples.png", "pictures/classes.png"} <= images
 
 
 def check_that_a_second_run_changes_nothing(config, summary, folder, client, capsys):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from rayclip.errors import UserError
 from rayclip.evaluation import contact_sheet
-from rayclip.evaluation.contact_sheet import write_contact_sheet
+from rayclip.evaluation.contact_sheet import write_contact_sheet, write_sample_sheet
 
 GREEN, RED = (0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)
 NAMES = ["cat", "dog", "a name that is far too long for two lines of its cell and has to be shortened", "Straßenbahn"]
@@ -110,3 +110,12 @@ def test_what_cannot_be_shown_is_named(tmp_path):
     with pytest.raises(ValueError, match="4 pictures, 3 labels"):
         write_contact_sheet(path, images, labels[:3], top, probabilities, NAMES)
     assert not path.exists()
+
+
+def test_a_sheet_of_training_samples_shows_each(tmp_path):
+    images = np.zeros((8, 16, 16, 3), dtype=np.uint8)
+    images[:, :, :] = np.array([[200, 30, 30], [30, 200, 30]] * 4, dtype=np.uint8)[:, None, None]
+    path = write_sample_sheet(tmp_path / "samples.png", images, [f"caption {i}" for i in range(8)])
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    for colour in ([200, 30, 30], [30, 200, 30]):
+        assert (pixels == colour).all(axis=1).sum() == 4 * 216 * 216

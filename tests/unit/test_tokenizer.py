@@ -173,3 +173,11 @@ def _fastest(call, tries=3):
         call()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def test_tokens_are_read_back():
+    captions = ["a photo of a cat", "zwölf boxkämpfer, 3 × \u65e5\u672c!"]
+    tokenizer = get_tokenizer(40)
+    tokens, _ = tokenizer(captions)
+    assert tokenizer.decode(tokens[0]) == captions[0]
+    assert tokenizer.decode(tokens[1]).replace(" ", "") == captions[1].replace(" ", "")

@@ -1,5 +1,6 @@
 """Runs, points and versions in a real embedded MLflow database."""
 
+import json
 import logging
 import socket
 import threading
@@ -11,7 +12,16 @@ from mlflow.exceptions import MlflowException
 
 from rayclip.errors import UserError
 from rayclip.tracking import mlflow as tracking
-from rayclip.tracking.mlflow import MlflowTracker, connect, flatten, open_run, resolve_uri
+from rayclip.tracking.mlflow import (
+    DataSetInput,
+    MlflowTracker,
+    connect,
+    fill_run,
+    open_run,
+    resolve_uri,
+    run_address,
+)
+from rayclip.tracking.names import flatten
 from rayclip.tracking.registry import MODEL_FILES, link_checkpoint, move_alias, register, roll_back
 
 CONFIG = {"name": "small", "optimizer": {"lr": 0.1, "betas": [0.9, 0.98]}, "samples": None}
@@ -123,6 +133,47 @@ def test_what_is_no_number_is_left_out(uri, client, run_id):
     assert points(client, run_id, "train/loss") == [(5, 2.0)]
     assert points(client, run_id, "train/rate") == []
     assert points(client, run_id, "train/fine") == [(5, 1.0)]
+
+
+def test_constants_are_params_that_are_set_once(uri, client, run_id):
+    tracker = MlflowTracker(uri, run_id)
+    tracker.log_constants({"evaluation/letters.num_samples": 10})
+    tracker.log_constants({"evaluation/letters.num_samples": 12, "evaluation/letters.chance_top1": 0.1})
+    tracker.close()
+    data = client.get_run(run_id).data
+    assert data.params["evaluation/letters.num_samples"] == "10"
+    assert data.params["evaluation/letters.chance_top1"] == "0.1"
+    assert data.metrics == {}
+
+
+def test_the_page_of_a_run_is_filled_in(uri, client, run_id):
+    found = [
+        DataSetInput("/data/letters/train", "a" * 64, "training", 100),
+        DataSetInput("s3://bucket/letters/test", "b" * 64, "evaluation", 10),
+    ]
+    fill_run(uri, run_id, "- a CLIP", found)
+    fill_run(uri, run_id, "- a CLIP", found)  # again, where a run goes on
+    assert client.get_run(run_id).data.tags["mlflow.note.content"] == "- a CLIP"
+    inputs = {
+        (
+            one.dataset.name,
+            one.dataset.digest,
+            one.dataset.source_type,
+            json.loads(one.dataset.source)["uri"],
+            tag.value,
+        )
+        for one in client.get_run(run_id).inputs.dataset_inputs
+        for tag in one.tags
+        if tag.key == "mlflow.data.context"
+    }
+    assert inputs == {
+        ("train", "a" * 36, "local", "/data/letters/train", "training"),
+        ("test", "b" * 36, "s3", "s3://bucket/letters/test", "evaluation"),
+    }
+
+
+def test_the_address_of_a_run(uri, run_id):
+    assert run_address(uri, run_id) == f"{run_id} in {uri.removeprefix('sqlite:///')}, which `rayclip ui` opens"
 
 
 class Flaky:

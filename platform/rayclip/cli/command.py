@@ -13,6 +13,7 @@ from rayclip.config.loader import describe, load
 from rayclip.errors import Interruption, UserError, exit_with
 from rayclip.io.s3 import StorageError
 from rayclip.io.storage import write_bytes
+from rayclip.orchestration.cluster.progress import progress_shown
 
 
 class Settings(NamedTuple):
@@ -43,14 +44,17 @@ class Command:
         if not arguments or "--help" in arguments or "-h" in arguments:
             print_help(self.help())
             return 0 if arguments else 2
-        check, arguments = "--check" in arguments, [argument for argument in arguments if argument != "--check"]
+        flags = {argument for argument in arguments if argument in ("--check", "--quiet")}
+        check, arguments = "--check" in flags, [argument for argument in arguments if argument not in flags]
         try:
             config, summary = self.parse(arguments)
             if check:
                 found = {"kind": self.schema.__name__, "summary": summary, "config": config.model_dump(mode="json")}
                 print(json.dumps(found))
                 return 0
-            write_bytes(summary, (json.dumps(self.main(config), indent=2) + "\n").encode())
+            with progress_shown("--quiet" not in flags):
+                done = self.main(config)
+            write_bytes(summary, (json.dumps(done, indent=2) + "\n").encode())
         except StorageError as error:
             raise UserError(str(error)) from None
         except KeyboardInterrupt as error:
@@ -63,7 +67,7 @@ class Command:
     def help(self) -> str:
         """Return the usage and every key with its default and meaning."""
         usage = " ".join([self.prog, *(name.upper() for name in self._required)])
-        return f"usage: {usage} [key=value ...] [--json PATH] [--check]\n\n{describe(self.schema)}"
+        return f"usage: {usage} [key=value ...] [--json PATH] [--check] [--quiet]\n\n{describe(self.schema)}"
 
     def parse(self, arguments: list[str]) -> Settings:
         """Return the settings that the arguments give, of which an option may be --json PATH. Raises UserError."""

@@ -78,6 +78,13 @@ class Tokenizer:
         tokens[np.arange(len(tokens)), lengths + 1] = self._ids.end
         return tokens, (lengths + 2).astype(np.int32)
 
+    def decode(self, tokens: np.ndarray) -> str:
+        """Return the caption of one row of tokens, as `__call__` gives them: lowered, a space between its pieces."""
+        numbers = tokens.tolist()
+        pieces = [self._ids.token(number) for number in numbers[1 : numbers.index(self._ids.end)]]
+        letters = "".join(piece.replace("</w>", " ") for piece in pieces)
+        return b"".join(_letter_bytes().get(letter, b" ") for letter in letters).decode(errors="replace").strip()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return get_tokenizer, (self.context_length,)
 
@@ -120,6 +127,10 @@ class _WordIds(dict[str, tuple[int, ...]]):
             self[word] = ids
         return ids
 
+    def token(self, number: int) -> str:
+        """Return a token as the vocabulary spells it; nothing for a special one."""
+        return self._pairs.id_to_token(number) or ""
+
     def _piece_ids(self, piece: str) -> list[int]:
         if piece in self._special:
             return [self._special[piece]]
@@ -140,10 +151,22 @@ def _word_ids() -> _WordIds:
     return _WordIds(splitter, pairs, {START: len(ids), END: len(ids) + 1})
 
 
+def _printable_bytes() -> list[int]:
+    return [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+
+
+@cache
+def _letter_bytes() -> dict[str, bytes]:
+    """The way back from `_byte_letters`."""
+    printable = _printable_bytes()
+    order = printable + [byte for byte in range(256) if byte not in set(printable)]
+    return {letter: bytes([byte]) for letter, byte in zip(_byte_letters(), order, strict=True)}
+
+
 def _byte_letters() -> list[str]:
     """A printable letter for each of the 256 bytes, in the order of CLIP's ids (GPT-2's scheme).
 
     Bytes that Latin-1 prints stand for themselves and come first; the rest borrow the letters from U+0100 on.
     """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    printable = _printable_bytes()
     return [chr(byte) for byte in printable] + [chr(0x100 + number) for number in range(256 - len(printable))]

@@ -3,10 +3,10 @@
 Shapes: N pictures, K best classes.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -161,10 +161,33 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return shown
 
 
+def write_sample_sheet(path: Path, images: np.ndarray, captions: Sequence[str], num_columns: int = 6) -> Path:
+    """Write a PNG of training samples, each over its caption, as the model is given them.
+
+    `images` uint8 RGB [N, H, W, 3]. Raises UserError without any.
+    """
+    if not len(images):
+        raise UserError("there are no samples to show")
+    num_columns = min(num_columns, len(images))
+    height = _PICTURE + 2 * _PADDING + _NAME_SPACE
+    size = (num_columns * (_CELL_WIDTH + _GAP) + _GAP, -(-len(images) // num_columns) * (height + _GAP) + _GAP)
+    sheet = Image.new("RGB", size, _PAPER)
+    draw, font = ImageDraw.Draw(sheet), _font(14)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = _GAP + i % num_columns * (_CELL_WIDTH + _GAP), _GAP + i // num_columns * (height + _GAP)
+        draw.rounded_rectangle((x, y, x + _CELL_WIDTH - 1, y + height - 1), 8, _CELL)
+        sheet.paste(_fit(image), (x + _PADDING, y + _PADDING))
+        for line, text in enumerate(_wrap(caption, font, _PICTURE, max_lines=2)):
+            draw.text((x + _PADDING, y + _PICTURE + 2 * _PADDING + line * _NAME_LINE), text, _INK, font)
+    return _save(sheet, path)
+
+
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib, so a sheet looks the same on every machine."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+    package = importlib.util.find_spec("matplotlib")  # found, not imported: that takes a second
+    assert package and package.origin
+    return ImageFont.truetype(Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / name, size)
 
 
 def _save(sheet: Image.Image, path: Path) -> Path:

@@ -10,23 +10,24 @@ import logging
 import math
 import time
 import urllib.request
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, Literal, NamedTuple
 
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
 from rayclip.errors import UserError
 from rayclip.io.storage import is_remote, join
+from rayclip.tracking.names import STEP_METRIC, flatten
 
-STEP_METRIC = "train/loss"
 _SERVER_TIMEOUT_S = 5
+_MOST_DIGEST = 36  # letters that MLflow takes
 
 
 def resolve_uri(uri: str | None) -> str:
@@ -99,17 +100,46 @@ def open_run(
     return run.info.run_id
 
 
+class DataSetInput(NamedTuple):
+    """A data set that a run reads, for the list of them on its page."""
+
+    path: str
+    digest: str
+    context: Literal["training", "evaluation"]
+    num_samples: int
+
+
+def fill_run(uri: str, run_id: str, description: str, data_sets: Sequence[DataSetInput]) -> None:
+    """Fill in the run's description, in Markdown, and its data sets, of which MLflow keeps one of each digest."""
+    inputs = [
+        DatasetInput(
+            Dataset(
+                name=PurePath(found.path).name,
+                digest=found.digest[:_MOST_DIGEST],
+                source_type="s3" if is_remote(found.path) else "local",
+                source=json.dumps({"uri": found.path}),
+                profile=json.dumps({"num_samples": found.num_samples}),
+            ),
+            [InputTag(MLFLOW_DATASET_CONTEXT, found.context)],
+        )
+        for found in data_sets
+    ]
+    client = MlflowClient(uri)
+    client.set_tag(run_id, MLFLOW_RUN_NOTE, description)
+    client.log_inputs(run_id, datasets=inputs)
+
+
+def run_address(uri: str, run_id: str) -> str:
+    """Return where people find a run: its page on a server, or the command that opens a database on this machine."""
+    if not uri.startswith(("http://", "https://")):
+        return f"{run_id} in {uri.removeprefix('sqlite:///')}, which `rayclip ui` opens"
+    experiment = MlflowClient(uri).get_run(run_id).info.experiment_id
+    return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+
+
 def close_run(uri: str, run_id: str, succeeded: bool, stopped: bool = False) -> None:
     """Say that the run has ended: by itself, or stopped because others are better."""
     MlflowClient(uri).set_terminated(run_id, "KILLED" if stopped else "FINISHED" if succeeded else "FAILED")
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def log_once(
@@ -119,6 +149,14 @@ def log_once(
     for key, value in metrics.items():
         if all(point.step != step for point in client.get_metric_history(run_id, key)):
             client.log_metric(run_id, key, value, step=step, model_id=model_id)
+
+
+def log_constants(client: MlflowClient, run_id: str, values: Mapping[str, float]) -> None:
+    """Keep numbers that do not change over a run as its params. One that a run has already stays as it is."""
+    there = client.get_run(run_id).data.params
+    params = [Param(key, json.dumps(value)) for key, value in values.items() if key not in there]
+    if params:
+        client.log_batch(run_id, params=params)
 
 
 def log_image(client: MlflowClient, run_id: str, path: Path) -> None:
@@ -151,6 +189,13 @@ class MlflowTracker:
             logging.getLogger(__name__).warning("MLflow did not take a point, trying again with the next: %s", error)
         else:
             self._unsent = self._unsent[1000:]
+
+    def log_constants(self, values: Mapping[str, float]) -> None:
+        """Keep numbers that do not change over a run as its params."""
+        try:
+            log_constants(self._client, self._run_id, values)
+        except MlflowException as error:
+            logging.getLogger(__name__).warning("MLflow did not take %s: %s", ", ".join(values), error)
 
     def log_image(self, path: Path) -> None:
         """Keep a file with the run, under `images/`."""

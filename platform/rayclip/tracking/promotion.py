@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mlflow import MlflowClient
 
 from rayclip.config import TrackingConfig
-from rayclip.tracking.mlflow import flatten
+from rayclip.tracking.names import flatten
 from rayclip.tracking.registry import move_alias
 
 MEASURED_TAG, DECISION_TAG = "measured", "promotion"

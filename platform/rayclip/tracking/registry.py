@@ -26,7 +26,8 @@ from rayclip.errors import UserError, nearest
 from rayclip.io.files import SETTINGS_BESIDE, find_weights
 from rayclip.io.paths import StoragePath
 from rayclip.io.storage import download, is_remote, join, list_files, split
-from rayclip.tracking.mlflow import connect_existing, flatten, log_once, resolve_uri
+from rayclip.tracking.mlflow import connect_existing, log_once, resolve_uri
+from rayclip.tracking.names import flatten
 
 MODEL_FILES = ("model.safetensors", "config.json", "metrics.json")
 """What a served model needs of a checkpoint."""

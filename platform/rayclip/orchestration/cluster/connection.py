@@ -5,14 +5,16 @@ import os
 import signal
 import sysconfig
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import ray
 
 from rayclip.errors import UserError
-from rayclip.orchestration.cluster.ray_internals import LOCAL_ENVIRONMENT, is_submitted_job, quieten
+from rayclip.orchestration.cluster.progress import note
+from rayclip.orchestration.cluster.ray_internals import LOCAL_ENVIRONMENT, few_processes, is_submitted_job, quieten
 from rayclip.orchestration.cluster.resources import Bundle, format_resources, most_of, num_times_placed, total
 
 _LEAST_LOGICAL_CPUS = 4  # two workers, a reader, and one to spare
@@ -21,16 +23,68 @@ _SOURCE = Path(__file__).resolve().parents[3]
 """The folder that holds the package: a checkout's platform/, or the site-packages that it is installed in."""
 
 
-def connect(local_cpus: int = 0) -> None:
+class _Start(threading.Thread):
+    """Joins or starts Ray beside whatever else has to be imported and checked.
+
+    It stays: Linux ends Ray's processes with the thread that has started them, as if with the process.
+    """
+
+    def __init__(self, local_cpus: int) -> None:
+        super().__init__(daemon=True, name="start-ray")
+        self._local_cpus = local_cpus
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        """Start."""
+        try:
+            _start(self._local_cpus)
+        except BaseException as error:
+            self._error = error
+        self._done.set()
+        threading.Event().wait()
+
+    def wait(self) -> None:
+        """Return when Ray is up. Raises what went wrong."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+
+_STARTING = "starting Ray ..."
+_LONG_WAIT_S = 2.0
+_starting: _Start | None = None
+_owned = False
+
+
+def begin_connecting(local_cpus: int) -> None:
+    """Begin what `connect` does, in the background: Ray's processes start while this one imports the rest."""
+    global _starting
+    if _starting is None and not ray.is_initialized():
+        note(_STARTING if not os.environ.get("RAY_ADDRESS") else "joining the Ray cluster ...")
+        _starting = _Start(local_cpus)
+        _starting.start()
+
+
+def connect(local_cpus: int = 0, lean: bool = True) -> None:
     """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; do nothing where that is done.
 
     A Ray of our own gets `local_cpus` logical cores where that is within reason: workers that wait for each other must
-    all be placed, also on a laptop with fewer cores. Ray's own messages go to its log files.
+    all be placed, also on a laptop with fewer cores. Ray's own messages go to its log files. It is `lean` where nothing
+    asks for Ray's metrics: it starts seconds earlier.
     """
-    _quieten()
-    if not ray.is_initialized():
+    global _starting
+    if _starting is not None:
+        starting, _starting = _starting, None
+        started = time.monotonic()
+        starting.wait()
+        if (waited := time.monotonic() - started) >= _LONG_WAIT_S:
+            note(f"Ray is up, {waited:.0f} s after the rest")
+    elif not ray.is_initialized():
+        note(_STARTING)
         with _own_signal_handlers():
-            _start_or_join(local_cpus)
+            _start(local_cpus, lean)
+    _quieten()
 
 
 @contextmanager
@@ -44,14 +98,22 @@ def _own_signal_handlers() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def _start_or_join(local_cpus: int) -> None:
+def owns_ray() -> bool:
+    """Return whether this process started Ray: it ends with the process, and all its processes share an environment."""
+    return _owned and ray.is_initialized()
+
+
+def _start(local_cpus: int, lean: bool = True) -> None:
+    global _owned
+    quieten()
+    _owned = not os.environ.get("RAY_ADDRESS")
     if os.environ.get("RAY_ADDRESS"):
         # A submitted job's processes have its environment already.
         environment = None if is_submitted_job() else {"env_vars": s3_environment()}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
         return
     cores = os.cpu_count() or 1
-    with _environment(_worker_environment()):
+    with _environment(_worker_environment()), few_processes() if lean else nullcontext():
         ray.init(
             address="local",
             num_cpus=max(cores, min(local_cpus, max(_LEAST_LOGICAL_CPUS, 2 * cores))),

@@ -22,6 +22,11 @@ def progress_shown(shown: bool) -> Iterator[None]:
         _shown.reset(token)
 
 
+def note(text: str) -> None:
+    """Print a line of progress that stands by itself, or say it to the log where progress is hidden."""
+    ProgressLine(0).note(text)
+
+
 class Line(Protocol):
     """What hears how far something is."""
 

@@ -1,15 +1,20 @@
 """Every private name, file format, log and switch of Ray that rayclip leans on: what another release of Ray may break.
 
+What derives from classes of Ray Train is in ray_trainer.py, which imports them.
+
 Nothing of Ray is imported before it is used: some of the switches must be set earlier than that. What Ray documents
 for its users, as RAY_ADDRESS, is not here.
 """
 
+import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -23,6 +28,7 @@ _TRAIN = {
 }
 LOCAL_ENVIRONMENT = {
     **_TRAIN,
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train's own default for its controller
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away; it is one process less a run
 }
 """What the workers of a Ray of our own have from its start."""
@@ -185,6 +191,31 @@ OBEYED_HEADERS = (
 """Headers by which Ray Serve takes orders; it knows them with - and with _."""
 READ_HEADERS = ("x_request_id", "traceparent", "tracestate")
 """Headers that it reads."""
+
+
+@contextmanager
+def few_processes() -> Iterator[None]:
+    """Start a Ray of our own without what only a cluster or its dashboard needs, each a process that takes seconds.
+
+    Left out: the autoscaler's monitor, the copying of workers' output to the driver (its log files stay), the
+    dashboard's server, which shows nothing with `include_dashboard=False`, and the web server of its agent.
+    """
+    from ray._private import node, parameter, utils
+
+    params: Any = parameter.RayParams
+    slim = functools.partial(params, include_log_monitor=False, no_monitor=True)
+    no_server = mock.patch.object(node.Node, "start_api_server", _no_api_server)
+    no_dashboard = mock.patch.object(utils, "get_dashboard_dependency_error", _no_dashboard)
+    with mock.patch.object(parameter, "RayParams", slim), no_server, no_dashboard:
+        yield
+
+
+def _no_api_server(node: Any, **_: object) -> None:
+    node._webui_url = None
+
+
+def _no_dashboard() -> ImportError:
+    return ImportError("a Ray of our own has no dashboard")
 
 
 def pack(folder: Path, package: Path, excludes: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Whether a cluster can place a job: what the job takes at once, against the nodes that there are and that may come."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -40,6 +41,13 @@ def resource_request(config: Config) -> list[Bundle]:
     inner = [getattr(config, name) for name in type(config).model_fields]
     # Else one task, or what the first job takes that this one starts.
     return next((resource_request(value) for value in inner if hasattr(value, "cluster")), [{"CPU": 1.0}])
+
+
+def local_cpus(config: TrainConfig) -> int:
+    """Return how many logical cores a Ray on this machine needs for the run, with all the workers that may come."""
+    workers = config.cluster
+    most_to_come = (workers.max_workers - workers.min_workers) * workers.cpus_per_worker
+    return math.ceil(total(resource_request(config))["CPU"] + most_to_come)
 
 
 def shortage(bundles: list[Bundle], capacity: Capacity) -> str | None:

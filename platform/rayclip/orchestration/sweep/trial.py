@@ -20,7 +20,7 @@ from rayclip.errors import UserError
 from rayclip.io.paths import append, storage_path
 from rayclip.orchestration.sweep.table import TRAINING
 from rayclip.orchestration.train.driver import CrashedError, start_training
-from rayclip.tracking.mlflow import flatten
+from rayclip.tracking.names import flatten
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rayclip.scaling.ladder import Trial, plan_ladder
 from rayclip.scaling.rungs import Counted, Row, count, make_row
 from rayclip.scaling.search import Values, check_space, draw, trial_config, trial_name
 from rayclip.tracking.experiment import mean_of_last
-from rayclip.tracking.mlflow import flatten
+from rayclip.tracking.names import flatten
 
 _COUNTED_CAPTIONS = 1024
 _LAST_SHARE = 0.1  # of a run's samples, over which its training loss is the mean

@@ -8,7 +8,7 @@ from rayclip.data.tokenizer import get_tokenizer
 from rayclip.evaluation.tasks import Evaluator
 from rayclip.inference.encoder import Encoder
 from rayclip.models.clip import CLIP
-from rayclip.tracking.mlflow import flatten
+from rayclip.tracking.names import flatten
 from rayclip.training.loop import Metrics
 
 _SHOWN = ("top1", "top5", "image_to_text.recall_at_1", "image_to_text.recall_at_5")
@@ -43,8 +43,18 @@ def checkpoint_metrics(config: TrainConfig, samples_seen: int, metrics: Metrics)
 
 
 def mlflow_metrics(metrics: Metrics) -> dict[str, float]:
-    """What MLflow's run is given of it."""
-    return {f"evaluation/{key}": value for key, value in flatten(metrics).items()}
+    """Return the points that MLflow's run is given of it; what is the same at each evaluation is in `constants`."""
+    return {f"evaluation/{key}": value for key, value in flatten(metrics).items() if not _is_constant(key)}
+
+
+def constants(metrics: Metrics) -> dict[str, float]:
+    """Return what evaluations always give the same of: sizes of the data, and what chance would give."""
+    named = {key: value for key, value in flatten(metrics).items() if _is_constant(key) and ".ema." not in key}
+    return {f"evaluation/{key}": value for key, value in named.items()}
+
+
+def _is_constant(key: str) -> bool:
+    return key.rpartition(".")[2].startswith(("num_", "chance_"))
 
 
 def format_metrics(samples_seen: int, metrics: Metrics) -> str:

@@ -4,8 +4,6 @@ The driver checks everything that can be wrong before anything is started, opens
 the workers alive, shows how far they are, and registers the best checkpoint at the end.
 """
 
-import json
-import math
 from collections.abc import Callable, Generator
 from concurrent.futures import wait
 from contextlib import nullcontext
@@ -13,7 +11,6 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayclip.config import ModelConfig, TrainConfig
@@ -31,21 +28,24 @@ from rayclip.io.paths import StoragePath, storage_path
 from rayclip.io.storage import absolute, format_path
 from rayclip.models.presets import preset, with_logit_bias
 from rayclip.models.weights import fit_weights
-from rayclip.orchestration.cluster.connection import check_resources, connect
+from rayclip.orchestration.cluster.connection import begin_connecting, check_resources, connect
 from rayclip.orchestration.cluster.progress import Line, ProgressLine
 from rayclip.orchestration.cluster.ray_storage import ray_storage
-from rayclip.orchestration.cluster.resources import resource_request, total
+from rayclip.orchestration.cluster.ray_trainer import StreamTrainer
+from rayclip.orchestration.cluster.resources import local_cpus, resource_request
 from rayclip.orchestration.cluster.signals import Received, deferred_signals
 from rayclip.orchestration.train.branch import branch_checkpoint, branch_tags
 from rayclip.orchestration.train.follow import Evaluation, follow, start_fit
 from rayclip.orchestration.train.run_context import RunContext
 from rayclip.orchestration.train.run_folder import RunFolder
+from rayclip.orchestration.train.run_page import fill_page, page_tags
 from rayclip.orchestration.train.status import RunStatusActor
 from rayclip.orchestration.train.stream import StreamConfig, latest_checkpoint
 from rayclip.orchestration.train.summary import sum_up
 from rayclip.orchestration.train.validation import validation_config
 from rayclip.orchestration.train.worker import train_worker
 from rayclip.tracking import mlflow as tracking
+from rayclip.tracking.names import flatten
 from rayclip.tracking.registry import is_registered, resolve_model
 from rayclip.training.checkpoint import read_metrics, read_state
 from rayclip.version import code_version
@@ -91,6 +91,7 @@ def start_training(
         new_line(complete["samples_seen"]).note(f"run '{config.name}' is complete already")
         return complete
     spec, total_samples = plan_stream(config, may_lack_shards=folder.has_checkpoints())
+    begin_connecting(local_cpus(config))
     Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
     uri = tracking.resolve_uri(config.tracking.uri)
     tracking.connect(uri)
@@ -117,10 +118,8 @@ def _train(
     if complete is not None:
         return complete
     total_samples = Stream(spec).num_remaining()
-    workers, needed = config.cluster, resource_request(config)
-    most_to_come = (workers.max_workers - workers.min_workers) * workers.cpus_per_worker
-    connect(local_cpus=math.ceil(total(needed)["CPU"] + most_to_come))
-    check_resources(needed, _describe_processes(config))
+    connect(local_cpus(config))
+    check_resources(resource_request(config), _describe_processes(config))
 
     folder.repair_list()
     found = latest_checkpoint(str(folder.checkpoints))
@@ -129,7 +128,8 @@ def _train(
     parent_checkpoint = None if found or config.branch_from is None else branch_checkpoint(config, spec, total_samples)
 
     version = code_version()
-    run_id = _open_mlflow_run(config, uri, folder, record, spec, version, parent_checkpoint)
+    tags = page_tags(config, spec, version) | (branch_tags(parent_checkpoint) if parent_checkpoint else {})
+    run_id = _open_mlflow_run(config, uri, folder, record, spec, tags)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
     status_actor = RunStatusActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     context = RunContext(
@@ -229,20 +229,15 @@ def _open_mlflow_run(
     folder: RunFolder,
     record: dict[str, Any] | None,
     spec: StreamSpec,
-    version: str,
-    parent_checkpoint: StoragePath | None,
+    tags: dict[str, str],
 ) -> str:
     resolved = config.model_dump(mode="json")
-    parts = Stream(spec).manifest.parts()
-    tags = {"code_version": version, "manifest_digest": spec.digest, "data": spec.folder}
-    tags |= {"data_parts": json.dumps(parts)}
-    tags |= branch_tags(parent_checkpoint) if parent_checkpoint else {}
     known: str | None = record["mlflow_run_id"] if record else None
     section = config.tracking
     run_id = tracking.open_run(
         uri, section.experiment, config.name, resolved, tags, known, section.parent_run_id, section.artifacts
     )
-    folder.write_record(resolved, run_id, parts)
+    folder.write_record(resolved, run_id, Stream(spec).manifest.parts())
     return run_id
 
 
@@ -255,13 +250,14 @@ def _fit(
     found = checkpoint or context.parent_checkpoint
     start = read_state(found).samples_seen if found else 0
     line = new_line(context.total_samples, start=start)
+    line.note(f"MLflow run {tracking.run_address(context.tracking_uri, context.mlflow_run_id)}")
     if context.parent_checkpoint:
         line.note(f"branching off at {start:,} samples, from '{context.parent_checkpoint}'")
     elif found:
         line.note(f"going on with run '{config.name}' from {start:,} samples")
     if context.awaits_decision and checkpoint:
         yield _last_evaluation(checkpoint, context.total_samples)
-    trainer = TorchTrainer(
+    trainer = StreamTrainer(
         train_worker,
         train_loop_config={"job": context},
         # mypy reads the class of Train's first version.
@@ -271,7 +267,7 @@ def _fit(
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[arg-type]
             **ray_storage(folder.checkpoints),
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
@@ -288,6 +284,7 @@ def _fit(
     )
     fit = start_fit(trainer)
     try:
+        fill_page(context, line)
         yield from follow(context.status_actor, line, fit, lease, received)
         fit.result()
     except ray.train.TrainingFailedError as error:
@@ -324,7 +321,7 @@ def _last_evaluation(found: StoragePath, total_samples: int) -> Evaluation | Non
     state, tasks = read_state(found), read_metrics(found)["tasks"]
     if state.samples_consumed >= total_samples or not tasks:
         return None
-    return {"samples_seen": state.samples_seen, **tracking.flatten(tasks)}
+    return {"samples_seen": state.samples_seen, **flatten(tasks)}
 
 
 def _last_line(error: BaseException) -> str:

@@ -6,10 +6,10 @@ from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
-from ray.train.torch import TorchTrainer
 
 from rayclip.io.lease import Lease
 from rayclip.orchestration.cluster.progress import Line
+from rayclip.orchestration.cluster.ray_trainer import StreamTrainer
 from rayclip.orchestration.cluster.signals import Received
 
 _POLL_S = 0.5
@@ -18,7 +18,7 @@ Evaluation = dict[str, float]
 """What an evaluation gave: `samples_seen` and each TASK.METRIC."""
 
 
-def start_fit(trainer: TorchTrainer) -> "Future[None]":
+def start_fit(trainer: StreamTrainer) -> "Future[None]":
     """Begin to train in a thread of its own; the result says how it ended."""
     fit: Future[None] = Future()
 

@@ -13,7 +13,6 @@ from rayclip.io.paths import StoragePath, storage_path
 from rayclip.orchestration.cluster.ray_internals import CHECKPOINT_LIST
 from rayclip.orchestration.cluster.ray_storage import train_result
 from rayclip.orchestration.train.segments import SegmentCoordinator, WorkerStream
-from rayclip.training.checkpoint import read_state
 
 SEGMENT_WINDOWS = 2_048
 """Windows that Ray plans at once."""
@@ -53,7 +52,11 @@ def remaining_stream(spec: StreamSpec, checkpoints: str, parent_checkpoint: Stor
     Before the first one that is the ledger of `parent_checkpoint`, of the run that this one branches off from.
     """
     folder = latest_checkpoint(checkpoints) or parent_checkpoint
-    return Stream(spec, read_state(folder).ledger if folder else None)
+    if folder is None:
+        return Stream(spec, None)
+    from rayclip.training.checkpoint import read_state  # brings torch, which a fresh run's stream can do without
+
+    return Stream(spec, read_state(folder).ledger)
 
 
 def latest_checkpoint(checkpoints: str) -> StoragePath | None:

@@ -19,6 +19,7 @@ from rayclip.io.paths import StoragePath, local_copy, staged, storage_path
 from rayclip.orchestration.cluster.resources import validation_resources
 from rayclip.orchestration.train.checkpoint_metrics import (
     checkpoint_metrics,
+    constants,
     evaluate_model,
     format_metrics,
     mlflow_metrics,
@@ -26,8 +27,6 @@ from rayclip.orchestration.train.checkpoint_metrics import (
 )
 from rayclip.orchestration.train.run_context import RunContext
 from rayclip.orchestration.train.run_folder import RunFolder
-from rayclip.tracking.mlflow import connect, log_image, log_once
-from rayclip.tracking.registry import link_checkpoint
 from rayclip.training.checkpoint import load_model, read_metrics
 from rayclip.training.loop import Metrics
 
@@ -86,15 +85,22 @@ class CheckpointValidation:
             return with_ema(metrics, evaluate_model(config, load_model(copy, ema=True).to(device)))
 
     def _publish(self, folder: StoragePath, samples_seen: int, metrics: Metrics) -> None:
+        # Workers import this module too, and start seconds earlier without MLflow.
+        from rayclip.tracking.mlflow import connect, log_constants, log_image, log_once
+
         client, run_id = connect(self.context.tracking_uri), self.context.mlflow_run_id
         self._link(folder, samples_seen, metrics)
         log_once(client, run_id, mlflow_metrics(metrics), samples_seen)
+        log_constants(client, run_id, constants(metrics))
         with local_copy(RunFolder(storage_path(self.context.folder)).contact_sheets) as contact_sheets:
             for image in contact_sheets.glob("*.png"):
                 log_image(client, run_id, image)
         self._note(format_metrics(samples_seen, metrics))
 
     def _link(self, folder: StoragePath, samples_seen: int, metrics: Metrics) -> None:
+        from rayclip.tracking.mlflow import connect
+        from rayclip.tracking.registry import link_checkpoint
+
         link_checkpoint(connect(self.context.tracking_uri), self.context.mlflow_run_id, folder, samples_seen, metrics)
 
     def _note(self, line: str) -> None:

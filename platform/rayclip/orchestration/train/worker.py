@@ -5,8 +5,9 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -17,7 +18,9 @@ import torch
 from rayclip.config import ModelConfig
 from rayclip.data.decode import CAUSES
 from rayclip.data.stream import Batch, Stream
+from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
+from rayclip.evaluation.contact_sheet import write_sample_sheet
 from rayclip.io.files import write_text
 from rayclip.io.paths import S3Path, StoragePath, append, local_copy, staged, storage_path
 from rayclip.models.clip import CLIP
@@ -26,6 +29,7 @@ from rayclip.models.weights import fit_weights
 from rayclip.orchestration.cluster.ray_storage import upload_checkpoint
 from rayclip.orchestration.train.checkpoint_metrics import (
     checkpoint_metrics,
+    constants,
     evaluate_model,
     format_metrics,
     mlflow_metrics,
@@ -34,14 +38,17 @@ from rayclip.orchestration.train.checkpoint_metrics import (
 from rayclip.orchestration.train.run_context import RunContext, StoppedError
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.orchestration.train.validation import pending_checkpoints, validation_task, wait_until_validated
-from rayclip.tracking.mlflow import MlflowTracker, connect, flatten
-from rayclip.tracking.registry import link_checkpoint, resolve_model
+from rayclip.tracking.names import flatten
 from rayclip.training.checkpoint import RunState, read_metrics, restore, write_checkpoint
 from rayclip.training.ema import Ema
 from rayclip.training.loop import Hooks, LoopPlan, Metrics, Trainer, passes
 from rayclip.training.optimizer import RowAdamW, build_optimizer
 
+if TYPE_CHECKING:
+    from rayclip.tracking.mlflow import MlflowTracker
+
 _PROGRESS_EVERY_S = 0.5
+_NUM_SHOWN_SAMPLES = 24
 _KEPT_SCORE = 1e18  # above any metric and any number of samples: Ray deletes what has the least
 
 
@@ -74,8 +81,9 @@ class TrainingWorker:
         self._answer: ray.ObjectRef | None = None
         self._stops = False
         # First of all: what reads the stream starts while this process gets ready.
-        self.batches = ray.train.get_dataset_shard("train").batches(self._local_batch)
-        self.tracker = MlflowTracker(context.tracking_uri, context.mlflow_run_id) if self.is_first else None
+        self._shown_samples: tuple[np.ndarray, np.ndarray] | None = None
+        self.batches = self._noting_samples(ray.train.get_dataset_shard("train").batches(self._local_batch))
+        self._opening_tracker: Future[MlflowTracker] | None = None
 
     def run(self) -> None:
         """Train from the latest checkpoint to the end of the stream."""
@@ -106,13 +114,45 @@ class TrainingWorker:
         trainer.run(self.batches)
 
     @property
+    def tracker(self) -> "MlflowTracker":
+        """Return what logs to MLflow, on the first worker; it is opened beside the steps after the first one."""
+        return self._open_tracker().result()
+
+    def _open_tracker(self) -> "Future[MlflowTracker]":
+        if self._opening_tracker is None:
+            opener = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+            self._opening_tracker = opener.submit(self._new_tracker)
+        return self._opening_tracker
+
+    def _new_tracker(self) -> "MlflowTracker":
+        from rayclip.tracking.mlflow import MlflowTracker  # takes seconds, which no step waits for
+
+        tracker = MlflowTracker(self.context.tracking_uri, self.context.mlflow_run_id)
+        if self._shown_samples is not None:
+            images, tokens = self._shown_samples
+            tokenizer = get_tokenizer(self.context.spec.context_length)
+            with tempfile.TemporaryDirectory() as scratch:
+                captions = [tokenizer.decode(row) for row in tokens]
+                tracker.log_image(write_sample_sheet(Path(scratch) / "training_samples.png", images, captions))
+        return tracker
+
+    def _noting_samples(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the first readable samples of this start are kept, to be shown in MLflow."""
+        for batch in batches:
+            if self._shown_samples is None:
+                readable = np.flatnonzero(batch["num_tokens"] > 0)[:_NUM_SHOWN_SAMPLES]
+                if len(readable):
+                    self._shown_samples = batch["image"][readable], batch["tokens"][readable]
+            yield batch
+
+    @property
     def _local_batch(self) -> int:
         """Pairs of this worker a step. Where the workers do not divide the batch it is a little smaller."""
         return self.config.batch_size // self.world_size
 
     def close(self) -> None:
         """Send what is left to MLflow."""
-        if self.tracker:
+        if self._opening_tracker is not None:
             self.tracker.close()
 
     def _plan(self) -> LoopPlan:
@@ -136,6 +176,8 @@ class TrainingWorker:
         """Fresh, or with the weights that a run starts from; a checkpoint, where there is one, is restored later."""
         model = CLIP(settings)
         if self.config.weights is not None and ray.train.get_checkpoint() is None:
+            from rayclip.tracking.registry import resolve_model
+
             source = resolve_model(self.config.weights, self.context.tracking_uri)
             model.load_state_dict(fit_weights(source.folder, settings))
         if self.config.lock != "none":
@@ -163,8 +205,11 @@ class TrainingWorker:
         return state
 
     def _step(self, metrics: Metrics, state: RunState) -> None:
+        if not self.is_first:
+            return
+        self._open_tracker()
         shown_lately = time.monotonic() - self._shown_at < _PROGRESS_EVERY_S
-        if not self.is_first or (shown_lately and state.samples_seen < self.context.total_samples):
+        if shown_lately and state.samples_seen < self.context.total_samples:
             return
         self._shown_at = time.monotonic()
         shown = {"samples_seen": state.samples_seen, "loss": metrics["loss"], **metrics["rates"]}
@@ -177,8 +222,9 @@ class TrainingWorker:
         return self._stops
 
     def _log(self, metrics: Metrics, state: RunState) -> None:
-        if self.tracker:
-            self.tracker.log({f"train/{key}": value for key, value in metrics.items()}, state.samples_seen)
+        if self.is_first:
+            named = {f"train/{key}": value for key, value in metrics.items()}
+            self.tracker.log({"loss": metrics["loss"], **named}, state.samples_seen)
 
     def _notice(self, line: str) -> None:
         if self.is_first:
@@ -237,7 +283,6 @@ class TrainingWorker:
         if not (there / "state.json").is_file():
             return  # Ray keeps nothing where another worker has died meanwhile; it is about to start all anew
         self.folder.back_up_list()
-        assert self.tracker
         self.tracker.log({f"skipped/{cause}": count for cause, count in state.skipped.items()}, state.samples_seen)
         if metrics is not None:
             self._link(there, state.samples_seen)
@@ -256,13 +301,16 @@ class TrainingWorker:
             raise StoppedError
 
     def _link(self, folder: StoragePath, step: int) -> None:
+        from rayclip.tracking.mlflow import connect
+        from rayclip.tracking.registry import link_checkpoint
+
         link_checkpoint(
             connect(self.context.tracking_uri), self.context.mlflow_run_id, folder, step, read_metrics(folder)["tasks"]
         )
 
     def _show(self, metrics: Metrics, state: RunState) -> None:
-        assert self.tracker
         self.tracker.log(mlflow_metrics(metrics), state.samples_seen)
+        self.tracker.log_constants(constants(metrics))
         with local_copy(self.folder.contact_sheets) as contact_sheets:
             for image in contact_sheets.glob("*.png"):
                 self.tracker.log_image(image)
