@@ -64,6 +64,7 @@ def wait_for(url, process, log):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # five commands, each of which starts a Ray
 def test_the_tutorial_goes_from_pairs_to_a_served_model(tmp_path, shell):
     text = (DOCS / "tutorial.md").read_text()
     for long, short in SMALLER.items():
