@@ -114,7 +114,8 @@ def _finish(config: ServeConfig, signals: StopSignals, patience_s: float) -> Non
         return
     try:
         coordinator = blocking_handle("Coordinator", APP)
-    except Exception:  # there is none yet
+    except Exception as error:
+        print(f"there is nothing to finish yet: {type(error).__name__}", file=sys.stderr)
         return
     if not drain(config, coordinator, signals.again, patience_s):
         print("stopped before it was known that every request was answered", file=sys.stderr)

@@ -239,7 +239,8 @@ def blocking_handle(deployment: str, application: str) -> Any:
     from ray import serve
 
     handle = serve.get_deployment_handle(deployment, application)
-    handle._init(_run_router_in_separate_loop=True)
+    if not handle.is_initialized:  # Serve hands out the same one again
+        handle._init(_run_router_in_separate_loop=True)
     return handle
 
 
