@@ -133,6 +133,7 @@ def test_sigterm_answers_what_was_accepted_and_readiness_goes_first(tmp_path, mo
         f"stop_delay_s={DELAY_S}",
         # A text at a time: the tiny model is so fast that nothing would be outstanding otherwise.
         "text_encoder.max_batch_size=1",
+        "text_encoder.max_waiting=50000",
         "image_encoder.max_batch_size=1",
     )
     with Watch(service.url, "/readyz") as starting:
