@@ -99,7 +99,7 @@ async def serving(server, host="127.0.0.1", port=0):
 async def fetching(*allowed_hosts, resolver=None, **settings):
     settings = {"schemes": ("http",), "allow_private": True, "timeout_s": 5, **settings}
     fetcher = UrlFetcher(
-        UrlConfig(allowed_hosts=allowed_hosts, **settings), resolver or FakeResolver(images_test=["127.0.0.1"])
+        UrlConfig(allowed_hosts=allowed_hosts, **settings), resolver or FakeResolver(pictures_test=["127.0.0.1"])
     )
     try:
         yield fetcher
@@ -219,7 +219,7 @@ async def test_close_closes_the_connections():
 )
 @in_loop
 async def test_other_urls_are_refused_before_anything_is_resolved(url, code, word):
-    resolver = FakeResolver(images_test=["127.0.0.1"])
+    resolver = FakeResolver(pictures_test=["127.0.0.1"])
     async with fetching(HOST, resolver=resolver) as fetcher:
         assert word in await refused(fetcher, url, code)
     assert resolver.calls == []
@@ -309,7 +309,7 @@ def test_public_addresses_are_told_from_others():
 @in_loop
 async def test_a_name_with_an_address_that_is_not_public_is_refused(address, monkeypatch):
     monkeypatch.setattr(aiohttp.connector.aiohappyeyeballs, "start_connection", lambda **_: pytest.fail("connected"))
-    resolver = FakeResolver(images_test=[address], mixed_test=[f"{PUBLIC} {address}"])
+    resolver = FakeResolver(pictures_test=[address], mixed_test=[f"{PUBLIC} {address}"])
     async with fetching(HOST, "mixed.test", resolver=resolver, allow_private=False) as fetcher:
         for host in (HOST, "mixed.test", f"{HOST}."):
             message = await refused(fetcher, f"http://{host}/cat", "url_not_allowed")
@@ -366,7 +366,7 @@ async def test_what_was_checked_is_what_is_connected_to(monkeypatch):
 
     monkeypatch.setattr(aiohttp.connector.aiohappyeyeballs, "start_connection", start_connection)
     # Rebinding: the name is public when it is checked, and ours from then on.
-    resolver = FakeResolver(images_test=[f"{PUBLIC} 2606:4700::1111", "127.0.0.1"])
+    resolver = FakeResolver(pictures_test=[f"{PUBLIC} 2606:4700::1111", "127.0.0.1"])
     async with fetching(HOST, resolver=resolver, allow_private=False) as fetcher:
         await refused(fetcher, f"http://{HOST}/cat", "url_unreachable")
         assert resolver.calls == [HOST]
@@ -377,7 +377,7 @@ async def test_what_was_checked_is_what_is_connected_to(monkeypatch):
 
 @in_loop
 async def test_a_name_is_resolved_once_and_its_first_answer_connected_to():
-    resolver = FakeResolver(images_test=["127.0.0.1", "127.0.0.2"])
+    resolver = FakeResolver(pictures_test=["127.0.0.1", "127.0.0.2"])
     async with both(resolver) as (server, fetcher), serving(Server(), "127.0.0.2", server.port) as inner:
         assert await fetcher.fetch(f"{server.url}/cat", "image") == BODY
         assert (len(server.requests), len(inner.requests), len(resolver.calls)) == (1, 0, 1)
@@ -429,7 +429,7 @@ async def test_a_redirect_without_a_location_is_refused():
 async def test_each_name_on_the_way_must_be_public(monkeypatch):
     # As if this machine were the internet, and the rest of its network were not.
     monkeypatch.setattr(fetch, "_is_public", lambda address: str(address) == "127.0.0.1")
-    resolver = FakeResolver(images_test=["127.0.0.1"], inner_test=["127.0.0.2"])
+    resolver = FakeResolver(pictures_test=["127.0.0.1"], inner_test=["127.0.0.2"])
     async with serving(Server()) as server, serving(Server(), "127.0.0.2", server.port) as inner:
         entries = (f"{HOST}:{server.port}", f"inner.test:{server.port}", f"127.0.0.2:{server.port}")
         async with fetching(*entries, resolver=resolver, allow_private=False) as fetcher:

@@ -7,7 +7,7 @@ version is compared with the one that has the alias on the same metric of the sa
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from mlflow import MlflowClient
@@ -40,7 +40,7 @@ class Decision:
     metric: str | None = None
     value: float | None = None
     value_against: float | None = None
-    gate: tuple["GateResult", ...] = ()
+    gate: "list[GateResult]" = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def promote(
     # First the reason, then the alias: who sees it moved can read why.
     client.set_model_version_tag(name, str(version), DECISION_TAG, decision.outcome)
     for key, value in asdict(decision).items():
-        if key != "outcome" and value not in (None, ()):
-            text = json.dumps(value) if isinstance(value, tuple) else str(value)
+        if key != "outcome" and value not in (None, []):
+            text = json.dumps(value) if isinstance(value, list) else str(value)
             client.set_model_version_tag(name, str(version), f"{DECISION_TAG}.{key}", text)
     if decision.outcome == "promoted":
         move_alias(client, name, config.alias, version)
@@ -121,7 +121,7 @@ def _decide(
         if why_not:
             return decision(False, f"gate: {why_not}", **figures)
         gate.append(_gate(gated, measured, others, max_loss))
-    figures["gate"] = tuple(gate)
+    figures["gate"] = gate
     failed = [result for result in gate if not result.passed]
     if failed:
         told = "; ".join(
