@@ -76,6 +76,8 @@ SERVE_ENVIRONMENT = {
     # Else a burst is over before it is heard of: ten seconds.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    # On a busy machine a proxy takes longer to start than Ray's five seconds; it is killed then, and the start fails.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 """What every process of a cluster that serves has from its start; `infra/serve/environment` is the same."""
 
