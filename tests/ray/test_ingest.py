@@ -13,7 +13,7 @@ from PIL import Image
 from rayclip.cli import index as index_job
 from rayclip.cli import ingest as ingest_job
 from rayclip.config import FolderConfig, IndexConfig, IngestConfig
-from rayclip.data.ingest import plan_shards, write_shard_of
+from rayclip.data.ingest import content_of, plan_shards, write_shard_of
 from rayclip.data.manifest import Manifest
 from rayclip.data.sources import SOURCES
 from rayclip.errors import UserError
@@ -48,7 +48,7 @@ def whole(source, tmp_path_factory):
     config = config_of(source, tmp_path_factory.mktemp("whole") / "out")
     splits = SOURCES["folder"].splits(config.source, None)
     tasks = plan_shards(config, splits)
-    output = IngestOutput.unlisted(config).listed(splits, tasks)
+    output = IngestOutput.unlisted(config).listed(splits, tasks, content_of(config, splits))
     with output.writing():
         for number, task in enumerate(tasks):
             output.write(number, write_shard_of(config, task))

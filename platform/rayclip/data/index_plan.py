@@ -15,6 +15,7 @@ from rayclip.data.formats.folder import IMAGES, LISTING, is_image, make_listing,
 from rayclip.data.manifest import FILE_NAME, PARTIAL, Manifest
 from rayclip.data.sources.table import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column, same_column
 from rayclip.errors import UserError
+from rayclip.io.lease import FILE_NAMES
 from rayclip.io.patterns import is_pattern, select, split_pattern
 from rayclip.io.s3 import File
 from rayclip.io.storage import (
@@ -117,15 +118,20 @@ def find_columns(columns: Sequence[str], kind: str) -> str | None:
     return next((column for name in usual if (column := same_column(name, columns))), None)
 
 
+def _list(folder: str) -> list[File]:
+    """The files below a folder, without those by which a process holds it."""
+    return [file for file in list_files(folder) if not file.name.startswith(FILE_NAMES)]
+
+
 def _look(config: IndexConfig) -> _Files:
     path = absolute(config.path)
     if is_pattern(path):
         root, patterns = split_pattern(path)
-        there = list_files(root)
+        there = _list(root)
         return _Files(root, there, select(there, patterns, config.path))
     found = find_file(path)
     if found is None:
-        return _Files(path, list_files(path))
+        return _Files(path, _list(path))
     folder, name = split(path)
     return _Files(folder, [], [File(name, found.size, found.stamp)])
 
