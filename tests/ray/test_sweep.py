@@ -19,6 +19,8 @@ from rayclip.cli import sweep as sweep_job
 from rayclip.config import SweepConfig, TrainConfig
 from rayclip.config.loader import load
 from rayclip.errors import UserError
+from rayclip.io.lease import hold
+from rayclip.io.paths import storage_path
 from rayclip.orchestration.sweep import driver as sweep_module
 from rayclip.orchestration.sweep.trial import TrialTask, _train
 
@@ -101,7 +103,8 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path, make_sweep, monkey
 
     first = start(tmp_path)
     deadline = time.monotonic() + START_S
-    while not ((folder / "trial-000/summary.json").exists() and (folder / "trial-001/run.json").exists()):
+    wanted = folder / "trial-000/summary.json", folder / "trial-001/run.json"
+    while not all(path.exists() for path in wanted) or (folder / "trial-000/owner.json").exists():
         assert first.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
     kill(first)
@@ -131,7 +134,9 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path, make_sweep, monkey
     monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr(sweep_module, "suggest", lambda plan, index, known: asked.append((index, known)) or {LR: 1e-3})
-    sweep_module.Sweep(SweepConfig.model_validate(config | {"plan": plan | {"num_trials": 4}}))._suggested()
+    four = SweepConfig.model_validate(config | {"plan": plan | {"num_trials": 4}})
+    with hold(storage_path(folder), "the sweep") as lease:
+        sweep_module.Sweep(four, lease)._suggested()
     values = [json.loads(line)["values"] for line in (folder / "journal.jsonl").read_text().splitlines()][:3]
     assert [value[LR] for value in values] == pytest.approx([float(row[LR]) for row in rows.values()])
     known = [(value, float(row["classes.top1"])) for value, row in zip(values, rows.values(), strict=True)]

@@ -9,9 +9,6 @@ from rayclip.io.storage import format_path
 
 def main(config: SuiteConfig) -> dict[str, Any]:
     """Measure, or what an interrupted run left of it; returns the summary. Raises UserError."""
-    from rayclip.orchestration.cluster.connection import begin_connecting
-
-    begin_connecting(int(config.cluster.num_workers * config.cluster.cpus_per_worker))  # Ray starts beside imports
     from rayclip.orchestration.batch.evaluate import evaluate
 
     summary = evaluate(config)

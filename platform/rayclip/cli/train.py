@@ -13,10 +13,6 @@ if TYPE_CHECKING:
 
 def main(config: TrainConfig) -> dict[str, Any]:
     """Run the job. Returns the summary. Raises UserError."""
-    from rayclip.orchestration.cluster.connection import begin_connecting
-    from rayclip.orchestration.cluster.resources import local_cpus
-
-    begin_connecting(local_cpus(config))  # Ray starts while the rest is imported
     from rayclip.orchestration.train.driver import run_training
 
     summary = run_training(config)

@@ -91,10 +91,10 @@ def start_training(
         new_line(complete["samples_seen"]).note(f"run '{config.name}' is complete already")
         return complete
     spec, total_samples = plan_stream(config, may_lack_shards=folder.has_checkpoints())
-    begin_connecting(local_cpus(config))
     Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
     uri = tracking.resolve_uri(config.tracking.uri)
     tracking.connect(uri)
+    begin_connecting(local_cpus(config))  # not before what can be wrong has been looked at
     if config.weights is not None and record is None:
         assert isinstance(config.model, ModelConfig)
         fit_weights(resolve_model(config.weights, uri).folder, config.model)
