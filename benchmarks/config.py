@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayclip.config.base import Config, InputModel, RenamedFrom
+from rayclip.config.base import Config, InputModel, InputPath, RenamedFrom
 from rayclip.config.training import Precision
 
 
@@ -51,7 +51,7 @@ class BenchmarkConfig(Config):
     )
     model: InputModel | None = Field(None, description="a checkpoint as the small model; none: the demo's shape")
     workers: int = Field(2, gt=0, description="processes with a core each that extract features, or train")
-    checkout: str | None = Field(
+    checkout: InputPath | None = Field(
         None, description="another version's folder, whose start is measured in turn with ours"
     )
     settings: tuple[str, ...] = Field((), description="key=value for the service that is measured")

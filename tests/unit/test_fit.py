@@ -520,7 +520,7 @@ def rising():
 @pytest.mark.parametrize("form", ["power", "power_limit", "shifted_limit", "chinchilla"])
 def test_an_error_that_rises_with_compute_is_refused(form):
     with pytest.raises(UserError) as raised:
-        make_report(rising(), FitConfig(source="runs.csv", form=form, resamples=20))
+        make_report(rising(), FitConfig(source="runs.csv", form=form, resamples=100))
     assert str(raised.value).startswith("no law fits 'runs.csv': the error rises with compute (rank correlation +1.00")
     assert "is it an accuracy?" in str(raised.value)
 
@@ -528,7 +528,7 @@ def test_an_error_that_rises_with_compute_is_refused(form):
 def test_noise_around_a_level_is_no_rising_error():
     errors = (0.30, 0.31, 0.29, 0.30, 0.32, 0.30)
     runs = [Run(str(i), Point(1.0, 1e6 * 2**i, error)) for i, error in enumerate(errors)]
-    assert make_report(runs, FitConfig(source="runs.csv", form="power", resamples=20)).law is not None
+    assert make_report(runs, FitConfig(source="runs.csv", form="power", resamples=100)).law is not None
 
 
 def test_no_run_that_can_be_used_is_refused_with_the_reasons():

@@ -102,7 +102,7 @@ def test_an_output_is_complete_with_its_summary_and_all_parts(folder):
     assert folder.read_summary() is None
     with pytest.raises(UserError, match="has lost some of its 3 parts"):
         open_complete(folder.path, "embed")
-    with pytest.raises(UserError, match=r"holds nothing of jobs\.embed"):
+    with pytest.raises(UserError, match=r"holds nothing of rayclip embed"):
         open_complete(folder.path.parent, "embed")
 
 
@@ -112,7 +112,7 @@ def test_what_a_crash_left_is_cleared_away(folder):
     (folder.path / "part-000001.attempts").write_bytes(b".")  # of earlier releases
     folder.check()
     with folder.writing():
-        assert {path.name for path in folder.path.iterdir()} == {"embed.json"}
+        assert {path.name for path in folder.path.iterdir()} == {"embed.json", "owner.json", "owner.lock"}
         (folder.path / "part-000001.parquet.partial-4567abcd").write_bytes(b"half")
     assert {path.name for path in folder.path.iterdir()} == {"embed.json"}
 
@@ -147,7 +147,7 @@ def test_a_folder_of_other_things_is_left_alone(folder):
     folder.path.mkdir()
     folder.check()
     (folder.path / "thesis.txt").write_text("all there is")
-    with pytest.raises(UserError, match=r"is not empty and holds nothing of jobs\.embed"):
+    with pytest.raises(UserError, match=r"is not empty and holds nothing of rayclip embed"):
         folder.check()
     with pytest.raises(UserError, match="is a file, not a folder"):
         PartitionedOutput(folder.path / "thesis.txt", IDENTITY, 3).check()
