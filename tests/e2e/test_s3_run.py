@@ -40,7 +40,7 @@ def config(make_config, make_samples, write_dataset, s3, tmp_path):
         checkpoint={"every_samples": EVERY, "keep": 2, "record_samples": True},
         evaluation={
             "tasks": {"pairs": {"kind": "retrieval", "path": "s3://data/set"}},
-            "every_samples": 2 * EVERY, "beside": True,
+            "every_samples": 2 * EVERY, "asynchronous": True,
         },
         tracking={
             "uri": f"sqlite:///{tmp_path}/mlflow.db", "artifacts": "s3://data/mlflow", "register_as": "from-s3",
