@@ -240,11 +240,9 @@ def test_training_goes_on_while_an_evaluation_is_held_and_ends_as_it_does_withou
     inline = run(make_run("inline", asynchronous=False), inline_notes := Notes())
 
     assert seen_while_held == [True], "the workers came to the next evaluation, past a checkpoint"
-    measured, inline = (
-        [text for text in heard if text.startswith("at ")] for heard in (notes.heard, inline_notes.heard)
-    )
-    assert measured == inline
-    assert [int(text.split()[1]) for text in inline_notes.heard] == EVALUATED
+    measured = [text for text in inline_notes.heard if text.startswith("at ")]
+    assert [text for text in notes.heard if text.startswith("at ")] == measured
+    assert [int(text.split()[1]) for text in measured] == EVALUATED
     assert weights_of(beside) == weights_of(inline)
     assert without_names(beside) == without_names(inline)
     assert points_of(beside) == points_of(inline)
