@@ -248,7 +248,7 @@ def test_training_goes_on_while_an_evaluation_is_held_and_ends_as_it_does_withou
     assert points_of(beside) == points_of(inline)
     assert {step for points in points_of(beside).values() for step, _ in points} == set(EVALUATED)
     assert models_of(beside) == models_of(inline)
-    assert pictures_of(beside) == pictures_of(inline) == ["pictures/classes.png"]
+    assert pictures_of(beside) == pictures_of(inline) == ["pictures/classes.png", "pictures/training_samples.png"]
     kept = [
         sorted(path.name for path in checkpoint_at(name, 0).parent.glob("samples-*")) for name in ("beside", "inline")
     ]
