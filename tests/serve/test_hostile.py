@@ -477,8 +477,11 @@ def test_a_page_that_is_allowed_may_read_the_headers(strict):
 
 
 def test_long_bodies_are_cut_off(strict):
-    chunk = b"186a0\r\n" + b" " * 100_000 + b"\r\n"
-    for headers in (JSON, PNG, (("Content-Type", "multipart/form-data; boundary=B"),)):
+    blank = b" " * 100_000
+    part = b'--B\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    multipart = (("Content-Type", "multipart/form-data; boundary=B"),)
+    for headers, start in ((JSON, b""), (PNG, b""), (multipart, part)):
+        chunk = b"186a0\r\n" + (start + blank)[:100_000] + b"\r\n"
         head = request("POST", "/v1/zero-shot", b"", (*headers, *strict.headers, ("Transfer-Encoding", "chunked")))
         with connect(strict.url) as connection:
             connection.sendall(head)
