@@ -86,7 +86,7 @@ def _through_ray(extraction: Extraction, suite: SuiteConfig) -> float:
     with output.writing():
         finished = [
             (time.perf_counter(), result.tally["rows"]["samples"])
-            for _, result in run_jobs([extraction.job], suite.cluster, parts)
+            for result in run_jobs([extraction.job], suite.cluster, parts)
         ]
     first = suite.cluster.num_workers - 1
     return sum(samples for _, samples in finished[first + 1 :]) / (finished[-1][0] - finished[first][0])

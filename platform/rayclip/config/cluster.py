@@ -12,6 +12,11 @@ class WorkersConfig(Config):
     cpus_per_worker: float = Field(1, gt=0, description="CPU cores of each; as many threads decode beside the model")
     use_gpu: bool = Field(False, description="one GPU for each")
 
+    @property
+    def device(self) -> str:
+        """What a worker computes on, as torch calls it."""
+        return "cuda" if self.use_gpu else "cpu"
+
 
 class ClusterConfig(Config):
     """What a run takes of the cluster."""

@@ -33,7 +33,7 @@ from rayclip.io.files import whole_file
 from rayclip.io.paths import StoragePath, storage_path, to_read
 from rayclip.io.storage import absolute, read_bytes
 from rayclip.orchestration.batch.embed import Embedder, EmbeddingModel, open_model, reading_of
-from rayclip.orchestration.batch.output_jobs import Work, complete_output, run_parts
+from rayclip.orchestration.batch.output_jobs import Work, run_parts
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, open_complete, plan_parts
 
 _CLASSES = "classes.npy"
@@ -73,18 +73,17 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
         "top_k": min(config.top_k, len(labels)),
     }
     output = PartitionedOutput(storage_path(config.output), identity, source.num_parts)
-    device = "cuda" if config.cluster.use_gpu else "cpu"
-    classes = output.path / _CLASSES
+    workers, classes = config.cluster, output.path / _CLASSES
 
-    def write() -> dict[str, Any]:
+    def prepare() -> None:
         if not classes.is_file():
-            write = partial(_write_classes, model, labels, templates, config.batch_size, classes, device)
+            arguments = model, labels, templates, classes, workers.device
             # With a thousand labels and many templates it is work for a GPU, and here there may be none.
-            ray.get(ray.remote(num_gpus=1)(_call).remote(write)) if config.cluster.use_gpu else write()
-        make = partial(Classifier, source.read, classes, labels, model.logit_scale, identity["top_k"], device)
-        return run_parts(output, make, config.cluster, source.num_samples, config.max_bad_fraction)
+            on_gpu = ray.remote(num_gpus=1)(_write_classes)
+            ray.get(on_gpu.remote(*arguments)) if workers.use_gpu else _write_classes(*arguments)
 
-    return complete_output(output, config.cluster, write)
+    make = partial(Classifier, source.read, classes, labels, model.logit_scale, identity["top_k"], workers.device)
+    return run_parts(output, make, workers, source.num_samples, config.max_bad_fraction, prepare)
 
 
 def read_labels(labels: str | Sequence[str]) -> list[str]:
@@ -139,15 +138,11 @@ class _EmbeddingReader:
 
 
 def _write_classes(
-    model: EmbeddingModel, labels: list[str], templates: Sequence[str], batch_size: int, path: StoragePath, device: str
+    model: EmbeddingModel, labels: list[str], templates: Sequence[str], path: StoragePath, device: str
 ) -> None:
     matrix = class_matrix(model.encoder(device), labels, templates)
     with whole_file(path) as target:
         np.save(target, matrix.cpu().numpy())
-
-
-def _call(function: Callable[[], None]) -> None:
-    function()
 
 
 class Classifier:

@@ -9,7 +9,7 @@ The new data set's manifest and the summary come last. A run that is started aga
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -33,7 +33,7 @@ from rayclip.errors import UserError
 from rayclip.io.files import whole_file
 from rayclip.io.paths import StoragePath, size_of, storage_path, to_read
 from rayclip.io.storage import absolute, join, read_bytes
-from rayclip.orchestration.batch.output_jobs import Work, complete_output, run_parts
+from rayclip.orchestration.batch.output_jobs import complete_output, run_parts
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, open_complete, plan_parts
 from rayclip.orchestration.batch.sample_reader import SamplePlace, SampleReader
 
@@ -69,7 +69,7 @@ def _write(
     score_N = read_scores(storage_path(config.embeddings), manifest) if config.embeddings else None
     stats = PartitionedOutput(output.path / _STATS, identity, len(parts))
     make_stats = partial(SampleStatsReader, *data, config.part_samples)
-    _complete(stats, make_stats, config, manifest.total_samples, config.max_bad_fraction)
+    run_parts(stats, make_stats, config.cluster, manifest.total_samples, config.max_bad_fraction)
     seen = pa.concat_tables(pq.read_table(to_read(stats.file(part))) for part in range(len(parts)))
     decision = decide(seen, config, score_N)
     if not (decision.outcome_N == 0).any():
@@ -81,15 +81,9 @@ def _write(
 
     written = PartitionedOutput(output.path / "outcomes", output.identity, len(parts))
     make_writer = partial(ShardWriter, *data, config, str(output.path))
-    _complete(written, make_writer, config, manifest.total_samples, 1.0)
+    run_parts(written, make_writer, config.cluster, manifest.total_samples, max_bad_fraction=1.0)
     summary = {"output": str(output.path), "source": identity["source"], "samples": manifest.total_samples}
     return output.finish(summary | _result_counts(decision, _index(output.path, len(parts), config.chunk_samples)))
-
-
-def _complete(
-    output: PartitionedOutput, make: Callable[[], Work], config: CurateConfig, total_samples: int, most_bad: float
-) -> None:
-    complete_output(output, config.cluster, lambda: run_parts(output, make, config.cluster, total_samples, most_bad))
 
 
 class SampleStatsReader:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from rayclip.config import ClassifyConfig, EmbedConfig
+from rayclip.config import ClassifyConfig, EmbedConfig, SuiteConfig
 from rayclip.data.decode import BadSampleError, eval_array, read_caption, read_image
 from rayclip.data.formats import Sample
 from rayclip.data.manifest import Manifest
@@ -33,7 +33,7 @@ from rayclip.inference.encoder import Encoder
 from rayclip.io.files import find_weights
 from rayclip.io.paths import storage_path
 from rayclip.io.storage import absolute
-from rayclip.orchestration.batch.output_jobs import complete_output, run_parts
+from rayclip.orchestration.batch.output_jobs import run_parts
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, plan_parts
 from rayclip.orchestration.batch.sample_reader import SamplePlace, SampleReader
 from rayclip.tracking.mlflow import resolve_uri
@@ -123,18 +123,14 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     }
     output = PartitionedOutput(path, identity, len(parts))
     make = partial(Embedder, model, reading_of(config, data, manifest.digest, config.what))
-    return complete_output(
-        output,
-        config.cluster,
-        lambda: run_parts(output, make, config.cluster, manifest.total_samples, config.max_bad_fraction),
-    )
+    return run_parts(output, make, config.cluster, manifest.total_samples, config.max_bad_fraction)
 
 
-def reading_of(config: EmbedConfig | ClassifyConfig, folder: str, digest: str, what: str) -> Reading:
+def reading_of(config: EmbedConfig | ClassifyConfig | SuiteConfig, folder: str, digest: str, what: str) -> Reading:
     """Return what a job that reads images reads, by its config."""
     workers = config.cluster
-    threads, device = max(1, int(workers.cpus_per_worker)), "cuda" if workers.use_gpu else "cpu"
-    return Reading(folder, digest, config.part_samples, what, config.batch_size, threads, device)
+    threads = max(1, int(workers.cpus_per_worker))
+    return Reading(folder, digest, config.part_samples, what, config.batch_size, threads, workers.device)
 
 
 class _Row(NamedTuple):

@@ -1,7 +1,6 @@
 """Measuring a model with a suite: features of all its data sets by the whole cluster, then task by task from them."""
 
 import re
-import sys
 from itertools import product
 from typing import Any
 
@@ -19,6 +18,7 @@ from rayclip.io.lease import hold
 from rayclip.io.paths import StoragePath, matching, storage_path
 from rayclip.orchestration.batch.embed import EmbeddingModel, open_model
 from rayclip.orchestration.batch.features import Extraction, extract, images_of, prompts_of
+from rayclip.orchestration.cluster.progress import note
 from rayclip.tracking.experiment import log_result
 
 
@@ -27,7 +27,7 @@ def evaluate(config: SuiteConfig) -> dict[str, Any]:
     suite, baselines = open_suite(config), read_baselines(config.baselines)
     model = open_model(config.model, config.tracking_uri)
     output = output_folder(config, model.source.version)
-    with hold(output, f"the report '{output}'", say=lambda line: print(line, file=sys.stderr)):
+    with hold(output, f"the report '{output}'", say=note):
         return _evaluate(config, suite, baselines, model, output)
 
 

@@ -32,13 +32,13 @@ from rayclip.orchestration.batch.embed import (
     Embedder,
     EmbeddingModel,
     Reading,
+    reading_of,
     shared_encoder,
     vectors,
 )
-from rayclip.orchestration.batch.output_jobs import OutputJob, run_jobs
+from rayclip.orchestration.batch.output_jobs import OutputJob, write_missing
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, plan_parts
 from rayclip.orchestration.batch.sample_reader import SamplePlace
-from rayclip.orchestration.cluster.progress import ProgressLine
 
 _PROMPTS_A_PART = 2048
 
@@ -100,10 +100,7 @@ def images_of(
     }
     if corruption is not None:
         identity["corruption"] = list(corruption)
-    workers = config.cluster
-    device, threads = _device(workers), max(1, int(workers.cpus_per_worker))
-    what = str(identity["what"])
-    reading = Reading(manifest.folder, manifest.digest, config.part_samples, what, config.batch_size, threads, device)
+    reading = reading_of(config, manifest.folder, manifest.digest, str(identity["what"]))
     output = _output(config, identity, len(plan_parts(manifest, config.part_samples)))
     return Extraction(OutputJob(output, partial(FeatureReader, model, reading, labels)), manifest.total_samples)
 
@@ -118,7 +115,7 @@ def prompts_of(prompts: Sequence[str], model: EmbeddingModel, config: SuiteConfi
         "num_prompts": len(prompts),
     }
     output = _output(config, identity, -(-len(prompts) // _PROMPTS_A_PART))
-    make = partial(PromptEncoder, model, list(prompts), config.batch_size, _device(config.cluster))
+    make = partial(PromptEncoder, model, list(prompts), config.batch_size, config.cluster.device)
     return Extraction(OutputJob(output, make), len(prompts))
 
 
@@ -127,33 +124,21 @@ def extract(extractions: Sequence[Extraction], workers: WorkersConfig) -> dict[s
 
     Returns how many samples were there and are new, and the rate at which. Raises the UserError of a worker.
     """
-    outputs = [extraction.job.output for extraction in extractions]
-    incomplete = [i for i, output in enumerate(outputs) if output.read_summary() is None]
-    total = sum(extraction.num_samples for extraction in extractions)
-    there = total - sum(extractions[i].num_samples for i in incomplete)
-    new, busy_s, started = 0, 0.0, time.monotonic()
-    parts: list[tuple[int, int]] = []
+    total, started = sum(extraction.num_samples for extraction in extractions), time.monotonic()
+    incomplete = [extraction for extraction in extractions if extraction.job.output.read_summary() is None]
+    jobs, num_left = [extraction.job for extraction in incomplete], sum(each.num_samples for each in incomplete)
     with ExitStack() as writing:
-        for i in incomplete:
-            outputs[i].check()
-            writing.enter_context(outputs[i].writing())
-            missing, tally = outputs[i].missing()
-            parts += [(i, part) for part in missing]
-            there += tally["rows"]["samples"]
-        progress = ProgressLine(total, start=there)
-        for _, result in run_jobs([extraction.job for extraction in extractions], workers, parts):
-            new += result.tally["rows"]["samples"]
-            busy_s += result.seconds
-            progress.update(there + new)
-        progress.close()
-        for i in incomplete:
-            outputs[i].finish({"samples": extractions[i].num_samples, "parts": outputs[i].num_parts})
-    busy = min(workers.num_workers, len(parts))
-    rate = round(new / busy_s * busy, 1) if busy_s else None
+        for job in jobs:
+            job.output.check()
+            writing.enter_context(job.output.writing())
+        _, num_new, rate = write_missing(jobs, workers, num_left, max_bad_fraction=1.0)
+        for extraction in incomplete:
+            output = extraction.job.output
+            output.finish({"samples": extraction.num_samples, "parts": output.num_parts})
     return {
         "samples": total,
-        "new_samples": new,
-        "samples_per_s": rate,
+        "new_samples": num_new,
+        "samples_per_s": rate or None,
         "extraction_s": round(time.monotonic() - started, 1),
     }
 
@@ -162,10 +147,6 @@ def _output(config: SuiteConfig, identity: dict[str, Any], num_parts: int) -> Pa
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     path = storage_path(config.cache) / str(identity["weights_sha256"])[:12] / f"{identity['kind']}-{digest[:16]}"
     return PartitionedOutput(path, identity, num_parts)
-
-
-def _device(workers: WorkersConfig) -> str:
-    return "cuda" if workers.use_gpu else "cpu"
 
 
 class _Row(NamedTuple):

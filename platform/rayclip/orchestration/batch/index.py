@@ -1,6 +1,5 @@
 """Indexing tens of thousands of shards, a few a task."""
 
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from rayclip.io.paths import storage_path
 from rayclip.io.s3 import File
 from rayclip.io.storage import join, remove, write_bytes
 from rayclip.orchestration.batch.task_runner import run_tasks
-from rayclip.orchestration.cluster.progress import ProgressLine
+from rayclip.orchestration.cluster.progress import ProgressLine, note
 
 _SAVE_EVERY_S = 60.0
 _MOST_SHARDS_A_TASK = 16
@@ -34,7 +33,7 @@ def index(config: IndexConfig) -> dict[str, Any]:
     `damaged_shards` is salvage; and where another process indexes into the same folder.
     """
     folder = output_folder(config)
-    with hold(storage_path(folder), f"the manifest in '{folder}'", say=lambda line: print(line, file=sys.stderr)):
+    with hold(storage_path(folder), f"the manifest in '{folder}'", say=note):
         return _index(config)
 
 

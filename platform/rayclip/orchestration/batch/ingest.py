@@ -31,9 +31,9 @@ def _write(config: IngestConfig, output: IngestOutput, is_new: bool) -> dict[str
     output = output.listed(splits, tasks, content_of(config, splits))
     output.check()
     output.begin()
-    job = OutputJob(output, lambda: partial(write_shard_of, config), tasks)
+    job = OutputJob(output, lambda: partial(write_shard_of, config), inputs=tasks)
     total = sum(len(task.items) for task in tasks)
-    tally, _, _ = write_missing(job, None, total, config.max_bad_fraction)
+    tally, _, _ = write_missing([job], None, total, config.max_bad_fraction)
     return {"complete": False, **output.finish(dict(tally))}
 
 

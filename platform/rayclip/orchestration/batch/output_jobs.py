@@ -15,7 +15,7 @@ from rayclip.orchestration.batch.partitioned_output import (
     format_causes,
 )
 from rayclip.orchestration.batch.task_runner import connect_for, run_tasks
-from rayclip.orchestration.cluster.progress import ProgressLine
+from rayclip.orchestration.cluster.progress import ProgressLine, note
 
 Work = Callable[[Any], Any]
 """From a part's number, or the input that the job has for it, to what the output writes, which has a tally."""
@@ -56,7 +56,7 @@ def complete_output(
     output.check()
     complete = output.read_summary()
     if complete is not None:
-        ProgressLine(0).note(f"'{output.path}' is complete already")
+        note(f"'{output.path}' is complete already")
         return complete
     if workers is not None:
         connect_for(workers)
@@ -70,75 +70,82 @@ def run_parts(
     workers: WorkersConfig,
     total_samples: int,
     max_bad_fraction: float,
+    prepare: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Write the parts that are missing, complete the output with its summary, and return that.
+    """Return the summary of an output: of one that is complete already, or of all parts once the missing are written.
 
-    Raises the UserError of a worker, and one where more samples have an error than is allowed.
+    `prepare` is called before the first part is made. Raises UserError as `complete_output` does, the UserError of a
+    worker, and one where more samples have an error than is allowed.
     """
-    started = time.monotonic()
-    tally, num_new, rate = write_missing(OutputJob(output, make), workers, total_samples, max_bad_fraction)
-    summary = {
-        "output": str(output.path),
-        "model_version": output.identity.get("model_version"),
-        "source": output.identity["source"],
-        **tally.pop("rows"),
-        **tally,
-        "parts": output.num_parts,
-        "new_samples": num_new,
-        "time_s": round(time.monotonic() - started, 1),
-        "samples_per_s": rate,
-    }
-    return output.finish(summary)
+
+    def write() -> dict[str, Any]:
+        prepare()
+        started = time.monotonic()
+        tally, num_new, rate = write_missing([OutputJob(output, make)], workers, total_samples, max_bad_fraction)
+        summary = {
+            "output": str(output.path),
+            "model_version": output.identity.get("model_version"),
+            "source": output.identity["source"],
+            **tally.pop("rows"),
+            **tally,
+            "parts": output.num_parts,
+            "new_samples": num_new,
+            "time_s": round(time.monotonic() - started, 1),
+            "samples_per_s": rate,
+        }
+        return output.finish(summary)
+
+    return complete_output(output, workers, write)
 
 
 def write_missing(
-    job: OutputJob, workers: WorkersConfig | None, total_samples: int, max_bad_fraction: float
+    jobs: Sequence[OutputJob], workers: WorkersConfig | None, total_samples: int, max_bad_fraction: float
 ) -> tuple[Tally, int, float]:
-    """Write the parts that are missing; return the counts of all parts, the number of new samples, and samples/s.
+    """Write the parts that are missing of some outputs, with one pool of workers.
 
-    The rate is that of workers at work: the time in which they start and load their model is not in it. Raises as
-    `run_parts` does.
+    Returns the counts of all parts, the number of new samples, and samples/s while workers are at work: the time in
+    which they start and load their model is not in it. Raises as `run_parts` does.
     """
-    output = job.output
-    missing, tally = output.missing()
+    parts: list[tuple[int, int]] = []
+    tally = add(())
+    for number, (output, _, _) in enumerate(jobs):
+        missing, there = output.missing()
+        parts += [(number, part) for part in missing]
+        tally = add([tally, there])
+        if there["rows"]["samples"]:
+            note(f"going on with '{output.path}': {output.num_parts - len(missing):,} parts are there")
     num_before = tally["rows"]["samples"]
     progress = ProgressLine(total_samples, start=num_before)
-    if num_before:
-        progress.note(f"going on with '{output.path}': {output.num_parts - len(missing):,} parts are there")
     busy_s = 0.0
-    for _, result in run_jobs([job], workers, [(0, part) for part in missing]):
+    for result in run_jobs(jobs, workers, parts):
         tally = add([tally, result.tally])
         busy_s += result.seconds
         progress.update(tally["rows"]["samples"], bad=format_causes(tally) or "0")
         if tally["rows"]["samples"] >= _SAMPLES_BEFORE_JUDGING:
-            check_bad(tally, max_bad_fraction, output.first_bad)
+            _check_bad(tally, max_bad_fraction, jobs)
     progress.close()
-    check_bad(tally, max_bad_fraction, output.first_bad)
+    _check_bad(tally, max_bad_fraction, jobs)
     num_new = tally["rows"]["samples"] - num_before
-    num_busy = min(workers.num_workers if workers else 1, len(missing))
+    num_busy = min(workers.num_workers if workers else 1, len(parts))
     return tally, num_new, round(num_new / busy_s * num_busy, 1) if busy_s else 0.0
+
+
+def _check_bad(tally: Tally, max_bad_fraction: float, jobs: Sequence[OutputJob]) -> None:
+    check_bad(tally, max_bad_fraction, lambda: next(filter(None, (job.output.first_bad() for job in jobs)), None))
 
 
 def run_jobs(
     jobs: Sequence[OutputJob], workers: WorkersConfig | None, parts: Sequence[tuple[int, int]]
-) -> Iterator[tuple[int, PartResult]]:
-    """Write parts, each (job, number), all by one pool; yield (job, result) as they are ready.
+) -> Iterator[PartResult]:
+    """Write parts, each (job, number), all by one pool of workers; yield what is written as it is ready.
 
     Raises the UserError of a worker.
     """
-
-    def task(job: int, part: int) -> _PartTask:
-        inputs = jobs[job].inputs
-        return _PartTask(job, part, part if inputs is None else inputs[part])
-
     threads = max(1, int(workers.cpus_per_worker)) if workers else 1
+    inputs = [job.inputs for job in jobs]
+    tasks = [_PartTask(job, part, part if (given := inputs[job]) is None else given[part]) for job, part in parts]
     makers = [(job.output, job.make) for job in jobs]
-    return run_tasks(
-        [task(*part) for part in parts],
-        partial(_PartWriter, makers, threads),
-        workers,
-        name=lambda task: f"part {task.part}",
-    )
+    return run_tasks(tasks, partial(_PartWriter, makers, threads), workers, name=lambda task: f"part {task.part}")
 
 
 class _PartWriter:
@@ -148,17 +155,17 @@ class _PartWriter:
         self._jobs, self._threads = jobs, threads
         self._working: tuple[int, Work] | None = None
 
-    def __call__(self, task: _PartTask) -> tuple[int, PartResult]:
+    def __call__(self, task: _PartTask) -> PartResult:
         output = self._jobs[task.job][0]
         # A worker that was lost may have come as far as writing it.
         tally = output.tally(task.part)
         if tally is not None:
-            return task.job, PartResult(tally, 0.0)
+            return PartResult(tally, 0.0)
         work = self._work_of(task.job)
         started = time.monotonic()
         content = work(task.input)
         output.write(task.part, content)
-        return task.job, PartResult(content.tally, time.monotonic() - started)
+        return PartResult(content.tally, time.monotonic() - started)
 
     def _work_of(self, job: int) -> Work:
         """What does the job's parts; that of another job is let go."""

@@ -9,7 +9,6 @@ is decided here for all.
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from rayclip.errors import UserError
 from rayclip.io.files import whole_file, write_json
 from rayclip.io.lease import FILE_NAMES, Lease, hold
 from rayclip.io.paths import StoragePath, matching
+from rayclip.orchestration.cluster.progress import note
 
 Tally = dict[str, dict[str, int]]
 """Counts by group: {"rows": {"samples": 64, "bad": 1}, "causes": {"no_image": 1}}."""
@@ -109,7 +109,7 @@ class PartitionedOutput:
 
         Raises HeldError, a UserError, where another process holds it.
         """
-        with hold(self.path, f"output '{self.path}'", say=lambda line: print(line, file=sys.stderr)) as lease:
+        with hold(self.path, f"output '{self.path}'", say=note) as lease:
             self.check()  # whoever held it until now may have put something there
             self._clear()
             self.begin()

@@ -5,7 +5,6 @@ started again trains what is missing. Only the decisions of a search are kept be
 """
 
 import os
-import sys
 from typing import Any
 
 import yaml
@@ -19,6 +18,7 @@ from rayclip.io.files import write_text
 from rayclip.io.lease import Lease, hold
 from rayclip.io.paths import StoragePath, storage_path
 from rayclip.orchestration.cluster.connection import check_resources, connect, num_that_fit
+from rayclip.orchestration.cluster.progress import note
 from rayclip.orchestration.cluster.ray_internals import SWEEP_ENVIRONMENT
 from rayclip.orchestration.cluster.resources import resource_request, total
 from rayclip.orchestration.cluster.signals import Received, deferred_signals
@@ -43,7 +43,7 @@ def run_sweep(config: SweepConfig) -> dict[str, Any]:
     Trials that fail are named in the summary, and do not keep the others from being trained.
     """
     folder = sweep_folder(config).path
-    with hold(folder, f"sweep '{config.name}'", say=lambda line: print(line, file=sys.stderr)) as lease:
+    with hold(folder, f"sweep '{config.name}'", say=note) as lease:
         return _run(Sweep(config, lease))
 
 
