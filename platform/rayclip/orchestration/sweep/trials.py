@@ -141,8 +141,8 @@ class TrialPlanner:
     def _planned(self, trial: Trial, values: Values) -> Planned:
         totals = []
         for run in trial.runs:
-            spec, total = plan_stream(run)
-            totals.append(total)
+            spec = plan_stream(run)
+            totals.append(Stream(spec).num_remaining())
             if self._lengths is None:
                 tasks = self.base.evaluation
                 Evaluator(tasks.tasks, spec.image_size, tasks.batch_size).check()

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import ray.tune
 from ray.tune.schedulers import TrialScheduler
@@ -13,30 +13,14 @@ from rayclip.orchestration.cluster.ray_internals import TUNE_ENVIRONMENT
 from rayclip.orchestration.cluster.ray_storage import ray_storage
 from rayclip.orchestration.cluster.signals import Received
 from rayclip.orchestration.sweep.search import InFolder
-from rayclip.orchestration.sweep.trial import TrialActor, TrialTask
+from rayclip.orchestration.sweep.trial import TrialActor
 
-
-class Trials(Protocol):
-    """What Ray Tune asks and tells."""
-
-    def next_task(self) -> TrialTask | None:
-        """The next trial to begin; None where all have been begun."""
-
-    def heard(self, name: str, result: dict[str, Any]) -> None:
-        """A result of a trial."""
-
-    def ended(self, name: str, failure: str | None) -> None:
-        """A trial has ended: it failed, was stopped or is finished."""
-
-    def restarted(self, name: str, reason: str) -> None:
-        """A trial's processes died, and it goes on from its checkpoint."""
-
-    def refresh(self) -> None:
-        """Show how far the trials are; called every few tenths of a second."""
+if TYPE_CHECKING:
+    from rayclip.orchestration.sweep.driver import Sweep
 
 
 def run_trials(
-    trials: Trials,
+    sweep: "Sweep",
     scheduler: TrialScheduler | None,
     num_trials: int,
     at_once: int,
@@ -44,14 +28,17 @@ def run_trials(
     folder: StoragePath,
     received: Received,
 ) -> None:
-    """Run so many trials, some of them at a time, to their ends, or to where a signal comes; `folder` is Ray Tune's."""
+    """Run so many of the sweep's trials, some at a time, to their ends, or to where a signal comes.
+
+    `folder` is Ray Tune's own.
+    """
     os.environ.update(TUNE_ENVIRONMENT)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is in the table, and in its log
     ray.tune.Tuner(
         # Next to nothing, of a resource that nothing here waits for: all cores stay free for workers.
         ray.tune.with_resources(TrialActor, ray.tune.PlacementGroupFactory([{"memory": 1}])),
         tune_config=ray.tune.TuneConfig(
-            search_alg=_Source(trials),
+            search_alg=_Source(sweep),
             scheduler=scheduler,
             num_samples=num_trials,
             max_concurrent_trials=at_once,
@@ -63,7 +50,7 @@ def run_trials(
             **ray_storage(folder),
             failure_config=ray.tune.FailureConfig(max_failures=max_failures),
             checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
-            callbacks=[_Listener(trials)],
+            callbacks=[_Listener(sweep)],
             stop=_SignalStopper(received),
             verbose=0,
         ),
@@ -73,12 +60,12 @@ def run_trials(
 class _Source(InFolder, Searcher):
     """Hands Ray Tune the next trial."""
 
-    def __init__(self, trials: Trials) -> None:
+    def __init__(self, sweep: "Sweep") -> None:
         super().__init__()
-        self._trials = trials
+        self._sweep = sweep
 
     def suggest(self, trial_id: str) -> Any:
-        task = self._trials.next_task()
+        task = self._sweep.next_task()
         return Searcher.FINISHED if task is None else {"task": task}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -101,25 +88,25 @@ class _SignalStopper(ray.tune.Stopper):
 class _Listener(InFolder, ray.tune.Callback):
     """Hands on what Ray Tune tells of trials."""
 
-    def __init__(self, trials: Trials) -> None:
-        self._trials = trials
+    def __init__(self, sweep: "Sweep") -> None:
+        self._sweep = sweep
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._trials.heard(_name(trial), result)
+        self._sweep.heard(_name(trial), result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._trials.ended(_name(trial), trial.last_result.get("failed"))
+        self._sweep.ended(_name(trial), trial.last_result.get("failed"))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._trials.restarted(_name(trial), _reason(trial))
+        self._sweep.restarted(_name(trial), _reason(trial))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._trials.refresh()
+        self._sweep.refresh()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._trials.ended(_name(trial), _reason(trial))
+        self._sweep.ended(_name(trial), _reason(trial))
 
 
 def _name(trial: Any) -> str:

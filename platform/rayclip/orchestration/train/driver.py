@@ -90,7 +90,7 @@ def start_training(
     if complete is not None:
         new_line(complete["samples_seen"]).note(f"run '{config.name}' is complete already")
         return complete
-    spec, total_samples = plan_stream(config, may_lack_shards=folder.has_checkpoints())
+    spec = plan_stream(config, may_lack_shards=folder.has_checkpoints())
     Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
     uri = tracking.resolve_uri(config.tracking.uri)
     tracking.connect(uri)
@@ -99,7 +99,7 @@ def start_training(
         assert isinstance(config.model, ModelConfig)
         fit_weights(resolve_model(config.weights, uri).folder, config.model)
 
-    with hold(folder.path, f"run '{config.name}'", say=new_line(total_samples).note) as lease:
+    with hold(folder.path, f"run '{config.name}'", say=new_line(Stream(spec).num_remaining()).note) as lease:
         return (yield from _train(config, folder, spec, uri, new_line, awaits_decision, stops_on_signals, lease))
 
 
@@ -178,16 +178,11 @@ def _absolute(path: str, mark: PathMark) -> str:
     return path if mark.may_be_registered and is_registered(path) else absolute(path)
 
 
-def plan_stream(config: TrainConfig, may_lack_shards: bool = False) -> tuple[StreamSpec, int]:
-    """The stream of a run, and the number of samples in it. Raises UserError where the data does not fit the run.
+def plan_stream(config: TrainConfig, may_lack_shards: bool = False) -> StreamSpec:
+    """Return the stream of a run. Raises UserError where the data does not fit the run.
 
     Of a run that goes on shards may have gone since: their samples are counted, as they are while it runs.
     """
-    spec = _stream_spec(config, may_lack_shards)
-    return spec, Stream(spec).num_remaining()
-
-
-def _stream_spec(config: TrainConfig, may_lack_shards: bool) -> StreamSpec:
     model = config.model
     assert isinstance(model, ModelConfig)
     check_vocabulary(model.text.vocab_size)

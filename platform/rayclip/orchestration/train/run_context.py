@@ -1,6 +1,8 @@
 """What the processes of a run are told: those that train, and the one that measures beside them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ray.actor import ActorHandle
 
@@ -30,6 +32,14 @@ class RunContext:
     def validates_asynchronously(self) -> bool:
         """Whether evaluations during training are made in a process of their own; a judged run waits for them."""
         return self.config.evaluation.is_asynchronous and not self.awaits_decision
+
+    def link_checkpoint(self, folder: StoragePath, samples_seen: int, metrics: Mapping[str, Any]) -> None:
+        """Have the MLflow run point at a checkpoint, with what was measured of it."""
+        # Workers import this module too, and start seconds earlier without MLflow.
+        from rayclip.tracking.mlflow import connect
+        from rayclip.tracking.registry import link_checkpoint
+
+        link_checkpoint(connect(self.tracking_uri), self.mlflow_run_id, folder, samples_seen, metrics)
 
 
 class StoppedError(Exception):

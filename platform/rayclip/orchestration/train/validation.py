@@ -59,7 +59,7 @@ class CheckpointValidation:
                 raise _TryAgainError from error
             reason = " ".join(str(error).split()) or type(error).__name__
             self._note(f"the checkpoint at {samples_seen:,} samples could not be measured: {reason}; training goes on")
-            self._link(folder, samples_seen, {})
+            self.context.link_checkpoint(folder, samples_seen, {})
             raise
         return {} if is_kept else {"score": score}
 
@@ -89,19 +89,13 @@ class CheckpointValidation:
         from rayclip.tracking.mlflow import connect, log_constants, log_image, log_once
 
         client, run_id = connect(self.context.tracking_uri), self.context.mlflow_run_id
-        self._link(folder, samples_seen, metrics)
+        self.context.link_checkpoint(folder, samples_seen, metrics)
         log_once(client, run_id, mlflow_metrics(metrics), samples_seen)
         log_constants(client, run_id, constants(metrics))
         with local_copy(RunFolder(storage_path(self.context.folder)).contact_sheets) as contact_sheets:
             for image in contact_sheets.glob("*.png"):
                 log_image(client, run_id, image)
         self._note(format_metrics(samples_seen, metrics))
-
-    def _link(self, folder: StoragePath, samples_seen: int, metrics: Metrics) -> None:
-        from rayclip.tracking.mlflow import connect
-        from rayclip.tracking.registry import link_checkpoint
-
-        link_checkpoint(connect(self.context.tracking_uri), self.context.mlflow_run_id, folder, samples_seen, metrics)
 
     def _note(self, line: str) -> None:
         self.context.status_actor.note.remote(line)

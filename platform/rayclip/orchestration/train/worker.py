@@ -196,7 +196,8 @@ class TrainingWorker:
                 state = restore(Path(path), self.model, self.optimizer, self.ema)
             name = Path(checkpoint.path).name
             if self.is_first and name not in pending_checkpoints():
-                self._link(self.folder.checkpoints / name, state.samples_seen)
+                folder = self.folder.checkpoints / name
+                self.context.link_checkpoint(folder, state.samples_seen, read_metrics(folder)["tasks"])
         if state.manifest_digest != self.context.spec.digest:
             raise UserError(f"the data set in '{self.context.spec.folder}' is not the one this run began with")
         state.code_version, state.device = self.context.code_version, _device_name()
@@ -285,7 +286,7 @@ class TrainingWorker:
         self.folder.back_up_list()
         self.tracker.log({f"skipped/{cause}": count for cause, count in state.skipped.items()}, state.samples_seen)
         if metrics is not None:
-            self._link(there, state.samples_seen)
+            self.context.link_checkpoint(there, state.samples_seen, metrics)
         if metrics:
             self._show(metrics, state)
         self._wait_for_decision(state, metrics)
@@ -299,14 +300,6 @@ class TrainingWorker:
             self.context.status_actor.add_evaluation.remote(evaluation)
         if not ray.get(self.context.status_actor.goes_on.remote(state.samples_seen)):
             raise StoppedError
-
-    def _link(self, folder: StoragePath, step: int) -> None:
-        from rayclip.tracking.mlflow import connect
-        from rayclip.tracking.registry import link_checkpoint
-
-        link_checkpoint(
-            connect(self.context.tracking_uri), self.context.mlflow_run_id, folder, step, read_metrics(folder)["tasks"]
-        )
 
     def _show(self, metrics: Metrics, state: RunState) -> None:
         self.tracker.log(mlflow_metrics(metrics), state.samples_seen)
