@@ -1,103 +1,50 @@
 """The settings of every job, a pydantic class each; what is known of a key stands on its field."""
 
-from rayclip.config.base import Config
-from rayclip.config.cluster import ClusterConfig, WorkersConfig
-from rayclip.config.data import (
-    CurateConfig,
-    DataConfig,
-    DigitsConfig,
-    EmojiConfig,
-    FolderConfig,
-    GlyphsConfig,
-    IndexConfig,
-    IngestConfig,
-    MixturePartConfig,
-    SentimentConfig,
-    ShapesConfig,
-    SourceConfig,
-    TableConfig,
-)
-from rayclip.config.evaluation import (
-    CompareConfig,
-    DataSetConfig,
-    EvaluationConfig,
-    RetrievalTask,
-    SuiteConfig,
-    Task,
-    ZeroShotTask,
-)
-from rayclip.config.inference import ClassifyConfig, ConvertConfig, EmbedConfig
-from rayclip.config.model import ModelConfig, ResNetConfig, TextConfig, VisionConfig
-from rayclip.config.scaling import (
-    Choices,
-    FitConfig,
-    Frontier,
-    LadderConfig,
-    LadderPlan,
-    LawForm,
-    PlanConfig,
-    Range,
-    SearchPlan,
-    SweepConfig,
-)
-from rayclip.config.training import (
-    CheckpointConfig,
-    EmaConfig,
-    GuardConfig,
-    LossConfig,
-    OptimizerConfig,
-    Precision,
-    TrackingConfig,
-    TrainConfig,
-)
-
-__all__ = [
-    "CheckpointConfig",
-    "Choices",
-    "ClassifyConfig",
-    "ClusterConfig",
-    "CompareConfig",
-    "Config",
-    "ConvertConfig",
-    "CurateConfig",
-    "DataConfig",
-    "DataSetConfig",
-    "DigitsConfig",
-    "EmaConfig",
-    "EmbedConfig",
-    "EmojiConfig",
-    "EvaluationConfig",
-    "FitConfig",
-    "FolderConfig",
-    "Frontier",
-    "GlyphsConfig",
-    "GuardConfig",
-    "IndexConfig",
-    "IngestConfig",
-    "LadderConfig",
-    "LadderPlan",
-    "LawForm",
-    "LossConfig",
-    "MixturePartConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PlanConfig",
-    "Precision",
-    "Range",
-    "ResNetConfig",
-    "RetrievalTask",
-    "SearchPlan",
-    "SentimentConfig",
-    "ShapesConfig",
-    "SourceConfig",
-    "SuiteConfig",
-    "SweepConfig",
-    "TableConfig",
-    "Task",
-    "TextConfig",
-    "TrackingConfig",
-    "TrainConfig",
-    "VisionConfig",
-    "WorkersConfig",
-    "ZeroShotTask",
-]
+from rayclip.config.base import Config as Config
+from rayclip.config.cluster import ClusterConfig as ClusterConfig
+from rayclip.config.cluster import WorkersConfig as WorkersConfig
+from rayclip.config.data import CurateConfig as CurateConfig
+from rayclip.config.data import DataConfig as DataConfig
+from rayclip.config.data import DigitsConfig as DigitsConfig
+from rayclip.config.data import EmojiConfig as EmojiConfig
+from rayclip.config.data import FolderConfig as FolderConfig
+from rayclip.config.data import GlyphsConfig as GlyphsConfig
+from rayclip.config.data import IndexConfig as IndexConfig
+from rayclip.config.data import IngestConfig as IngestConfig
+from rayclip.config.data import MixturePartConfig as MixturePartConfig
+from rayclip.config.data import SentimentConfig as SentimentConfig
+from rayclip.config.data import ShapesConfig as ShapesConfig
+from rayclip.config.data import SourceConfig as SourceConfig
+from rayclip.config.data import TableConfig as TableConfig
+from rayclip.config.evaluation import CompareConfig as CompareConfig
+from rayclip.config.evaluation import DataSetConfig as DataSetConfig
+from rayclip.config.evaluation import EvaluationConfig as EvaluationConfig
+from rayclip.config.evaluation import RetrievalTask as RetrievalTask
+from rayclip.config.evaluation import SuiteConfig as SuiteConfig
+from rayclip.config.evaluation import Task as Task
+from rayclip.config.evaluation import ZeroShotTask as ZeroShotTask
+from rayclip.config.inference import ClassifyConfig as ClassifyConfig
+from rayclip.config.inference import ConvertConfig as ConvertConfig
+from rayclip.config.inference import EmbedConfig as EmbedConfig
+from rayclip.config.model import ModelConfig as ModelConfig
+from rayclip.config.model import ResNetConfig as ResNetConfig
+from rayclip.config.model import TextConfig as TextConfig
+from rayclip.config.model import VisionConfig as VisionConfig
+from rayclip.config.scaling import Choices as Choices
+from rayclip.config.scaling import FitConfig as FitConfig
+from rayclip.config.scaling import Frontier as Frontier
+from rayclip.config.scaling import LadderConfig as LadderConfig
+from rayclip.config.scaling import LadderPlan as LadderPlan
+from rayclip.config.scaling import LawForm as LawForm
+from rayclip.config.scaling import PlanConfig as PlanConfig
+from rayclip.config.scaling import Range as Range
+from rayclip.config.scaling import SearchPlan as SearchPlan
+from rayclip.config.scaling import SweepConfig as SweepConfig
+from rayclip.config.training import CheckpointConfig as CheckpointConfig
+from rayclip.config.training import EmaConfig as EmaConfig
+from rayclip.config.training import GuardConfig as GuardConfig
+from rayclip.config.training import LossConfig as LossConfig
+from rayclip.config.training import OptimizerConfig as OptimizerConfig
+from rayclip.config.training import Precision as Precision
+from rayclip.config.training import TrackingConfig as TrackingConfig
+from rayclip.config.training import TrainConfig as TrainConfig
