@@ -18,7 +18,8 @@ from rayclip.data.formats.tar import (
     split_name,
     write_shard,
 )
-from rayclip.data.index import index_shard, make_plan
+from rayclip.data.index import index_shard
+from rayclip.data.index_plan import make_plan
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from rayclip.cli.command import Command, print_table
 from rayclip.config import ClassifyConfig
-from rayclip.io.storage import format_path, join
+from rayclip.io.storage import format_path
 
 _SHOWN_LABELS = 5
 
@@ -30,4 +30,4 @@ def main(config: ClassifyConfig) -> dict[str, Any]:
     return summary
 
 
-command = Command("rayclip classify", ClassifyConfig, main, lambda config: join(config.output, "summary.json"))
+command = Command("rayclip classify", ClassifyConfig, main)

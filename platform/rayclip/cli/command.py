@@ -5,14 +5,13 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from rayclip.config import Config
 from rayclip.config.loader import describe, load
 from rayclip.errors import Interruption, UserError, exit_with
 from rayclip.io.s3 import StorageError
-from rayclip.io.storage import write_bytes
+from rayclip.io.storage import join, write_bytes
 from rayclip.orchestration.cluster.progress import progress_shown
 
 
@@ -21,6 +20,10 @@ class Settings(NamedTuple):
 
     config: Config
     summary: str
+
+
+def _in_output(config: Any) -> str:
+    return join(config.output, "summary.json")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Command:
     prog: str
     schema: type[Config]
     main: Callable[[Any], dict[str, Any]]
-    summary_path: Callable[[Any], Path | str]
+    summary_path: Callable[[Any], str] = _in_output
     positional: tuple[str, ...] = ()
     from_file: bool = False
 
@@ -44,15 +47,15 @@ class Command:
         if not arguments or "--help" in arguments or "-h" in arguments:
             print_help(self.help())
             return 0 if arguments else 2
-        flags = {argument for argument in arguments if argument in ("--check", "--quiet")}
-        check, arguments = "--check" in flags, [argument for argument in arguments if argument not in flags]
+        check, quiet = "--check" in arguments, "--quiet" in arguments
+        arguments = [argument for argument in arguments if argument not in ("--check", "--quiet")]
         try:
             config, summary = self.parse(arguments)
             if check:
                 found = {"kind": self.schema.__name__, "summary": summary, "config": config.model_dump(mode="json")}
                 print(json.dumps(found))
                 return 0
-            with progress_shown("--quiet" not in flags):
+            with progress_shown(not quiet):
                 done = self.main(config)
             write_bytes(summary, (json.dumps(done, indent=2) + "\n").encode())
         except StorageError as error:
@@ -81,7 +84,7 @@ class Command:
         given, overrides = arguments[: len(required)], arguments[len(required) :]
         named = [f"{key.removesuffix('...')}={value}" for key, value in zip(self.positional, given, strict=False)]
         config = load(self.schema, given[-1] if self._takes_file else None, named + overrides)
-        return Settings(config, json_path or str(self.summary_path(config)))
+        return Settings(config, json_path or self.summary_path(config))
 
     @property
     def config_index(self) -> int | None:

@@ -5,7 +5,7 @@ from typing import Any
 from rayclip.cli.command import Command, print_table
 from rayclip.config import CompareConfig
 from rayclip.io.paths import StoragePath, storage_path
-from rayclip.io.storage import format_path, join
+from rayclip.io.storage import format_path
 
 
 def main(config: CompareConfig) -> dict[str, Any]:
@@ -58,6 +58,4 @@ def _log(config: CompareConfig, comparison: dict[str, Any], files: list[StorageP
     log_result(config.tracking_uri, config.experiment, "comparison", "comparison", settings, metrics, files)
 
 
-command = Command(
-    "rayclip compare", CompareConfig, main, lambda config: join(config.output, "summary.json"), ("runs...",)
-)
+command = Command("rayclip compare", CompareConfig, main, positional=("runs...",))

@@ -5,7 +5,7 @@ from typing import Any
 from rayclip.cli.command import Command, print_table
 from rayclip.config import ConvertConfig
 from rayclip.io.paths import storage_path
-from rayclip.io.storage import format_path, join
+from rayclip.io.storage import format_path
 
 
 def main(config: ConvertConfig) -> dict[str, Any]:
@@ -41,6 +41,4 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     }
 
 
-command = Command(
-    "rayclip convert", ConvertConfig, main, lambda config: join(config.output, "summary.json"), ("input", "output")
-)
+command = Command("rayclip convert", ConvertConfig, main, positional=("input", "output"))

@@ -28,4 +28,4 @@ def main(config: CurateConfig) -> dict[str, Any]:
     return summary
 
 
-command = Command("rayclip curate", CurateConfig, main, lambda config: join(config.output, "summary.json"))
+command = Command("rayclip curate", CurateConfig, main)

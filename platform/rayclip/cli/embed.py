@@ -4,7 +4,7 @@ from typing import Any
 
 from rayclip.cli.command import Command, print_table
 from rayclip.config import EmbedConfig
-from rayclip.io.storage import format_path, join
+from rayclip.io.storage import format_path
 
 
 def main(config: EmbedConfig) -> dict[str, Any]:
@@ -27,4 +27,4 @@ def main(config: EmbedConfig) -> dict[str, Any]:
     return summary
 
 
-command = Command("rayclip embed", EmbedConfig, main, lambda config: join(config.output, "summary.json"))
+command = Command("rayclip embed", EmbedConfig, main)

@@ -25,7 +25,7 @@ def main(config: IndexConfig) -> dict[str, Any]:
 
 
 def _summary_path(config: IndexConfig) -> str:
-    from rayclip.data.index import output_folder
+    from rayclip.data.index_plan import output_folder
 
     return join(output_folder(config), "index.json")
 

@@ -4,7 +4,6 @@ from typing import Any
 
 from rayclip.cli.command import Command
 from rayclip.config import IngestConfig
-from rayclip.io.storage import join
 
 
 def main(config: IngestConfig) -> dict[str, Any]:
@@ -23,4 +22,4 @@ def main(config: IngestConfig) -> dict[str, Any]:
     return summary
 
 
-command = Command("rayclip ingest", IngestConfig, main, lambda config: join(config.output, "summary.json"))
+command = Command("rayclip ingest", IngestConfig, main)

@@ -12,15 +12,13 @@ import numpy as np
 from rayclip.config import IndexConfig
 from rayclip.data.formats import FORMATS, Layout, Shard, Span, tar
 from rayclip.data.formats.base import MissingColumnError
-from rayclip.data.index_plan import IndexPlan, find_columns, make_plan, output_folder
+from rayclip.data.index_plan import IndexPlan, find_columns
 from rayclip.data.inspect import ShardReport, count, inspect_shard
 from rayclip.data.manifest import FILE_NAME, PARTIAL, Chunks, Manifest
 from rayclip.errors import UserError
 from rayclip.io.files import describe_impostor
 from rayclip.io.s3 import File
 from rayclip.io.storage import read_range
-
-__all__ = ["IndexPlan", "make_plan", "output_folder"]
 
 _NUM_SHOWN = 5
 _IMPOSTOR_BYTES = 256

@@ -93,9 +93,8 @@ def make_plan(config: IndexConfig) -> IndexPlan:
     kind, shards, layout, notes = _detect(config, files)
     folder = output_folder(config)
     root = "" if folder == files.root else files.root
-    if kind == "folder":
-        _keep_listing(folder, shards, files, config)
-    _keep_others(folder, kind, root, shards, config)
+    if not config.replace:
+        _keep_others(folder, kind, shards, files, config)
     more = {**_left_out(files, kind, shards), "notes": (*notes, *_say_empty(files))}
     if kind == "folder":
         return _plan_folder(folder, files, shards, more)
@@ -219,11 +218,7 @@ def _read_header(shard: Shard) -> tuple[str, list[str]]:
 
 def _may_be_image(kind: pa.DataType) -> bool:
     tests = (pa.types.is_binary, pa.types.is_large_binary)
-    return _is_text(kind) or any(test(kind) for test in tests) or pa.types.is_struct(kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return parquet.is_text(kind) or any(test(kind) for test in tests) or pa.types.is_struct(kind)
 
 
 def _check_caption(shard: Shard, schema: pa.Schema, name: str) -> str:
@@ -245,7 +240,7 @@ def _check_caption(shard: Shard, schema: pa.Schema, name: str) -> str:
     fields = [kind.field(i).name for i in range(kind.num_fields)]
     if set(fields) & {"text", "caption"}:
         return name
-    texts = [field for field in fields if _is_text(kind.field(field).type)]
+    texts = [field for field in fields if parquet.is_text(kind.field(field).type)]
     if len(texts) != 1:
         raise UserError(
             f"'{shard.path}': column '{name}' holds {', '.join(fields)}: "
@@ -299,40 +294,29 @@ def _say_empty(files: _Files) -> list[str]:
     return [f"{len(empty):,} empty left out: {named}"] if empty else []
 
 
-def _keep_listing(folder: str, pictures: list[File], files: _Files, config: IndexConfig) -> None:
-    """Raise UserError where a listing names pictures that are still there and that the new one would not."""
-    path = join(folder, LISTING)
-    if config.replace or find_file(path) is None:
-        return
-    try:
-        root = Manifest.load(folder).layout.pictures or folder
-    except UserError:  # none, or none that could be used
-        return
-    new = {join(files.root, file.name) for file in pictures}
-    lost = [name for name in read_listing(read_bytes(path)) if join(root, name) not in new][:_MOST_ASKED]
-    there = find_files([join(root, name) for name in lost])
-    _refuse(folder, [name for name, found in zip(lost, there, strict=True) if found], config)
-
-
-def _keep_others(folder: str, kind: str, root: str, shards: Sequence[File], config: IndexConfig) -> None:
-    """Raise UserError where the folder's manifest is of shards that are still there and that the new one leaves out."""
-    if config.replace:
-        return
+def _keep_others(folder: str, kind: str, shards: Sequence[File], files: _Files, config: IndexConfig) -> None:
+    """Raise UserError where the folder's manifest is of files that are still there and that the new one leaves out."""
     try:
         last = Manifest.load(folder)
     except UserError:  # none, or none that could be used
         return
-    new = {LISTING} if kind == "folder" else {join(root or folder, file.name) for file in shards}
-    lost = [name for name in last.shards if name not in new and join(last.root or folder, name) not in new]
-    there = find_files([join(last.root or folder, name) for name in lost])
-    _refuse(folder, [name for name, found in zip(lost, there, strict=True) if found], config, last)
+    root, new = last.root or folder, {join(files.root, file.name) for file in shards}
+    if kind == "folder":
+        listing, pictures = join(folder, LISTING), last.layout.pictures or folder
+        names = read_listing(read_bytes(listing)) if find_file(listing) else []
+        lost = [name for name in names if join(pictures, name) not in new]
+        _refuse_to_lose(lost[:_MOST_ASKED], pictures, "pictures", folder, config)
+        new = {join(root, LISTING)}
+    lost = [name for name in last.shards if join(root, name) not in new]
+    _refuse_to_lose(lost, root, f"{last.total_samples:,} samples", folder, config)
 
 
-def _refuse(folder: str, lost: list[str], config: IndexConfig, last: Manifest | None = None) -> None:
-    if not lost:
-        return
-    held = f"{last.total_samples:,} samples" if last else "pictures"
-    raise UserError(
-        f"'{join(folder, FILE_NAME)}' is of {held} in '{lost[0]}'{' and others' * (len(lost) > 1)}, "
-        f"which '{config.path}' leaves out: give output=FOLDER for one of its own, or replace=true to write over it"
-    )
+def _refuse_to_lose(names: Sequence[str], root: str, held: str, folder: str, config: IndexConfig) -> None:
+    """Raise UserError where one of the files is there."""
+    found = zip(names, find_files([join(root, name) for name in names]), strict=True)
+    there = [name for name, file in found if file]
+    if there:
+        raise UserError(
+            f"'{join(folder, FILE_NAME)}' is of {held} in '{there[0]}'{' and others' * (len(there) > 1)}, "
+            f"which '{config.path}' leaves out: give output=FOLDER for one of its own, or replace=true to write over it"
+        )

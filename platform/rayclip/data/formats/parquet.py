@@ -116,7 +116,7 @@ def _add_images(samples: list[Sample], column: pa.ChunkedArray, folder: str) -> 
     if pa.types.is_struct(column.type):
         rows = [row or {} for row in column.to_pylist()]
         pictures, paths = [row.get("bytes") for row in rows], [row.get("path") for row in rows]
-    elif _is_text(column.type):
+    elif is_text(column.type):
         pictures, paths = [None] * len(column), [_decode(path) for path in _texts(column)]
     else:
         pictures, paths = column.to_pylist(), [None] * len(column)
@@ -128,7 +128,8 @@ def _add_images(samples: list[Sample], column: pa.ChunkedArray, folder: str) -> 
     return [picture is None and not path for picture, path in zip(pictures, paths, strict=True)]
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
@@ -138,4 +139,4 @@ def _decode(path: object) -> str | None:
 
 def _texts(column: pa.ChunkedArray) -> list[Any]:
     """Values of a column; text as its bytes, which may not be UTF-8."""
-    return (column.cast(pa.binary()) if _is_text(column.type) else column).to_pylist()
+    return (column.cast(pa.binary()) if is_text(column.type) else column).to_pylist()

@@ -7,7 +7,8 @@ from typing import Any
 
 from rayclip.config import IndexConfig
 from rayclip.data.formats import Layout
-from rayclip.data.index import Indexed, index_file, known_shards, make_plan, output_folder, summarize, to_manifest
+from rayclip.data.index import Indexed, index_file, known_shards, summarize, to_manifest
+from rayclip.data.index_plan import make_plan, output_folder
 from rayclip.data.manifest import PARTIAL
 from rayclip.errors import UserError
 from rayclip.io.lease import hold
