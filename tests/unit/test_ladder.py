@@ -10,7 +10,7 @@ from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.models.presets import preset
 from rayclip.scaling.flops import forward_gmacs, meta_model, num_parameters, training_flops
-from rayclip.scaling.ladder import plan_ladder, table
+from rayclip.scaling.ladder import plan_ladder
 from rayclip.training.optimizer import build_optimizer
 from rayclip.training.schedule import learning_rate
 from rayclip.training.step import train_step
@@ -163,9 +163,7 @@ def test_the_compute_is_that_of_the_samples_trained():
         assert rung.training_flops_full_context == training_flops(GLYPHS[rung.shape], rung.samples)
     # Budgets of 1, 1/2, 1/4 and 1/8, whose trunk is 0.8 and whose cooldowns are 0.2 of them.
     assert ladder.share_saved == pytest.approx(1 - (0.8 + 0.2 * 1.875) / 1.875)
-    told = dict(table(ladder))
-    assert "37% less than" in told["in all"]
-    assert told["w80"].startswith("0.009669 GMACs, 10,000, 20,000, 40,000, 80,000 samples")
+    assert ladder.trials[-1].rungs[0].gmacs == pytest.approx(0.009669, rel=1e-3)
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "cosine"])
@@ -180,7 +178,6 @@ def test_the_dearest_are_left_out_until_the_rest_fits_and_each_is_told(schedule)
     assert make_plan(schedule=schedule, max_flops=ladder.flops_total).rungs == ladder.rungs
     assert make_plan(schedule=schedule, max_flops=whole.flops_total).dropped == ()
     assert all("max_flops is" in dropped.reason for dropped in ladder.dropped)
-    assert [name for name, _ in table(ladder)][-len(left_out) :] == [f"left out: {name}" for name in left_out]
     with pytest.raises(UserError, match="max_flops 1e\\+06 is below the cheapest rung, w48-10000"):
         make_plan(schedule=schedule, max_flops=1e6)
 
@@ -237,4 +234,3 @@ def test_a_rung_of_a_preset_has_its_model_in_full():
     ladder = make_plan(shapes={"nano": "ViT-Nano/8@32"}, samples=(10_000,))
     assert ladder.rungs[0].config.model == preset("ViT-Nano/8@32")
     assert ladder.share_saved == 0
-    assert "less than" not in dict(table(ladder))["in all"]

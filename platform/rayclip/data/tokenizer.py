@@ -17,7 +17,7 @@ from typing import Any
 
 import ftfy
 import numpy as np
-from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from rayclip.errors import UserError
 
@@ -83,7 +83,7 @@ class Tokenizer:
         numbers = tokens.tolist()
         pieces = [self._ids.token(number) for number in numbers[1 : numbers.index(self._ids.end)]]
         letters = "".join(piece.replace("</w>", " ") for piece in pieces)
-        return b"".join(_letter_bytes().get(letter, b" ") for letter in letters).decode(errors="replace").strip()
+        return decoders.ByteLevel().decode(list(letters)).strip()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return get_tokenizer, (self.context_length,)
@@ -142,31 +142,11 @@ def _word_ids() -> _WordIds:
     """Built once a process: the merges take a moment to read."""
     table = gzip.decompress(Path(__file__).with_name("bpe_merges.txt.gz").read_bytes()).decode()
     merges: list[tuple[str, str]] = [(first, second) for first, second in map(str.split, table.splitlines())]
-    letters = _byte_letters()
+    # GPT-2's letters for bytes, in the order of CLIP's ids: Latin-1's own, then those borrowed from U+0100 on.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = letters + [letter + "</w>" for letter in letters] + [first + second for first, second in merges]
     ids = {token: number for number, token in enumerate(vocabulary)}
     pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True)
     splitter = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     pairs = models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>")
     return _WordIds(splitter, pairs, {START: len(ids), END: len(ids) + 1})
-
-
-def _printable_bytes() -> list[int]:
-    return [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-
-
-@cache
-def _letter_bytes() -> dict[str, bytes]:
-    """The way back from `_byte_letters`."""
-    printable = _printable_bytes()
-    order = printable + [byte for byte in range(256) if byte not in set(printable)]
-    return {letter: bytes([byte]) for letter, byte in zip(_byte_letters(), order, strict=True)}
-
-
-def _byte_letters() -> list[str]:
-    """A printable letter for each of the 256 bytes, in the order of CLIP's ids (GPT-2's scheme).
-
-    Bytes that Latin-1 prints stand for themselves and come first; the rest borrow the letters from U+0100 on.
-    """
-    printable = _printable_bytes()
-    return [chr(byte) for byte in printable] + [chr(0x100 + number) for number in range(256 - len(printable))]

@@ -1,7 +1,6 @@
 """The runs that a law is fitted to, from an MLflow experiment of training runs."""
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from mlflow import MlflowClient
@@ -57,16 +56,11 @@ def _read_run(client: MlflowClient, run: TrainingRun, metric: str) -> Run:
     if run.settings.get("weights") is not None:
         return Run(run.name, None, f"it began with weights that had seen samples before: {run.settings['weights']}")
     try:
-        gmacs = _gmacs(ModelConfig.model_validate(_nested(run.settings, "model")))
+        gmacs = forward_gmacs(ModelConfig.model_validate(_nested(run.settings, "model")))
     except ValidationError as error:
         return Run(run.name, None, f"its model cannot be read: {error.errors()[0]['msg']}")
     samples, value = last_point(client, run.id, _PREFIX + metric)
     return make_run(run.name, {"gmacs": gmacs, "samples": samples, "error": 1 - value})
-
-
-@cache
-def _gmacs(config: ModelConfig) -> float:
-    return forward_gmacs(config)
 
 
 def _nested(settings: Mapping[str, Any], under: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ The rules for a rung's settings:
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from rayclip.config import EvaluationConfig, LadderConfig, ModelConfig, TrainConfig, VisionConfig
@@ -115,19 +114,6 @@ def plan_ladder(ladder: LadderConfig, base: TrainConfig, folder: str) -> Ladder:
     return Ladder(tuple(trials), tuple(dropped), planner.flops(kept), sum(step.flops for step in kept))
 
 
-def table(ladder: Ladder) -> list[tuple[str, str]]:
-    """The plan for people: a row a trial, what it costs in all, and what is left out."""
-    rows = []
-    for trial in ladder.trials:
-        budgets = ", ".join(f"{rung.samples:,}" for rung in trial.rungs)
-        alone = sum(rung.training_flops_full_context for rung in trial.rungs)
-        rows.append((trial.name, f"{trial.rungs[0].gmacs:.4g} GMACs, {budgets} samples, {alone:.3g} FLOPs run alone"))
-    saved = f", {ladder.share_saved:.0%} less than {ladder.flops_separate:.3g} for separate runs"
-    rows.append(("in all", f"{ladder.flops_total:.3g} training FLOPs" + (saved if ladder.share_saved > 0 else "")))
-    rows += [(f"left out: {rung.name}", rung.reason) for rung in ladder.dropped]
-    return rows
-
-
 class _Planner:
     def __init__(self, ladder: LadderConfig, base: TrainConfig, folder: str) -> None:
         self.ladder, self.base, self.folder = ladder, base, folder
@@ -138,7 +124,7 @@ class _Planner:
         """Every rung, those of a trial together and the shortest first."""
         steps = []
         for shape, model in self.models.items():
-            flops = _flops_a_pair(model)
+            flops = training_flops(model, 1)
             for fraction in self.ladder.data_fractions:
                 steps += [_Step(shape, fraction, n, n * flops) for n in sorted(self.ladder.samples)]
         return steps
@@ -162,7 +148,7 @@ class _Planner:
             return sum(step.flops for step in steps)
         total, trunks = 0, dict[str, int]()
         for step in steps:
-            flops, point = _flops_a_pair(self.models[step.shape]), self._branch_point(step)
+            flops, point = training_flops(self.models[step.shape], 1), self._branch_point(step)
             total += (step.samples - point) * flops
             trunks[step.trial] = max(trunks.get(step.trial, 0), point * flops)
         return total + sum(trunks.values())
@@ -228,7 +214,7 @@ class _Planner:
         return TrainConfig.model_validate(base.model_dump() | changes)
 
     def _rung(self, step: _Step, config: TrainConfig) -> Rung:
-        gmacs = _gmacs(self.models[step.shape])
+        gmacs = forward_gmacs(self.models[step.shape])
         return Rung(step.name, step.shape, config, gmacs, step.flops, step.samples, step.fraction)
 
 
@@ -239,13 +225,3 @@ def _model(shape: str | ModelConfig) -> ModelConfig:
 def _width(model: ModelConfig) -> int:
     vision = model.vision
     return vision.width if isinstance(vision, VisionConfig) else vision.width * _STAGES_WIDEN
-
-
-@cache
-def _gmacs(model: ModelConfig) -> float:
-    return forward_gmacs(model)
-
-
-@cache
-def _flops_a_pair(model: ModelConfig) -> int:
-    return training_flops(model, 1)

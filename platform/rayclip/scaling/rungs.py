@@ -4,7 +4,6 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from rayclip.config import ModelConfig, TrainConfig
@@ -27,8 +26,8 @@ class Counted:
 
 def count(model: ModelConfig, lengths: Sequence[int]) -> Counted:
     """The cost of a pair; `lengths` are the tokens of a sample of captions."""
-    real, full = _flops(model, tuple(sorted(lengths)))
-    return Counted(num_parameters(model), forward_gmacs(model), real, full)
+    real = training_flops(model, len(lengths), lengths) / len(lengths)
+    return Counted(num_parameters(model), forward_gmacs(model), real, training_flops(model, 1))
 
 
 def make_row(
@@ -68,8 +67,3 @@ def write_rows(path: StoragePath, rows: Sequence[Row]) -> None:
 
 def _format_value(value: Any) -> Any:
     return f"{value:.8g}" if isinstance(value, float) else value
-
-
-@cache
-def _flops(model: ModelConfig, lengths: tuple[int, ...]) -> tuple[float, int]:
-    return training_flops(model, len(lengths), lengths) / len(lengths), training_flops(model, 1)

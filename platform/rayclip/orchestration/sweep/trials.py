@@ -10,6 +10,7 @@ from rayclip.data.stream import Stream
 from rayclip.errors import UserError
 from rayclip.evaluation.tasks import Evaluator
 from rayclip.io.paths import StoragePath, storage_path
+from rayclip.orchestration.cluster.progress import note
 from rayclip.orchestration.sweep.search import Journal
 from rayclip.orchestration.sweep.table import FINISHED, STOPPED, TrialLine
 from rayclip.orchestration.train.driver import plan_stream, resolve
@@ -118,7 +119,10 @@ class TrialPlanner:
     def trials(self) -> list[Planned]:
         """All, those left out that a searcher has yet to think of. Raises UserError for what cannot be trained."""
         if isinstance(self.plan, LadderPlan):
-            return [self._planned(trial, {}) for trial in plan_ladder(self.plan, self.base, str(self.folder)).trials]
+            ladder = plan_ladder(self.plan, self.base, str(self.folder))
+            for dropped in ladder.dropped:
+                note(f"{dropped.name} is left out: {dropped.reason}")
+            return [self._planned(trial, {}) for trial in ladder.trials]
         check_space(self.config.base, self.plan)
         names = [trial_name(index) for index in range(self.plan.num_trials)]
         if self.plan.algorithm == "tpe":
