@@ -13,59 +13,54 @@ class IngressMetrics:
     """Of an ingress replica."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "rayclip_requests", "requests answered", ["route", "status", "model"], registry=self.registry
+            "rayclip_requests", "requests answered", ["route", "status", "model"], registry=registry
         )
         self.seconds = Histogram(
-            "rayclip_request_seconds", "time to the answer", ["route"], buckets=_SECONDS, registry=self.registry
+            "rayclip_request_seconds", "time to the answer", ["route"], buckets=_SECONDS, registry=registry
         )
         self.num_running = 0
         """The same as a number, without those of probes."""
-        self.running = Gauge("rayclip_requests_running", "requests being answered", registry=self.registry)
-        self.retries = Counter("rayclip_retries", "calls repeated since a replica went away", registry=self.registry)
-        self.cache_hits = Gauge(
-            "rayclip_class_matrix_hits", "class matrices found in the cache", registry=self.registry
-        )
-        self.cache_misses = Gauge("rayclip_class_matrix_misses", "class matrices computed", registry=self.registry)
+        self.running = Gauge("rayclip_requests_running", "requests being answered", registry=registry)
+        self.retries = Counter("rayclip_retries", "calls repeated since a replica went away", registry=registry)
+        self.cache_hits = Gauge("rayclip_class_matrix_hits", "class matrices found in the cache", registry=registry)
+        self.cache_misses = Gauge("rayclip_class_matrix_misses", "class matrices computed", registry=registry)
         self.keys_stale = Gauge(
-            "rayclip_api_keys_stale", "1 where the file of keys has changed and cannot be read", registry=self.registry
+            "rayclip_api_keys_stale", "1 where the file of keys has changed and cannot be read", registry=registry
         )
-        self.cache_bytes = Gauge("rayclip_class_matrix_bytes", "bytes of the cached matrices", registry=self.registry)
+        self.cache_bytes = Gauge("rayclip_class_matrix_bytes", "bytes of the cached matrices", registry=registry)
 
 
 class EncoderMetrics:
     """Of a tower's replica."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.batch = Histogram(
-            "rayclip_batch_size", "items a batch", ["tower", "model"], buckets=_BATCH, registry=self.registry
+            "rayclip_batch_size", "items a batch", ["tower", "model"], buckets=_BATCH, registry=registry
         )
         self.seconds = Histogram(
-            "rayclip_batch_seconds", "time a batch", ["tower", "model"], buckets=_SECONDS, registry=self.registry
+            "rayclip_batch_seconds", "time a batch", ["tower", "model"], buckets=_SECONDS, registry=registry
         )
-        self.waiting = Gauge("rayclip_waiting", "items that wait for a batch", ["tower"], registry=self.registry)
-        self.refused = Counter("rayclip_refused", "requests refused by a full queue", ["tower"], registry=self.registry)
-        self.broken = Counter("rayclip_broken_pictures", "pictures not decoded", ["code"], registry=self.registry)
+        self.waiting = Gauge("rayclip_waiting", "items that wait for a batch", ["tower"], registry=registry)
+        self.refused = Counter("rayclip_refused", "requests refused by a full queue", ["tower"], registry=registry)
+        self.broken = Counter("rayclip_broken_pictures", "pictures not decoded", ["code"], registry=registry)
 
 
 class CoordinatorMetrics:
     """Of the coordinator: whether the registry is followed, and whether what it names can be loaded."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.up = Gauge(
-            "rayclip_registry_up",
-            "1 where the role's model was found at the last look",
-            ["role"],
-            registry=self.registry,
+            "rayclip_registry_up", "1 where the role's model was found at the last look", ["role"], registry=registry
         )
         self.age = Gauge(
-            "rayclip_registry_age_seconds", "since the role's model was last found", ["role"], registry=self.registry
+            "rayclip_registry_age_seconds", "since the role's model was last found", ["role"], registry=registry
         )
         self.failed = Gauge(
-            "rayclip_model_failed", "1 where a version cannot be fetched or loaded", ["model"], registry=self.registry
+            "rayclip_model_failed", "1 where a version cannot be fetched or loaded", ["model"], registry=registry
         )
 
 

@@ -69,13 +69,13 @@ class ClassMatrix:
         return self.rows.nbytes + self.background.nbytes
 
 
+@dataclass
 class Loaded(Generic[Item]):
     """A version in a replica, with the queue that batches for it."""
 
-    def __init__(self, encoder: Encoder, info: ModelInfo, queue: GatherQueue[Item, np.ndarray]) -> None:
-        self.encoder = encoder
-        self.info = info
-        self.queue = queue
+    encoder: Encoder
+    info: ModelInfo
+    queue: GatherQueue[Item, np.ndarray]
 
 
 class Tower(Generic[Item]):
