@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rayclip.config import IndexConfig
-from rayclip.data.formats import FORMATS, Layout, Shard, Span, tar
+from rayclip.data.formats import FORMATS, Layout, Shard
 from rayclip.data.formats.base import MissingColumnError
 from rayclip.data.index_plan import IndexPlan, find_columns
 from rayclip.data.inspect import ShardReport, count, inspect_shard
@@ -39,18 +39,11 @@ class Indexed(NamedTuple):
         return self.report.problem
 
 
-def index_shard(shard: Shard, chunk_samples: int, layout: Layout, salvage: bool = False) -> tuple[Chunks, str | None]:
-    """(chunks, what is wrong) of one shard. Raises UserError, naming the file, for one that is not whole.
-
-    With `salvage` it gives the chunks that can be read of it.
-    """
+def index_shard(shard: Shard, chunk_samples: int, layout: Layout) -> Chunks:
+    """Return the chunks of one shard. Raises UserError, naming the file, for one that is not whole."""
     try:
-        if layout.kind == "tar" and salvage:
-            return tar.list_whole_chunks(shard, chunk_samples, layout)[:2]
-        return FORMATS[layout.kind].list_chunks(shard, chunk_samples, layout), None
+        return FORMATS[layout.kind].list_chunks(shard, chunk_samples, layout)
     except OSError as error:
-        if salvage:
-            return list[Span](), _describe_error(shard, error)
         raise UserError(_describe_error(shard, error)) from None
 
 

@@ -134,8 +134,7 @@ def _index(split: StoragePath, cache: StoragePath) -> Manifest:
 
 def _index_shard(path: StoragePath) -> tuple[str, int, Chunks]:
     size = size_of(path)
-    chunks, _ = index_shard(Shard(str(path), size), _CHUNK_SAMPLES, Layout())
-    return str(path), size, chunks
+    return str(path), size, index_shard(Shard(str(path), size), _CHUNK_SAMPLES, Layout())
 
 
 def _pack(split: StoragePath, cache: StoragePath) -> Manifest:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rayclip.errors import UserError
 from rayclip.evaluation import metrics
-from rayclip.evaluation.logistic import MAX_ITERATIONS, TOLERANCE, Fit, LinearModel, LogisticRegression
+from rayclip.evaluation.logistic import TOLERANCE, Fit, LinearModel, LogisticRegression
 
 STEPS_PER_DECADE = 8
 LOWEST, HIGHEST = -6, 6  # decades
@@ -117,7 +117,6 @@ def search_with(
     num_classes: int,
     metric: Metric = metrics.accuracy,
     tolerance: float = TOLERANCE,
-    max_iterations: int = MAX_ITERATIONS,
 ) -> tuple[Search, dict[float, Fit]]:
     """The search, and the fit on the training split of each strength it tried. Raises UserError as `linear_probe`."""
     regression = LogisticRegression(train.features_ND, train.targets, num_classes)
@@ -125,7 +124,7 @@ def search_with(
 
     def score(strength: float) -> float:
         start = _start(strength, list(fits.values()))
-        fits[strength] = regression.fit(strength, start, tolerance, max_iterations)
+        fits[strength] = regression.fit(strength, start, tolerance)
         return metric(fits[strength].model.scores(validation.features_ND), validation.targets)
 
     return search_strength(score), fits
@@ -138,17 +137,16 @@ def linear_probe(
     num_classes: int,
     metric: Metric = metrics.accuracy,
     tolerance: float = TOLERANCE,
-    max_iterations: int = MAX_ITERATIONS,
 ) -> Probe:
     """Search, fit on training and validation, and measure on the test split.
 
     Raises UserError for labels that do not match, a class without samples, and splits of other features.
     """
     _check_widths(train, validation, test)
-    search, fits = search_with(train, validation, num_classes, metric, tolerance, max_iterations)
+    search, fits = search_with(train, validation, num_classes, metric, tolerance)
     both = train + validation
     regression = LogisticRegression(both.features_ND, both.targets, num_classes)
-    fit = regression.fit(search.strength, fits[search.strength].model, tolerance, max_iterations)
+    fit = regression.fit(search.strength, fits[search.strength].model, tolerance)
     return Probe(fit.model, fit, search, metric(fit.model.scores(test.features_ND), test.targets))
 
 

@@ -79,28 +79,22 @@ class LogisticRegression:
         self._features_ND = features_ND
         self._mean_D, self._axes_DK, self._variance_K1 = _principal_axes(features_ND.double())
 
-    def fit(
-        self,
-        strength: float,
-        start: LinearModel | None = None,
-        tolerance: float = TOLERANCE,
-        max_iterations: int = MAX_ITERATIONS,
-    ) -> Fit:
+    def fit(self, strength: float, start: LinearModel | None = None, tolerance: float = TOLERANCE) -> Fit:
         """Solve for one strength, from another's solution if there is one.
 
         It ends where no entry of the gradient of the mean loss is above `tolerance`, which is how scikit-learn measures
-        it, or after `max_iterations`. What float32 is not precise enough for is done in float64.
+        it, or after MAX_ITERATIONS. What float32 is not precise enough for is done in float64.
         """
         if not strength > 0:
             raise UserError(f"the strength of a penalty must be above 0, got {strength}")
         theta_MC, enough = self._first(start), max(tolerance, self._rounding)
         problem = self._problem(strength, torch.float32)
-        point, used = _descend(problem, problem.at(theta_MC.float()), enough, max_iterations)
+        point, used = _descend(problem, problem.at(theta_MC.float()), enough, MAX_ITERATIONS)
         if enough > tolerance:
             problem = self._problem(strength, torch.float64)
             # A start that is exact already would lose by its way through float32.
             best = min((problem.at(theta) for theta in (theta_MC, point.theta_MC.double())), key=_size)
-            point, more = _descend(problem, best, tolerance, max_iterations - used)
+            point, more = _descend(problem, best, tolerance, MAX_ITERATIONS - used)
             used += more
         return Fit(strength, self._model(point.theta_MC.double()), problem.loss(point), point.size, used)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from rayclip.errors import UserError
 
 _NORMAL_95 = 1.959963984540054
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,7 @@ class BestTemplate:
     high: float
 
 
-def gain_over_best(
-    ensemble_right_N: Tensor, template_right_TN: Tensor, num_resamples: int = 1000, seed: int = 0
-) -> BestTemplate:
+def gain_over_best(ensemble_right_N: Tensor, template_right_TN: Tensor) -> BestTemplate:
     """Against the best of T templates, each bool [N]: a bootstrap over pictures, in each draw of which the best is
     chosen anew. Of equal templates the first is the best. Raises UserError without templates or pictures.
     """
@@ -71,9 +70,9 @@ def gain_over_best(
     num = len(ensemble_right_N)
     rows_TN = torch.cat([ensemble_right_N[None], template_right_TN]).cpu().float()
     # A draw is how often each picture comes: shares are one product, whole numbers that float32 holds.
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     gains = []
-    for _ in range(num_resamples):
+    for _ in range(_RESAMPLES):
         counts_N = torch.bincount(torch.randint(num, (num,), generator=generator), minlength=num).float()
         shares = (rows_TN @ counts_N) / num
         gains.append(float(shares[0] - shares[1:].max()))

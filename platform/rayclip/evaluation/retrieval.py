@@ -55,8 +55,6 @@ def recall_on_all_workers(
     text_features_MD: Tensor,
     image_of_text_M: Tensor,
     text_ids_M: Tensor,
-    ks: Sequence[int] = (1, 5, 10),
-    chunk_size: int = 1024,
 ) -> dict[str, float]:
     """`recall_at_k` over the pictures and captions of all workers, the same on each.
 
@@ -68,8 +66,6 @@ def recall_on_all_workers(
         all_gather_rows(text_features_MD),
         all_gather_rows(image_of_text_M + row_offset(image_features_ND)),
         all_gather_rows(text_ids_M),
-        ks,
-        chunk_size,
     )
 
 

@@ -180,7 +180,7 @@ def _index(output: StoragePath, num_parts: int, chunk_samples: int) -> Manifest:
     shards = []
     for path in (shard_path(output, part) for part in range(num_parts)):
         size = size_of(path)
-        chunks, _ = index_shard(Shard(str(path), size), chunk_samples, Layout())
+        chunks = index_shard(Shard(str(path), size), chunk_samples, Layout())
         if len(chunks):
             shards.append((path.name, size, chunks))
     manifest = Manifest.from_spans(str(output), shards)
