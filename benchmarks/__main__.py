@@ -4,7 +4,6 @@ import importlib
 import os
 import platform
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ if __name__ == "__main__":
             "python -m benchmarks",
             BenchmarkConfig,
             main,
-            lambda config: Path("runs/benchmarks") / f"{config.name}.json",
+            lambda config: f"runs/benchmarks/{config.name}.json",
             ("name",),
         )
     )

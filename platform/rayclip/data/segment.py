@@ -1,4 +1,4 @@
-"""A leg of the stream: neighbouring windows, with no more of the manifest and the order than it takes to read them."""
+"""A segment of the stream: neighbouring windows, with only as much of the manifest and the order as reading takes."""
 
 import numpy as np
 
@@ -24,20 +24,20 @@ class StreamSegment(Stream):
 
     @property
     def manifest(self) -> Manifest | Mixture:
-        """Of the leg's own chunks."""
+        """The manifest of the segment's own chunks."""
         return self._manifest
 
     @property
     def order(self) -> Order:
-        """Which of them stands at a position of the leg."""
+        """Which of its chunks stands at each position of the segment."""
         return self._order
 
     def windows(self) -> range:
-        """All of the leg's, also where the ledger lacks nothing of one."""
+        """All of the segment's windows, also those of which the ledger lacks nothing."""
         return self._windows
 
     def num_remaining(self) -> int:
-        """How many of the leg's samples the ledger lacks."""
+        """How many of the segment's samples the ledger lacks."""
         ledger = self.ledger()
         left = range(max(ledger.cursor, self._positions.start), self._positions.stop)
         return self.order.count(left, self.manifest.num_samples) - ledger.num_done_beyond_cursor()

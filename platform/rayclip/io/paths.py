@@ -1,6 +1,6 @@
-"""Places: a folder or a file on disk or in S3, with the part of pathlib's methods that they share.
+"""Paths of folders and files on disk or in S3, with the part of pathlib's methods that both have.
 
-A place in S3 is no PathLike: what has not been told of S3 refuses it, and makes no folder called "s3:".
+A path in S3 is no PathLike: code that does not know S3 refuses it, and makes no folder called "s3:".
 """
 
 import io
@@ -98,7 +98,7 @@ StoragePath = Union[Path, S3Path]  # noqa: UP007 (read at import, where a class 
 
 
 def storage_path(path: str | StoragePath) -> StoragePath:
-    """The place that a path or an address names, in any folder."""
+    """Return the absolute path that a path or an address names."""
     absolute = storage.absolute(str(path))
     return S3Path(absolute) if storage.is_remote(absolute) else Path(absolute)
 

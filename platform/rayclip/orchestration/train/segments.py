@@ -1,7 +1,7 @@
-"""The stream as a chain of legs, each a Ray Data execution of a bounded number of windows.
+"""The stream of training samples in segments, each a Ray Data execution of a bounded number of windows.
 
-Ray plans an execution as a whole before its first task: about 10 KB a window, of which a run can have millions. A leg
-bounds that, and the next one is begun before the one at hand ends, so that no worker waits where two meet.
+Ray plans an execution as a whole before its first task: about 10 KB a window, of which a run can have millions. A
+segment bounds that, and the next one is begun before the one at hand ends, so that no worker waits where two meet.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from rayclip.data.segment import StreamSegment
 from rayclip.data.stream import Batch, Stream, cut
 
 _AHEAD_S = 20.0
-"""How long before a leg ends, at the pace so far, the next one is begun: it takes some seconds to start."""
+"""How long before a segment ends, at the pace so far, the next one is begun: it takes some seconds to start."""
 _BATCHES_AHEAD = 2
 
 _Item = TypeVar("_Item")
@@ -30,7 +30,7 @@ _END: Any = object()
 
 
 class SegmentSplit(NamedTuple):
-    """One worker's part of a leg."""
+    """One worker's part of a segment."""
 
     blocks: ray.data.DataIterator
     num_rows: int
@@ -38,7 +38,7 @@ class SegmentSplit(NamedTuple):
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class SegmentCoordinator:
-    """Plans one leg after another, the first one ahead of time, and forgets it when the last worker has its part.
+    """Plans one segment after another, the first one ahead of time, and forgets it when the last worker has its part.
 
     One serves all groups of workers that a run has, one after another: it is soon there for the next.
     """
@@ -61,7 +61,7 @@ class SegmentCoordinator:
         return self._group
 
     def part(self, group: str, number: int, rank: int) -> SegmentSplit | None:
-        """The part of a leg that a worker of the group gets; None behind the last one."""
+        """The part of a segment that a worker of the group gets; None behind the last one."""
         if group != self._group:
             raise RuntimeError("the stream was shared out to other workers since, or what planned it has died")
         if number not in self._parts:
@@ -81,7 +81,7 @@ class SegmentCoordinator:
         return dict.fromkeys(range(self._num_workers))
 
     def _split(self, segment: StreamSegment, num_samples: int) -> list[SegmentSplit]:
-        # Ray splits a leg into equal parts and drops a remainder; rows that stand for no sample leave it none.
+        # Ray splits a segment into equal parts and drops a remainder; rows that stand for no sample leave it none.
         padding = -num_samples % self._num_workers
         windows = segment.windows()
         with ray.data.DataContext.current(self._context):
@@ -93,7 +93,7 @@ class SegmentCoordinator:
 
 @dataclass(frozen=True)
 class WorkerStream:
-    """What one worker gets of the stream: its part of each leg. Small and picklable."""
+    """What one worker gets of the stream: its part of each segment. Small and picklable."""
 
     coordinator: ActorHandle
     group: ray.ObjectRef
@@ -122,7 +122,7 @@ class WorkerStream:
         return _ahead(self._segment(number), 1)
 
     def _segment(self, number: int) -> Iterator[tuple[Batch, int]]:
-        """Each block with the number of rows that the worker's part has after it; none behind the last leg."""
+        """Each block with the number of rows that the worker's part has after it; none behind the last segment."""
         part: Any = ray.get(self.coordinator.part.remote(self.group, number, self.rank))
         if part is None:
             return
