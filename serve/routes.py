@@ -255,7 +255,8 @@ def _numbers(row: np.ndarray, encoding_format: str | None) -> list[float] | str:
 def _zero_shot_bodies() -> dict[str, Any]:
     """What OpenAPI says of the bodies, which the route reads by itself."""
     options = ZeroShotOptions.model_json_schema()["properties"]
-    form = {"type": "object", "properties": {"images": _files(), **options}, "required": ["images"]}
+    files = {"type": "array", "items": {"type": "string", "format": "binary"}}
+    form = {"type": "object", "properties": {"images": files, **options}, "required": ["images"]}
     query = [
         {"name": name, "in": "query", "required": False, "schema": schema, "description": "with a picture's bytes"}
         for name, schema in options.items()
@@ -266,7 +267,3 @@ def _zero_shot_bodies() -> dict[str, Any]:
         "image/*": {"schema": {"type": "string", "format": "binary"}},
     }
     return {"requestBody": {"required": True, "content": content}, "parameters": query}
-
-
-def _files() -> dict[str, Any]:
-    return {"type": "array", "items": {"type": "string", "format": "binary"}}

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -202,10 +202,8 @@ class Coordinator:
             created=self._started,
             share=share,
             state=self._rollout.state(version),
-            embed_dim=info.embed_dim if info else None,
-            image_size=info.image_size if info else None,
-            logit_scale=info.logit_scale if info else None,
             error=self._rollout.failure(version),
+            **(asdict(info) if info else {}),
         )
 
 
@@ -221,17 +219,13 @@ def read_templates(folder: Path) -> str | list[str]:
 
 def _read_label_sets(config: ServeConfig) -> dict[str, LabelSetInfo]:
     sets = {
-        name: LabelSetInfo(name=name, labels=list(each.labels), templates=_plain(each.templates))
+        name: LabelSetInfo.model_validate({"name": name, **each.model_dump()})
         for name, each in config.label_sets.items()
     }
     for path in matching(storage_path(config.state_folder), "label_sets/*.json") if config.state_folder else ():
-        kept = LabelSetInfo.model_validate(json.loads(path.read_text()))
+        kept = LabelSetInfo.model_validate_json(path.read_text())
         sets[kept.name] = kept
     return sets
-
-
-def _plain(templates: str | tuple[str, ...] | None) -> str | list[str] | None:
-    return list(templates) if isinstance(templates, tuple) else templates
 
 
 def _label_set_path(state_folder: str, name: str) -> StoragePath:

@@ -28,11 +28,6 @@ def models_of(annotation: Any) -> list[type[Config]]:
     return [model for argument in get_args(annotation) for model in models_of(argument)]
 
 
-def mark_of(field: FieldInfo, kind: type[Mark]) -> Mark | None:
-    """The field's own mark of a kind."""
-    return next((mark for mark in field.metadata if isinstance(mark, kind)), None)
-
-
 def keys_with(schema: type[Config], *effects: Effect) -> frozenset[str]:
     """Dotted keys of the fields that have one of the effects; a section that has it stands for all in it.
 
@@ -168,8 +163,9 @@ def rename_keys(schema: type[Config], values: dict[str, Any], prefix: str = "") 
     """
     renamed = []
     for name, field in schema.model_fields.items():
-        before = mark_of(field, RenamedFrom)
-        if before and before.key in values:
+        for before in marks_in(field, RenamedFrom):
+            if before.key not in values:
+                continue
             if name in values:
                 raise UserError(f"'{prefix}{before.key}' is called '{prefix}{name}' now: give it once")
             values[name] = values.pop(before.key)

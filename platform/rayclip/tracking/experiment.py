@@ -13,7 +13,8 @@ from rayclip.errors import UserError, nearest
 from rayclip.io.paths import StoragePath, local_copy
 from rayclip.tracking.mlflow import close_run, connect, open_run, resolve_uri
 
-_KIND = "kind"
+KIND = "kind"
+"""Tag of the runs that are no training, and which `read_runs` leaves out."""
 _PAGE = 1000
 
 
@@ -39,7 +40,7 @@ def read_runs(client: MlflowClient, experiment: str) -> list[TrainingRun]:
         page = client.search_runs(
             [found.experiment_id], max_results=_PAGE, order_by=["attributes.start_time ASC"], page_token=token
         )
-        runs += [run for run in page if _KIND not in run.data.tags]
+        runs += [run for run in page if KIND not in run.data.tags]
         token = page.token
         if not token:
             break
@@ -69,17 +70,10 @@ def log_result(
 ) -> str:
     """A run of its own for what was made of others, which `read_runs` leaves out; returns its id."""
     uri = resolve_uri(uri)
-    run_id = open_run(uri, experiment, name, settings, {_KIND: kind}, None)
+    run_id = open_run(uri, experiment, name, settings, {KIND: kind}, None)
     log_files(uri, run_id, metrics, files)
     close_run(uri, run_id, succeeded=True)
     return run_id
-
-
-def open_group(
-    uri: str, experiment: str, kind: str, name: str, settings: Mapping[str, Any], version: str, run_id: str | None
-) -> str:
-    """The run that others are nested in, as `open_run`; `read_runs` leaves it out."""
-    return open_run(uri, experiment, name, settings, {_KIND: kind, "code_version": version}, run_id)
 
 
 def log_files(uri: str, run_id: str, metrics: Mapping[str, float], files: list[StoragePath]) -> None:

@@ -32,7 +32,7 @@ from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.scaling.rungs import Row, write_rows
 from rayclip.scaling.search import trial_config, trial_name
 from rayclip.tracking import mlflow as tracking
-from rayclip.tracking.experiment import log_files, open_group
+from rayclip.tracking.experiment import KIND, log_files
 from rayclip.version import code_version
 
 
@@ -200,7 +200,8 @@ class Sweep:
             )
         known = record["mlflow_run_id"] if record else None
         experiment = self.config.base.tracking.experiment
-        run_id = open_group(self.uri, experiment, "sweep", self.config.name, settings, code_version(), known)
+        tags = {KIND: "sweep", "code_version": code_version()}
+        run_id = tracking.open_run(self.uri, experiment, self.config.name, settings, tags, known)
         self.folder.write_record(settings, run_id)
         return run_id
 

@@ -77,19 +77,22 @@ class RunFolder:
 
     def back_up_list(self) -> None:
         """Copy Ray Train's list of whole checkpoints, which it writes over in place."""
-        listed = _read_or_none(self._list)
+        listed = self._read_list()
         if listed is not None:
             write_json(self._list_copy, listed)
 
     def repair_list(self) -> None:
         """Put the copy in place of a list that a crash cut off; the checkpoint it lacks is trained to once more."""
-        if self._list.exists() and _read_or_none(self._list) is None and self._list_copy.exists():
+        if self._list.exists() and self._read_list() is None and self._list_copy.exists():
             write_json(self._list, json.loads(self._list_copy.read_text()))
 
     def has_pending_validation(self) -> bool:
         """Whether checkpoints are still to be measured that an earlier start of the run has saved."""
-        listed = _read_or_none(self._list)
+        listed = self._read_list()
         return listed is not None and lists_pending_validation(listed)
+
+    def _read_list(self) -> dict[str, Any] | None:
+        return _read(self._list, OSError, ValueError)
 
     @property
     def _list(self) -> StoragePath:
@@ -106,17 +109,11 @@ class RunFolder:
         return [(folder, read_metrics(folder)) for folder in folders]
 
 
-def _read(path: StoragePath) -> dict[str, Any] | None:
+def _read(path: StoragePath, *none_for: type[Exception]) -> dict[str, Any] | None:
+    """A file's content; None where there is no file, and where reading it raises one of the errors."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-
-
-def _read_or_none(path: StoragePath) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, *none_for):
         return None
 
 
