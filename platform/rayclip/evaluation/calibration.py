@@ -6,14 +6,11 @@ Shapes: N pictures.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from rayclip.errors import UserError
 from rayclip.evaluation.metrics import wilson_interval
-from rayclip.io.files import whole_file
+from rayclip.io.figures import png_figure
 from rayclip.io.paths import StoragePath
 
 _INK, _FAINT, _RIGHT, _WRONG = "#1f2328", "#8c959f", "#0969da", "#cf222e"
@@ -89,18 +86,19 @@ def confusions(
 
 def write_reliability(path: StoragePath, bins: Sequence[Bin]) -> None:
     """A PNG of accuracy over confidence, with intervals, and of how many pictures stand where."""
-    figure = _figure(6, 6.5)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    confidence, accuracy = [one.confidence for one in bins], [one.accuracy for one in bins]
-    spread = [[b.accuracy - b.accuracy_low for b in bins], [b.accuracy_high - b.accuracy for b in bins]]
-    above.plot([0, 1], [0, 1], "--", color=_FAINT, label="as often right as it says")
-    above.errorbar(confidence, accuracy, spread, fmt="o-", color=_RIGHT, capsize=2, label="the model, 95% intervals")
-    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"calibration error {calibration_error(bins):.3f}")
-    above.legend(fontsize=8, loc="upper left")
-    below.bar([one.low for one in bins], [one.count for one in bins], [one.high - one.low for one in bins],
-              align="edge", color=_FAINT, edgecolor="white")  # fmt: skip
-    below.set(xlabel="confidence", ylabel="pictures")
-    _save(path, figure)
+    with png_figure(path, 6, 6.5) as figure:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        confidence, accuracy = [one.confidence for one in bins], [one.accuracy for one in bins]
+        spread = [[b.accuracy - b.accuracy_low for b in bins], [b.accuracy_high - b.accuracy for b in bins]]
+        above.plot([0, 1], [0, 1], "--", color=_FAINT, label="as often right as it says")
+        above.errorbar(
+            confidence, accuracy, spread, fmt="o-", color=_RIGHT, capsize=2, label="the model, 95% intervals"
+        )
+        above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"calibration error {calibration_error(bins):.3f}")
+        above.legend(fontsize=8, loc="upper left")
+        below.bar([one.low for one in bins], [one.count for one in bins], [one.high - one.low for one in bins],
+                  align="edge", color=_FAINT, edgecolor="white")  # fmt: skip
+        below.set(xlabel="confidence", ylabel="pictures")
 
 
 def write_confusions(path: StoragePath, found: Sequence[Confusion], class_names: Sequence[str]) -> None:
@@ -110,32 +108,20 @@ def write_confusions(path: StoragePath, found: Sequence[Confusion], class_names:
     """
     if not found:
         raise UserError("nothing is confused: every answer is right")
-    figure = _figure(8, 1.2 + 0.34 * len(found))
-    axes = figure.subplots()
-    places = range(len(found))
-    axes.barh(places, [one.count for one in found], color=_WRONG, alpha=0.7)
-    names = [f"{_short(class_names[one.label])} → {_short(class_names[one.answer])}" for one in found]
-    # Names are no formulas: a dollar sign is one.
-    axes.set_yticks(places, names, parse_math=False)
-    axes.invert_yaxis()
-    for place, one in zip(places, found, strict=True):
-        axes.text(one.count, place, f" {one.count} ({one.share:.0%})", va="center", color=_INK, fontsize=8)
-    axes.margins(x=0.15)
-    axes.set(xlabel="pictures", title="true class → answer, with the share of the class's pictures")
-    _save(path, figure)
+    with png_figure(path, 8, 1.2 + 0.34 * len(found)) as figure:
+        axes = figure.subplots()
+        places = range(len(found))
+        axes.barh(places, [one.count for one in found], color=_WRONG, alpha=0.7)
+        names = [f"{_short(class_names[one.label])} → {_short(class_names[one.answer])}" for one in found]
+        # Names are no formulas: a dollar sign is one.
+        axes.set_yticks(places, names, parse_math=False)
+        axes.invert_yaxis()
+        for place, one in zip(places, found, strict=True):
+            axes.text(one.count, place, f" {one.count} ({one.share:.0%})", va="center", color=_INK, fontsize=8)
+        axes.margins(x=0.15)
+        axes.set(xlabel="pictures", title="true class → answer, with the share of the class's pictures")
 
 
 def _short(name: str) -> str:
     text = " ".join(name.split())
     return text if len(text) <= _NAME_LETTERS else f"{text[: _NAME_LETTERS // 2]}…{text[-_NAME_LETTERS // 2 + 1 :]}"
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(path: StoragePath, figure: Figure) -> None:
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}), whole_file(path) as target:
-        figure.savefig(target, format="png", metadata={"Software": None})

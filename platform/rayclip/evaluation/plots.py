@@ -1,16 +1,13 @@
 """Scores as pictures: bars with intervals for any number of models, and a radar where there are enough data sets."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from scipy.special import expit, logit
 
 from rayclip.evaluation.robustness import BaselineLine
-from rayclip.io.files import whole_file
+from rayclip.io.figures import png_figure
 from rayclip.io.paths import StoragePath
 
 _COLOURS = ("#0969da", "#bf8700", "#1a7f37", "#cf222e", "#8250df", "#57606a", "#bf3989")
@@ -26,10 +23,9 @@ def write_bars(path: StoragePath, comparison: dict[str, Any]) -> None:
     models, datasets = comparison["models"], comparison["datasets"]
     height = 0.8 / len(models)
 
-    def draw(figure: Figure) -> None:
+    with png_figure(path, 9, 1.2 + len(datasets) * max(0.4, 0.25 * len(models)), font_size=9, dpi=110) as figure:
         axes = figure.add_subplot()
         for number, model in enumerate(models):
-            scores = [of_one["scores"][number] for of_one in datasets.values()]
             scores = [of_one["scores"][number] for of_one in datasets.values()]
             there = [(row, value) for row, value in enumerate(scores) if value is not None]
             rows = np.array([row for row, _ in there], dtype=float) + height * (number - (len(models) - 1) / 2)
@@ -44,8 +40,6 @@ def write_bars(path: StoragePath, comparison: dict[str, Any]) -> None:
         axes.grid(True, axis="x", linewidth=0.3)
         axes.legend(fontsize=8, loc="lower right")
 
-    _write(path, (9, 1.2 + len(datasets) * max(0.4, 0.25 * len(models))), draw)
-
 
 def write_radar(path: StoragePath, comparison: dict[str, Any]) -> bool:
     """An axis a data set, a line a model; False, and nothing written, for fewer than three that all models have."""
@@ -55,7 +49,7 @@ def write_radar(path: StoragePath, comparison: dict[str, Any]) -> bool:
         return False
     angles = np.linspace(0, 2 * np.pi, len(datasets), endpoint=False)
 
-    def draw(figure: Figure) -> None:
+    with png_figure(path, 7, 7, font_size=9, dpi=110) as figure:
         axes = figure.add_subplot(projection="polar")
         for number, model in enumerate(models):
             values = [d["scores"][number]["value"] for d in datasets]
@@ -65,8 +59,6 @@ def write_radar(path: StoragePath, comparison: dict[str, Any]) -> bool:
         axes.set_xticks(angles, [d["title"] for d in datasets], fontsize=8)
         axes.set_ylim(0, 1)
         axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.2))
-
-    _write(path, (7, 7), draw)
     return True
 
 
@@ -74,8 +66,7 @@ def write_corruptions(
     path: StoragePath, clean: float, by_strength: Mapping[str, Sequence[Mapping[str, float]]]
 ) -> None:
     """Accuracy over the strength of each corruption, with 95% intervals; strength 0 is without any."""
-
-    def draw(figure: Figure) -> None:
+    with png_figure(path, 6.5, 4.5, font_size=9, dpi=110) as figure:
         axes = figure.add_subplot()
         for number, (name, found) in enumerate(by_strength.items()):
             values = [clean, *(one["value"] for one in found)]
@@ -86,15 +77,12 @@ def write_corruptions(
         axes.grid(True, linewidth=0.3)
         axes.legend(fontsize=8)
 
-    _write(path, (6.5, 4.5), draw)
-
 
 def write_robustness(
     path: StoragePath, others: Sequence[Point], line: BaselineLine | None, own: Point, name: str
 ) -> None:
     """Accuracy under shift over accuracy without, both as logits: other models, their line, and the model."""
-
-    def draw(figure: Figure) -> None:
+    with png_figure(path, 6, 5, font_size=9, dpi=110) as figure:
         axes = figure.add_subplot()
         for point, colour, label in [(p, _COLOURS[5], None) for p in others] + [(own, _COLOURS[0], name)]:
             axes.plot(*point, "o", color=colour, label=label)
@@ -108,17 +96,6 @@ def write_robustness(
         axes.grid(True, linewidth=0.3)
         axes.legend(fontsize=8)
 
-    _write(path, (6, 5), draw)
-
 
 def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
-
-
-def _write(path: StoragePath, size: tuple[float, float], draw: Callable[[Figure], None]) -> None:
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
-        figure = Figure(figsize=size, dpi=110, layout="constrained")
-        draw(figure)
-        FigureCanvasAgg(figure)
-        with whole_file(path) as target:
-            figure.savefig(target, format="png", metadata={"Software": None})

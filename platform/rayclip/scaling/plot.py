@@ -1,13 +1,10 @@
 """A law in a picture: runs, frontier, the law with its band, what was foretold, and published laws beside it."""
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from rayclip.io.files import whole_file
+from rayclip.io.figures import png_figure
 from rayclip.io.paths import StoragePath
 from rayclip.scaling.fit import Estimate, Law
 from rayclip.scaling.report import FitReport
@@ -23,17 +20,13 @@ _AHEAD = 10  # times the largest run that the law is drawn to
 
 def write_plot(path: StoragePath, report: FitReport) -> None:
     """Write a PNG; the same report gives the same bytes."""
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
-        figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    with png_figure(path, 9, 6) as figure:
         axes = figure.add_subplot()
         axes.set(xscale="log", yscale="log", xlabel="C, forward GMACs a pair times samples seen", ylabel="error")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # none over many decades
         axes.grid(True, which="both", linewidth=0.3, color=_FAINT)
         _draw(axes, report)
-        FigureCanvasAgg(figure)
-        with whole_file(path) as target:
-            figure.savefig(target, format="png", metadata={"Software": None})
 
 
 def _draw(axes: Axes, report: FitReport) -> None:

@@ -1,13 +1,11 @@
 """What curation did to the queries: as a table, and as a picture. Shapes: Q queries."""
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from rayclip.data.curation.decide import Decision
+from rayclip.io.figures import png_figure
 from rayclip.io.files import whole_file
 from rayclip.io.paths import StoragePath
 
@@ -27,8 +25,7 @@ def write_query_plot(path: StoragePath, decision: Decision, pairs_per_query: int
     """Write a PNG: pairs of each query, the commonest first, before and after."""
     order = np.argsort(-decision.before_Q, kind="stable")
     ranks = np.arange(1, len(order) + 1)
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
-        figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    with png_figure(path, 8, 5) as figure:
         axes = figure.add_subplot()
         axes.set(xlabel="queries, the commonest first", ylabel="pairs", xscale="log")
         axes.set_yscale("symlog", linthresh=1)  # a query may find nothing
@@ -37,6 +34,3 @@ def write_query_plot(path: StoragePath, decision: Decision, pairs_per_query: int
         axes.plot(ranks, decision.after_Q[order], ".", markersize=4, color=_AFTER, label="after")
         axes.axhline(pairs_per_query, linewidth=0.8, linestyle="--", color=_FAINT, label=f"{pairs_per_query:,} a query")
         axes.legend()
-        FigureCanvasAgg(figure)
-        with whole_file(path) as target:
-            figure.savefig(target, format="png", metadata={"Software": None})
