@@ -50,6 +50,11 @@ def exit_with(command: Callable[[], int]) -> NoReturn:
         sys.exit(error.exit_code if isinstance(error, Interruption) else 130)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text that says anything, or the error's kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def require_extra(module: str, extra: str, what: str) -> None:
     """Raise UserError that says how to install a module which only some of the package needs, where it is missing."""
     if importlib.util.find_spec(module) is None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rayclip.config import ModelConfig
-from rayclip.errors import UserError
+from rayclip.errors import UserError, first_line
 from rayclip.io.files import SETTINGS_BESIDE, describe_impostor, find_weights, whole_folder
 from rayclip.io.paths import StoragePath
 from rayclip.models import huggingface, open_clip
@@ -130,8 +130,7 @@ def read_tensors(file: Path) -> Tensors:
         reason = "it is neither safetensors nor a state dict, or it holds more than tensors"
         raise UserError(f"'{file}' does not hold the model's weights: {reason}") from None
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"'{file}' does not hold the model's weights: {reason}") from None
+        raise UserError(f"'{file}' does not hold the model's weights: {first_line(error)}") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]  # as open_clip's training writes it
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):

@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
-from rayclip.errors import UserError
+from rayclip.errors import UserError, first_line
 from rayclip.io.storage import is_remote, join
 from rayclip.tracking.names import STEP_METRIC, flatten
 
@@ -66,8 +66,7 @@ def connect_existing(uri: str) -> MlflowClient:
     except UserError:
         raise
     except Exception as error:  # what a store raises depends on its kind: a database's own errors among them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"MLflow cannot be read at {uri}: {reason}") from None
+        raise UserError(f"MLflow cannot be read at {uri}: {first_line(error)}") from None
 
 
 def open_run(

@@ -22,7 +22,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from safetensors import SafetensorError, safe_open
 
-from rayclip.errors import UserError, nearest
+from rayclip.errors import UserError, first_line, nearest
 from rayclip.io.files import SETTINGS_BESIDE, find_weights
 from rayclip.io.paths import StoragePath
 from rayclip.io.storage import download, is_remote, join, list_files, split
@@ -191,7 +191,7 @@ def find_by_name(name: str, tracking_uri: str | None) -> str:
         aliases = sorted(client.get_registered_model(name).aliases)
         numbers = sorted(int(version.version) for version in client.search_model_versions(f"name = '{name}'"))
     except MlflowException as error:
-        raise UserError(f"MLflow cannot be read at {tracking_uri}: {_first_line(error)}") from None
+        raise UserError(f"MLflow cannot be read at {tracking_uri}: {first_line(error)}") from None
     if len(aliases) == 1:
         return f"models:/{name}@{aliases[0]}"
     if not aliases and len(numbers) == 1:
@@ -256,7 +256,7 @@ def _why_not(
             return f"model '{name}' has no version {number} in {tracking_uri}{last}"
     except MlflowException as second:
         error = second
-    return f"MLflow cannot be read at {tracking_uri}: {_first_line(error)}"
+    return f"MLflow cannot be read at {tracking_uri}: {first_line(error)}"
 
 
 def _cache() -> Path:
@@ -282,7 +282,7 @@ def _download(version: Version, tracking_uri: str, folder: Path) -> None:
         got.rename(folder)
     except (MlflowException, OSError) as error:
         if not all((folder / file).is_file() for file in MODEL_FILES):  # else another process was faster
-            raise UserError(f"version {version} cannot be fetched from {tracking_uri}: {_first_line(error)}") from None
+            raise UserError(f"version {version} cannot be fetched from {tracking_uri}: {first_line(error)}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -307,7 +307,7 @@ def _copied(address: str) -> Path:
                 download(join(address.rstrip("/"), name), path)
         return target
     except OSError as error:
-        raise UserError(f"'{address}' cannot be fetched: {_first_line(error)}") from None
+        raise UserError(f"'{address}' cannot be fetched: {first_line(error)}") from None
 
 
 def _checkpoint(path: str, folder: Path) -> ModelSource:
@@ -346,8 +346,4 @@ def _check_files(folder: Path, what: str, files: tuple[str, ...] = MODEL_FILES) 
         with safe_open(folder / weights, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{what} is damaged: {weights} cannot be read: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{what} is damaged: {weights} cannot be read: {first_line(error)}") from None

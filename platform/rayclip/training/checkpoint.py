@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rayclip.errors import UserError
+from rayclip.errors import UserError, first_line
 from rayclip.io.paths import StoragePath
 from rayclip.models.clip import CLIP
 from rayclip.models.weights import read_tensors, read_weights
@@ -128,8 +128,7 @@ def load_model(folder: str | Path, ema: bool = False) -> CLIP:
         try:
             model.load_state_dict(read_tensors(path))
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"'{path}' does not hold the model's weights: {reason}") from None
+            raise UserError(f"'{path}' does not hold the model's weights: {first_line(error)}") from None
     return model
 
 

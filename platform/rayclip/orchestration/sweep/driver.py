@@ -70,7 +70,8 @@ class Sweep:
     """The driver's side of a sweep. All is checked as it is made, before anything is started."""
 
     def __init__(self, config: SweepConfig, lease: Lease) -> None:
-        self.config, self.plan, self._lease = config, config.plan, lease
+        self.config, self._lease = config, lease
+        self.search = config.plan if isinstance(config.plan, SearchPlan) else None
         self._received = Received()
         self.folder = sweep_folder(config)
         self.uri = tracking.resolve_uri(config.base.tracking.uri)
@@ -107,10 +108,10 @@ class Sweep:
         """Write the table and what the sweep came to, and log both to the parent run; returns the summary."""
         rows, totals = self.write_rows(), self._totals()
         files = [self.rows_path]
-        summary = {"name": self.config.name, "kind": self.plan.kind, "metric": self.config.metric, **totals}
+        summary = {"name": self.config.name, "kind": self.config.plan.kind, "metric": self.config.metric, **totals}
         summary["failed"] = {line.name: line.reason for line in self.lines.values() if line.state == FAILED}
-        if isinstance(self.plan, SearchPlan):
-            summary |= {"algorithm": self.plan.algorithm, "best": self._best()}
+        if self.search is not None:
+            summary |= {"algorithm": self.search.algorithm, "best": self._best(self.search)}
             if summary["best"]:
                 files.append(self._write_best(self.trials[summary["best"]["trial"]]))
         summary |= {"mlflow_run_id": self.parent_run_id, "rows": rows}
@@ -121,7 +122,7 @@ class Sweep:
     @property
     def rows_path(self) -> StoragePath:
         """The table of runs."""
-        return self.folder.path / ("trials.csv" if isinstance(self.plan, SearchPlan) else "rungs.csv")
+        return self.folder.path / ("trials.csv" if self.search else "rungs.csv")
 
     def write_rows(self) -> list[Row]:
         """Write the table of runs as they are now."""
@@ -140,7 +141,7 @@ class Sweep:
             return None
         self.table.change(name, state=STARTING)
         planned = self.trials[name]
-        awaits_decision = isinstance(self.plan, SearchPlan) and self.plan.algorithm == "asha"
+        awaits_decision = self.search is not None and self.search.algorithm == "asha"
         return TrialTask(name, planned.trial.runs, planned.starts, awaits_decision)
 
     def heard(self, name: str, result: dict[str, Any]) -> None:
@@ -224,22 +225,21 @@ class Sweep:
         return min(fit, self.config.max_concurrent or fit)
 
     def _asha(self) -> Asha | None:
-        if not (isinstance(self.plan, SearchPlan) and self.plan.algorithm == "asha"):
+        if self.search is None or self.search.algorithm != "asha":
             return None
         longest = max(planned.totals[0] for planned in self.trials.values())
-        return Asha(self.journal, self.config.metric, self.plan, longest)
+        return Asha(self.journal, self.config.metric, self.search, longest)
 
     def _num_to_suggest(self) -> int:
-        return self.plan.num_trials - len(self.trials) if isinstance(self.plan, SearchPlan) else 0
+        return self.search.num_trials - len(self.trials) if self.search else 0
 
     def _suggested(self) -> str | None:
         """The name of one more trial, with values that a searcher has thought of."""
-        if not self._num_to_suggest():
+        if self.search is None or not self._num_to_suggest():
             return None
-        assert isinstance(self.plan, SearchPlan)
         index = len(self.trials)
         known = [(self.trials[line.name].values, line.metric) for line in self.lines.values() if line.state == FINISHED]
-        values = suggest(self.plan, index, [(v, metric) for v, metric in known if metric is not None])
+        values = suggest(self.search, index, [(v, metric) for v, metric in known if metric is not None])
         planned = with_parent(self.planner.search_trial(trial_name(index), values), self.parent_run_id)
         self.journal.add(trial=planned.name, values=values)
         self.trials[planned.name] = planned
@@ -261,9 +261,8 @@ class Sweep:
             "share_saved": 1 - spent / whole,
         }
 
-    def _best(self) -> dict[str, Any] | None:
-        assert isinstance(self.plan, SearchPlan)
-        sign = 1 if self.plan.mode == "max" else -1
+    def _best(self, search: SearchPlan) -> dict[str, Any] | None:
+        sign = 1 if search.mode == "max" else -1
         ended = [line for line in self.lines.values() if line.state == FINISHED and line.metric is not None]
         if not ended:
             return None

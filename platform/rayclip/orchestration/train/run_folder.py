@@ -92,7 +92,7 @@ class RunFolder:
         return listed is not None and lists_pending_validation(listed)
 
     def _read_list(self) -> dict[str, Any] | None:
-        return _read(self._list, OSError, ValueError)
+        return _read(self._list, (OSError, ValueError))
 
     @property
     def _list(self) -> StoragePath:
@@ -109,11 +109,11 @@ class RunFolder:
         return [(folder, read_metrics(folder)) for folder in folders]
 
 
-def _read(path: StoragePath, *none_for: type[Exception]) -> dict[str, Any] | None:
-    """A file's content; None where there is no file, and where reading it raises one of the errors."""
+def _read(path: StoragePath, errors: tuple[type[Exception], ...] = (FileNotFoundError,)) -> dict[str, Any] | None:
+    """A file's content; None where reading it raises one of the errors."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, *none_for):
+    except errors:
         return None
 
 
