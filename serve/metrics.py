@@ -10,7 +10,7 @@ _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class IngressMetrics:
-    """Of an ingress replica."""
+    """Figures of an ingress replica: requests, their times, its caches."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -33,7 +33,7 @@ class IngressMetrics:
 
 
 class EncoderMetrics:
-    """Of a tower's replica."""
+    """Figures of a tower's replica: its batches and its queue."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()

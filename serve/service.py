@@ -1,4 +1,4 @@
-"""What the ingress knows how to do: pick a version, find or make its class matrix, ask the towers, score.
+"""What an ingress replica does for a request: choose a version, get its class matrix, ask the towers, score.
 
 Shapes: N pictures, C classes, E embedding, K candidates.
 """
@@ -166,7 +166,7 @@ class Service:
         return encoded
 
     async def encode_texts(self, version: str, texts: Sequence[str]) -> Encoded:
-        """Features of texts."""
+        """Return the features of texts."""
         return await self._call(self._text.encode, version, list(texts))
 
     def templates_of(self, templates: str | Sequence[str] | None, model: str | None = None) -> tuple[str, ...]:
@@ -261,7 +261,7 @@ class Service:
         return max(named, key=lambda model: (model.id == name, model.share))
 
     async def prometheus(self) -> bytes:
-        """The whole service's figures."""
+        """Return the whole service's figures in Prometheus' text form."""
         await self._refresh()
         return await self._call(self._coordinator.metrics)
 

@@ -65,7 +65,7 @@ class ClassMatrix:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the rows."""
+        """Bytes of memory that the rows take."""
         return self.rows.nbytes + self.background.nbytes
 
 
@@ -222,7 +222,7 @@ class Tower(Generic[Item]):
 
 
 class ImageEncoder(Tower[np.ndarray]):
-    """Pictures to features."""
+    """Deployment of the image tower: from encoded pictures to features."""
 
     kind = "image"
 
@@ -273,7 +273,7 @@ class ImageEncoder(Tower[np.ndarray]):
 
 
 class TextEncoder(Tower[str]):
-    """Texts to features, and label lists to class matrices, a label's row computed once."""
+    """Deployment of the text tower: texts to features, label lists to class matrices, of which rows are kept."""
 
     kind = "text"
 

@@ -57,7 +57,7 @@ class Coordinator:
         self._watching = asyncio.create_task(self._watch())
 
     async def report(self, report: ReplicaReport) -> RoutingTable:
-        """Take a replica's word; return what it is to do."""
+        """Take a replica's report; return the versions that it is to load and to route to."""
         self._rollout.hear(report, time.monotonic())
         self._advance()
         return self._table()

@@ -47,7 +47,7 @@ class Rollout:
         return self._wanted.get(role)
 
     def hear(self, report: ReplicaReport, now: float) -> None:
-        """Take a replica's word."""
+        """Take a replica's report."""
         self._seen[report.replica] = _Seen(report, now)
 
     def advance(self, now: float) -> list[tuple[str, str, str]]:

@@ -102,7 +102,7 @@ def make_plan(config: IndexConfig) -> IndexPlan:
 
 
 def output_folder(config: IndexConfig) -> str:
-    """Where the manifest goes."""
+    """Return the folder that the manifest is written to."""
     if config.output:
         return absolute(config.output)
     path = absolute(config.path)

@@ -45,7 +45,7 @@ class ShardResult(NamedTuple):
 
     @property
     def num_samples(self) -> int:
-        """Samples in the shard."""
+        """Number of samples in the shard."""
         return sum(span.num_samples for span in self.spans)
 
     @property

@@ -54,7 +54,7 @@ class ShardReport:
         self.add_example(cause, name)
 
     def add_example(self, kind: str, name: str) -> None:
-        """Remember the first few."""
+        """Keep the name of a sample as an example, of the first few."""
         examples = self.examples.setdefault(kind, [])
         if len(examples) < _NUM_EXAMPLES:
             examples.append(name)
@@ -178,7 +178,7 @@ class _KeyOrder:
         self._apart = self._dotted = ""
 
     def add(self, sample: Sample) -> None:
-        """The next sample."""
+        """Take the next sample of the tar, in its order."""
         key = sample["__key__"]
         has_image = any(extension in sample for extension in IMAGE_EXTENSIONS)
         here = _PICTURE * has_image | _CAPTION * ("txt" in sample or "json" in sample)
@@ -195,7 +195,7 @@ class _KeyOrder:
                 self._num_dotted, self._dotted = self._num_dotted + 1, self._dotted or f"{_name(sample)}.{dotted}"
 
     def report(self, report: ShardReport) -> None:
-        """Say it."""
+        """Add what was found to the shard's report."""
         report.num_repeats = self._num_repeats
         for name in self._repeats:
             report.add_example("repeated_key", name)

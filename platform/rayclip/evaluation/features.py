@@ -54,7 +54,7 @@ class FeatureFolder:
     path: StoragePath
 
     def images(self, pooled: bool = False) -> Iterator[LabelledFeatures]:
-        """Part by part; `pooled` gives the features before the projection."""
+        """Yield the pictures with their labels, part by part; `pooled` gives the features before the projection."""
         column = "pooled" if pooled else "image_embedding"
         for table in self._tables("id", "labels", column):
             labels, counts = _flat(table["labels"])
@@ -62,7 +62,7 @@ class FeatureFolder:
             yield LabelledFeatures(table["id"].to_pylist(), features, labels.long(), counts)
 
     def captioned(self) -> Iterator[Captioned]:
-        """Part by part."""
+        """Yield the pictures with their captions, part by part."""
         for table in self._tables("image_embedding", "text_embedding"):
             image_NE = _rows(table["image_embedding"], len(table))
             texts, lengths = _flat(table["text_embedding"])

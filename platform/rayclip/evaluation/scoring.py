@@ -161,7 +161,7 @@ def share(right_N: Tensor) -> Figure:
 
 
 def share_of(count: int, total: int) -> Figure:
-    """The same from counts."""
+    """Return the share of `count` in `total`, with Wilson's interval."""
     return Figure(count / total, *metrics.wilson_interval(count, total))
 
 

@@ -210,11 +210,11 @@ class RemoteFile(io.RawIOBase):
         self._path, self._size, self._at = path, size, 0
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Return True: any byte can be asked for."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:

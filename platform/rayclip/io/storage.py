@@ -82,7 +82,7 @@ def find_file(path: str) -> File | None:
 
 
 def find_files(paths: list[str]) -> list[File | None]:
-    """`find_file` of many."""
+    """Return what `find_file` gives for each path; of files in S3 many are asked for at once."""
     if not any(map(is_remote, paths)):
         return [find_file(path) for path in paths]
     return list(s3.requests().map(find_file, paths))

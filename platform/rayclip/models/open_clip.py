@@ -33,7 +33,7 @@ def read_settings(settings: dict[str, Any]) -> tuple[bool, tuple[int | None, int
 
 
 def write_settings(config: ModelConfig) -> dict[str, Any]:
-    """open_clip_config.json of the model."""
+    """Return the content of the model's open_clip_config.json."""
     vision, text = config.vision, config.text
     image: dict[str, Any] = {"image_size": vision.image_size, "width": vision.width, "patch_size": None}
     if isinstance(vision, VisionConfig):

@@ -48,7 +48,7 @@ class Form:
 
     @property
     def num_parameters(self) -> int:
-        """How many are free."""
+        """Number of free parameters."""
         return {"power": 2, "power_limit": 3, "shifted_limit": 4, "chinchilla": 5}[self.name]
 
     def coordinates(self, runs: Selection) -> np.ndarray:

@@ -48,7 +48,7 @@ class Holdout:
         return float(np.mean([abs(run.baseline - run.measured) for run in self.runs]))
 
     def as_dict(self, names: list[str]) -> dict[str, Any]:
-        """For the summary."""
+        """Return the hold-out as plain values, for the summary."""
         held_out: dict[str, Any] = {"fitted_below": f"largest/{self.divisor}", "num_fitted": self.num_fitted}
         if self.reason:
             return held_out | {"error": None, "baseline_error": None, "reason": self.reason, "runs": []}

@@ -72,7 +72,7 @@ class Ladder:
 
     @property
     def rungs(self) -> tuple[Rung, ...]:
-        """All that are measured."""
+        """All measured runs of the ladder."""
         return tuple(rung for trial in self.trials for rung in trial.rungs)
 
     @property

@@ -62,7 +62,7 @@ def make_report(runs: list[Run], config: FitConfig) -> FitReport:
 
 
 def summarise(report: FitReport) -> dict[str, Any]:
-    """Everything, as plain values."""
+    """Return the whole report as plain values, for summary.json."""
     config, law = report.config, report.law
     estimates = _estimates(report)
     names = [run.name for run in report.usable]

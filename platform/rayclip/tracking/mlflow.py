@@ -176,7 +176,7 @@ class MlflowTracker:
         self._monitor.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Numbers at a step (samples seen). What the run has from that step on already is left out."""
+        """Log numbers at a step (samples seen). What the run has from that step on already is left out."""
         now = int(time.time() * 1000)
         for key, value in metrics.items():
             if step > self._last(key) and math.isfinite(value):

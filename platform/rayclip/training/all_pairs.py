@@ -98,7 +98,7 @@ class _Move:
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> Tensor:
-        """What has come."""
+        """Return the rows that have come, once all of them are there."""
         for work in self._works:
             work.wait()
         return self._coming

@@ -67,7 +67,7 @@ class Miner:
         self._pairs: Counter[tuple[str, str]] = Counter()
 
     def add(self, captions: Iterable[str]) -> None:
-        """Count these captions too."""
+        """Add the words and pairs of words of captions to the counts."""
         for caption in captions:
             found = words(caption)
             self._words.update(found)

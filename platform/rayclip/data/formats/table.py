@@ -27,7 +27,7 @@ _NUM_LINES_NAMED = 5
 
 
 class Listing(NamedTuple):
-    """What a table holds."""
+    """A table's chunks, and what was found wrong in its rows."""
 
     spans: list[Span]
     num_strays: int

@@ -16,5 +16,5 @@ def splits(config: GlyphsConfig, cache: Path) -> dict[str, Split]:
 
 
 def read(item: glyphs.Item, config: GlyphsConfig) -> Record:
-    """Draw one item."""
+    """Draw the picture of an item."""
     return Record(*glyphs.render(item, config.size))

@@ -41,7 +41,7 @@ def splits(config: ShapesConfig, cache: Path) -> dict[str, Split]:
 
 
 def read(item: Item, config: ShapesConfig) -> Record:
-    """Draw it."""
+    """Draw the picture of an item."""
     num_shapes = item.cls + LEAST
     key = config.seed, SPLITS.index(item.split), item.number
     cells = uniform(*key, 0, np.arange(_CELLS**2)).argsort()[:num_shapes].tolist()

@@ -56,7 +56,7 @@ class EmbeddingModel:
     logit_scale: float
 
     def encoder(self, device: str) -> Encoder:
-        """The model, loaded."""
+        """Load the model onto a device; where its folder is not on this machine it is fetched."""
         there = self.source.folder.exists()
         folder = self.source.folder if there else resolve_model(self.uri, self.tracking_uri).folder
         return Encoder(load_model(folder), get_tokenizer(self.context_length), device)

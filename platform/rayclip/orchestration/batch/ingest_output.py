@@ -56,7 +56,7 @@ class IngestOutput(PartitionedOutput):
 
     @property
     def kind(self) -> str:
-        """The job's name."""
+        """Name of the job."""
         return "ingest"
 
     @property

@@ -64,7 +64,7 @@ class PartitionedOutput:
 
     @property
     def kind(self) -> str:
-        """The job's name."""
+        """Name of the job, as in `rayclip embed`."""
         return str(self.identity["kind"])
 
     @property

@@ -1,4 +1,4 @@
-"""Tasks spread over the cluster: a pool of actors does them, each with its state at hand, one task at a time.
+"""Run tasks on a pool of actors over the cluster, each with its state at hand, one task at a time.
 
 The driver hands an actor its next task when it has done the last, so that what was being done when a worker was lost is
 known: the task is done by another, and a worker takes the lost one's place. Ray restarts nothing by itself here.

@@ -36,7 +36,7 @@ class _Start(threading.Thread):
         self._done = threading.Event()
 
     def run(self) -> None:
-        """Start."""
+        """Start Ray, and keep the thread."""
         try:
             _start(self._local_cpus)
         except BaseException as error:
@@ -139,7 +139,7 @@ def check_resources(bundles: list[Bundle], what: str) -> None:
 
 
 def cluster_capacity() -> Bundle:
-    """What the cluster has in all, or may grow to where it says so."""
+    """Return the resources that the cluster has in all, or may grow to where it says so."""
     most = most_of([node["Labels"] for node in ray.nodes() if node["Alive"]])
     has = ray.cluster_resources()
     return {name: max(has.get(name, 0), most.get(name, 0)) for name in {*has, *most}}

@@ -28,16 +28,16 @@ def note(text: str) -> None:
 
 
 class Line(Protocol):
-    """What hears how far something is."""
+    """What shows progress to people: a line, a row of a table."""
 
     def update(self, done: int, rate: float | None = None, **shown: str) -> None:
-        """So much is done."""
+        """Show how much is done, at so many units a second."""
 
     def note(self, text: str) -> None:
-        """Something to tell once."""
+        """Show a text once, as a line of its own."""
 
     def close(self) -> None:
-        """It has ended."""
+        """Show the last state; nothing follows."""
 
 
 class ProgressLine:

@@ -44,7 +44,7 @@ class _Upload(io.BytesIO):
         self._path = path
 
     def close(self) -> None:
-        """Write the file."""
+        """Write what was given to it as a file in S3."""
         if not self.closed:
             storage.write_bytes(self._path, self.getvalue())
         super().close()

@@ -73,7 +73,7 @@ def num_times_placed(bundles: list[Bundle], nodes: list[Bundle]) -> int:
 
 
 def total(bundles: Iterable[Bundle]) -> Bundle:
-    """The sum."""
+    """Return the sum of bundles, by resource."""
     summed: Bundle = {}
     for bundle in bundles:
         for name, amount in bundle.items():
@@ -82,12 +82,12 @@ def total(bundles: Iterable[Bundle]) -> Bundle:
 
 
 def format_resources(bundle: Bundle) -> str:
-    """In words."""
+    """Return resources in words, as "4 CPU, 1 GPU"."""
     return ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
 
 
 def worker_resources(workers: ClusterConfig | WorkersConfig) -> Bundle:
-    """What one worker takes."""
+    """Return the resources that one worker takes."""
     return {"CPU": workers.cpus_per_worker} | ({"GPU": 1.0} if workers.use_gpu else {})
 
 

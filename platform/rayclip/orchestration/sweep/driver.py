@@ -121,7 +121,7 @@ class Sweep:
 
     @property
     def rows_path(self) -> StoragePath:
-        """The table of runs."""
+        """Path of the table of runs, a CSV."""
         return self.folder.path / ("trials.csv" if self.search else "rungs.csv")
 
     def write_rows(self) -> list[Row]:

@@ -33,7 +33,7 @@ class Journal:
             write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
     def add(self, **entry: Any) -> None:
-        """One more."""
+        """Append a decision."""
         self.entries.append(entry)
         append(self._path, (json.dumps(entry) + "\n").encode())
 
@@ -49,16 +49,16 @@ class Journal:
 
 
 class InFolder:
-    """What Ray Tune wants to keep of an object: nothing, since its state is in the sweep's folder."""
+    """Base of objects that Ray Tune keeps nothing of: their state is in the sweep's folder."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to do."""
+        """Do nothing: there is no state to save."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing to do."""
+        """Do nothing: there is no state to restore."""
 
 
 class Asha(InFolder, ASHAScheduler):
@@ -82,11 +82,11 @@ class Asha(InFolder, ASHAScheduler):
                 super().on_trial_result(None, _Named(entry["trial"]), result)  # type: ignore[arg-type]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A trial that is about to begin."""
+        """Compare a trial that is about to begin with all others."""
         enter_bracket(self, _name(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Whether it goes on."""
+        """Return Ray Tune's word for whether the trial goes on after this result."""
         if self._metric not in result:
             return TrialScheduler.CONTINUE
         named: Any = _Named(_name(trial))

@@ -30,7 +30,7 @@ class TrialLine:
     reason: str = ""
 
     def cells(self) -> tuple[str, ...]:
-        """A row of the table."""
+        """Return the trial's row of the table."""
         going = self.state == TRAINING and self.rate > 0
         return (
             self.name,
@@ -56,7 +56,7 @@ class SweepTable:
         self._first = (time.monotonic(), self._done())
 
     def add(self, line: TrialLine) -> None:
-        """One more trial."""
+        """Add a row for a trial."""
         self._lines[line.name] = line
 
     def change(self, name: str, **changes: object) -> None:

@@ -56,7 +56,7 @@ class TrialProgress:
         self._task.log(text)
 
     def close(self) -> None:
-        """Nothing is left standing."""
+        """Do nothing: no line of progress is left to end."""
 
     def take(self) -> dict[str, Any]:
         """Return what is new since the last call, as part of a result."""
@@ -71,7 +71,7 @@ class TrialActor(ray.tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Take the trial."""
+        """Begin the trial of the config's task."""
         self._results = _train(config["task"])
 
     def step(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """Of the trial."""
+        """Name of the trial."""
         return self.trial.name
 
     def check_same(self) -> None:
@@ -175,7 +175,7 @@ def caption_lengths(stream: Stream) -> list[int]:
 
 
 def run_folder(run: TrainConfig) -> RunFolder:
-    """A run's folder."""
+    """Return the folder of a run."""
     return RunFolder(storage_path(run.runs) / run.name)
 
 

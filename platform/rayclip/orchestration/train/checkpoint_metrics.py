@@ -26,7 +26,7 @@ def evaluate_model(config: TrainConfig, model: CLIP, contact_sheets: Path | None
 
 
 def with_ema(metrics: Metrics, averaged: Metrics) -> Metrics:
-    """What was measured of the weights, and of their moving average, in one."""
+    """Return the metrics of the weights with those of their moving average under `ema`."""
     return {name: {**measured, "ema": averaged[name]} for name, measured in metrics.items()}
 
 
@@ -58,7 +58,7 @@ def _is_constant(key: str) -> bool:
 
 
 def format_metrics(samples_seen: int, metrics: Metrics) -> str:
-    """A line of it for people."""
+    """Return the line that people are shown of an evaluation."""
     shown = [
         f"{name} {key} {value:.1%}"
         for name, measured in metrics.items()
