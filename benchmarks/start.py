@@ -54,9 +54,11 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_data(folder / "data", _PICTURES)
+        (folder / "measured").mkdir()
+        write_data(folder / "measured" / "test", _PICTURES)
         for repeat in range(config.repeats):
             for prefix, checkout in versions.items():
-                rows[prefix].append(_measure(checkout, folder / f"{prefix}{repeat}", folder / "data", config.workers))
+                rows[prefix].append(_measure(checkout, folder / f"{prefix}{repeat}", config.workers))
     figures: dict[str, Any] = {"samples": _SAMPLES, "workers": config.workers, "repeats": config.repeats}
     figures["load_average"] = round(os.getloadavg()[0], 1)
     for prefix, measured in rows.items():
@@ -68,12 +70,13 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     return figures
 
 
-def _measure(checkout: Path, folder: Path, data: Path, workers: int) -> dict[str, float]:
+def _measure(checkout: Path, folder: Path, workers: int) -> dict[str, float]:
     folder.mkdir()
+    data, measured = folder.parent / "data", folder.parent / "measured"
     tracking = f"sqlite:///{folder}/mlflow.db"
     run, suite = folder / "run.yaml", folder / "suite.yaml"
     run.write_text(json.dumps(_train_settings(folder, data, tracking, workers)))
-    suite.write_text(json.dumps(_suite_settings(folder, data, tracking)))
+    suite.write_text(json.dumps(_suite_settings(folder, measured, tracking)))
     train = _command(checkout, folder / "train", ["jobs.train", str(run)], TRAIN_MOMENTS)
     checkpoint = next((folder / "runs/start/checkpoints").glob("samples-*"))
     evaluate = _command(checkout, folder / "evaluate", ["jobs.evaluate", str(checkpoint), str(suite)], EVALUATE_MOMENTS)
@@ -118,11 +121,11 @@ def _train_settings(folder: Path, data: Path, tracking: str, workers: int) -> di
     }
 
 
-def _suite_settings(folder: Path, data: Path, tracking: str) -> dict[str, Any]:
+def _suite_settings(folder: Path, measured: Path, tracking: str) -> dict[str, Any]:
     return {
         "name": "start",
-        "root": str(data.parent),
-        "datasets": {"start": {"path": str(data), "tasks": ["zero_shot"]}},
+        "root": str(measured.parent),
+        "datasets": {"start": {"path": str(measured), "tasks": ["zero_shot"]}},
         "output": str(folder / "report"),
         "cache": str(folder / "features"),
         "tracking_uri": tracking,
