@@ -15,6 +15,10 @@ class UserError(ValueError):
     """
 
 
+class CrashedError(UserError):
+    """Workers died more often than `cluster.max_failures` allows; another try may go better."""
+
+
 class Interruption(KeyboardInterrupt):
     """A signal has ended the work; the message, if any, says what has been saved and how to go on."""
 

@@ -18,7 +18,8 @@ from rayclip.serve.metrics import CoordinatorMetrics, collect, render
 from rayclip.serve.schemas import LabelSetInfo, ModelsResponse, Notice, ServedModel
 from rayclip.serve.versions.rollout import Rollout
 from rayclip.serve.versions.routing_table import Phase, ReplicaReport, RoutingTable, VersionSource
-from rayclip.tracking.registry import ModelSource, Version, fetch, find_version, is_registered, resolve_model
+from rayclip.tracking.model_uri import is_registered
+from rayclip.tracking.registry import ModelSource, Version, fetch, find_version, resolve_model
 
 _logger = logging.getLogger("ray.serve")
 # A busy replica may be late with its word; a dead one must not hold a swap up for long.

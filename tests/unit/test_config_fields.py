@@ -26,7 +26,7 @@ from rayclip.config.base import (
 from rayclip.config.fields import keys_with, map_paths, marked_values, marks_in, models_of, without
 from rayclip.config.loader import load, read_record
 from rayclip.errors import UserError
-from rayclip.orchestration.train.driver import resolve
+from rayclip.orchestration.train.plan import resolve
 from rayclip.orchestration.train.run_folder import RunFolder
 
 LOOKS_LIKE_A_PATH = re.compile(r"\b(folder|file|path|address|checkpoint|output|csvs?|summary)\b", re.IGNORECASE)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from rayclip.config import TrainConfig
 from rayclip.config.loader import load, read_record
-from rayclip.orchestration.train.driver import resolve
+from rayclip.orchestration.train.plan import resolve
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.training.checkpoint import load_model, read_config, restore
 from rayclip.training.optimizer import build_optimizer

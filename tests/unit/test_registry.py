@@ -12,11 +12,11 @@ from safetensors.numpy import load_file, save_file
 from rayclip.errors import UserError
 from rayclip.tracking import registry
 from rayclip.tracking.mlflow import connect, open_run
+from rayclip.tracking.model_uri import is_registered
 from rayclip.tracking.registry import (
     MODEL_FILES,
     fetch,
     find_version,
-    is_registered,
     link_checkpoint,
     move_alias,
     register,

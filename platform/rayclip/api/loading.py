@@ -11,7 +11,8 @@ from rayclip.inference.encoder import Encoder
 from rayclip.inference.model import Model
 from rayclip.io.s3 import StorageError
 from rayclip.io.storage import absolute, is_remote
-from rayclip.tracking.registry import find_by_name, is_registered, resolve_model
+from rayclip.tracking.model_uri import is_registered
+from rayclip.tracking.registry import find_by_name, resolve_model
 from rayclip.training.checkpoint import load_model
 
 

@@ -4,7 +4,6 @@ from what people call a model to a folder with its weights."""
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -27,6 +26,7 @@ from rayclip.io.files import SETTINGS_BESIDE, find_weights
 from rayclip.io.paths import StoragePath
 from rayclip.io.storage import download, is_remote, join, list_files, split
 from rayclip.tracking.mlflow import connect_existing, log_once, resolve_uri
+from rayclip.tracking.model_uri import FORMS, REGISTERED, is_registered
 from rayclip.tracking.names import flatten
 
 MODEL_FILES = ("model.safetensors", "config.json", "metrics.json")
@@ -34,9 +34,6 @@ MODEL_FILES = ("model.safetensors", "config.json", "metrics.json")
 
 _BESIDE = ("metrics.json", "ema.safetensors")
 """What more is fetched of a checkpoint where it is there."""
-
-_REGISTERED = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[^/@]+)|/(?P<number>\d+))")
-_FORMS = "a model is models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint or exported weights, also in S3"
 
 
 def link_checkpoint(
@@ -112,7 +109,7 @@ def roll_back(uri: str, to: int | None, tracking_uri: str | None) -> tuple[int, 
 
     Where nobody kept which one that was, it is the one below. Returns both numbers, old and new. Raises UserError.
     """
-    match = _REGISTERED.fullmatch(uri)
+    match = REGISTERED.fullmatch(uri)
     if match is None or match["alias"] is None:
         raise UserError(f"'{uri}' names no alias: give models:/NAME@ALIAS")
     name, alias = match["name"], match["alias"]
@@ -167,15 +164,6 @@ def resolve_model(uri: str, tracking_uri: str | None) -> ModelSource:
     return _checkpoint(uri, _copied(uri) if is_remote(uri) else Path(uri).absolute())
 
 
-def is_registered(uri: str) -> bool:
-    """Whether it names a registered model, whose alias may move, and not a folder. Raises UserError for neither."""
-    if _REGISTERED.fullmatch(uri):
-        return True
-    if uri.startswith("models:") or ("://" in uri and not is_remote(uri)) or not uri:
-        raise UserError(f"'{uri}' names no model: {_FORMS}")
-    return False
-
-
 def find_by_name(name: str, tracking_uri: str | None) -> str:
     """Return the URI of a registered model that is given by its bare name: its only alias, or its only version.
 
@@ -205,9 +193,9 @@ def find_version(uri: str, tracking_uri: str | None) -> Version:
 
     Raises UserError for an unknown name, alias or number, and where MLflow does not answer.
     """
-    match = _REGISTERED.fullmatch(uri)
+    match = REGISTERED.fullmatch(uri)
     if match is None:
-        raise UserError(f"'{uri}' names no registered model: {_FORMS}")
+        raise UserError(f"'{uri}' names no registered model: {FORMS}")
     name, alias, number = match.group("name", "alias", "number")
     tracking_uri = resolve_uri(tracking_uri)
     client = connect_existing(tracking_uri)
@@ -297,7 +285,7 @@ def _copied(address: str) -> Path:
         weights = next((name for name in ("", *SETTINGS_BESIDE) if name in files), None)
         if weights is None:
             wanted = " or ".join(SETTINGS_BESIDE)
-            raise UserError(f"no model at '{address}': it has no {wanted}; {_FORMS}")
+            raise UserError(f"no model at '{address}': it has no {wanted}; {FORMS}")
         names = [name for name in (weights, SETTINGS_BESIDE.get(weights), *_BESIDE) if name in files]
         key = hashlib.sha256(json.dumps([address, *(files[name] for name in names)]).encode()).hexdigest()[:12]
         target = _cache() / "copies" / key / split(address.rstrip("/"))[1]
@@ -312,7 +300,7 @@ def _copied(address: str) -> Path:
 
 def _checkpoint(path: str, folder: Path) -> ModelSource:
     if not folder.exists():
-        raise UserError(f"no model at '{path}': the folder does not exist; {_FORMS}")
+        raise UserError(f"no model at '{path}': the folder does not exist; {FORMS}")
     weights = find_weights(folder) or folder / "model.safetensors"
     name = None
     if folder.is_dir():  # else it is one file with a state dict

@@ -37,7 +37,8 @@ from rayclip.orchestration.batch.output_jobs import run_parts
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, plan_parts
 from rayclip.orchestration.batch.sample_reader import SamplePlace, SampleReader
 from rayclip.tracking.mlflow import resolve_uri
-from rayclip.tracking.registry import ModelSource, is_registered, resolve_model
+from rayclip.tracking.model_uri import is_registered
+from rayclip.tracking.registry import ModelSource, resolve_model
 from rayclip.training.checkpoint import load_model
 
 

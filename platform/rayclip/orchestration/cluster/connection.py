@@ -5,7 +5,6 @@ import os
 import signal
 import sysconfig
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -44,6 +43,10 @@ class _Start(threading.Thread):
         self._done.set()
         threading.Event().wait()
 
+    def is_done(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self._done.is_set()
+
     def wait(self) -> None:
         """Return when Ray is up. Raises what went wrong."""
         self._done.wait()
@@ -51,17 +54,17 @@ class _Start(threading.Thread):
             raise self._error
 
 
-_STARTING = "starting Ray ..."
-_LONG_WAIT_S = 2.0
 _starting: _Start | None = None
 _owned = False
 
 
 def begin_connecting(local_cpus: int) -> None:
-    """Begin what `connect` does, in the background: Ray's processes start while this one imports the rest."""
+    """Begin what `connect` does, in the background: Ray's processes start while this one imports the rest.
+
+    Nothing is said of it: a mistake that is found meanwhile is one line, and Ray ends with the process.
+    """
     global _starting
     if _starting is None and not ray.is_initialized():
-        note(_STARTING if not os.environ.get("RAY_ADDRESS") else "joining the Ray cluster ...")
         _starting = _Start(local_cpus)
         _starting.start()
 
@@ -74,17 +77,20 @@ def connect(local_cpus: int = 0, lean: bool = True) -> None:
     asks for Ray's metrics: it starts seconds earlier.
     """
     global _starting
-    if _starting is not None:
-        starting, _starting = _starting, None
-        started = time.monotonic()
+    starting, _starting = _starting, None
+    if starting is not None:
+        if not starting.is_done():
+            note(_joining())
         starting.wait()
-        if (waited := time.monotonic() - started) >= _LONG_WAIT_S:
-            note(f"Ray is up, {waited:.0f} s after the rest")
-    elif not ray.is_initialized():
-        note(_STARTING)
+    if not ray.is_initialized():
+        note(_joining())
         with _own_signal_handlers():
             _start(local_cpus, lean)
     _quieten()
+
+
+def _joining() -> str:
+    return "joining the Ray cluster ..." if os.environ.get("RAY_ADDRESS") else "starting Ray ..."
 
 
 @contextmanager

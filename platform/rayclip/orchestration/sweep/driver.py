@@ -27,7 +27,7 @@ from rayclip.orchestration.sweep.table import FAILED, FINISHED, STARTING, STOPPE
 from rayclip.orchestration.sweep.trial import TrialTask
 from rayclip.orchestration.sweep.trials import Outcomes, Planned, TrialPlanner, with_parent
 from rayclip.orchestration.sweep.tuner import run_trials
-from rayclip.orchestration.train.driver import resolve
+from rayclip.orchestration.train.plan import resolve
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.scaling.rungs import Row, write_rows
 from rayclip.scaling.search import trial_config, trial_name

@@ -16,10 +16,10 @@ from typing import Any
 import ray.tune
 
 from rayclip.config import TrainConfig
-from rayclip.errors import UserError
+from rayclip.errors import CrashedError, UserError
 from rayclip.io.paths import append, storage_path
 from rayclip.orchestration.sweep.table import TRAINING
-from rayclip.orchestration.train.driver import CrashedError, start_training
+from rayclip.orchestration.train.driver import start_training
 from rayclip.tracking.names import flatten
 
 

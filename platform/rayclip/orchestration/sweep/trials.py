@@ -13,7 +13,7 @@ from rayclip.io.paths import StoragePath, storage_path
 from rayclip.orchestration.cluster.progress import note
 from rayclip.orchestration.sweep.search import Journal
 from rayclip.orchestration.sweep.table import FINISHED, STOPPED, TrialLine
-from rayclip.orchestration.train.driver import plan_stream, resolve
+from rayclip.orchestration.train.plan import plan_stream, resolve
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.scaling.ladder import Trial, plan_ladder
 from rayclip.scaling.rungs import Counted, Row, count, make_row

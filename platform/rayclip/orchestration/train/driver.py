@@ -5,56 +5,20 @@ the workers alive, shows how far they are, and registers the best checkpoint at 
 """
 
 from collections.abc import Callable, Generator
-from concurrent.futures import wait
-from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray
-import ray.train
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from rayclip.config import ModelConfig, TrainConfig
-from rayclip.config.base import PathMark
-from rayclip.config.fields import map_paths
-from rayclip.data.augment import Augmentation
-from rayclip.data.mixture import MixturePart, load_parts
-from rayclip.data.order import Order
-from rayclip.data.stream import Stream, StreamSpec
-from rayclip.data.tokenizer import check_vocabulary
-from rayclip.errors import Interruption, UserError
-from rayclip.evaluation.tasks import Evaluator
-from rayclip.io.lease import Lease, LostError, hold
-from rayclip.io.paths import StoragePath, storage_path
-from rayclip.io.storage import absolute, format_path
-from rayclip.models.presets import preset, with_logit_bias
-from rayclip.models.weights import fit_weights
-from rayclip.orchestration.cluster.connection import begin_connecting, check_resources, connect
+from rayclip.config import TrainConfig
+from rayclip.data.stream import Stream
+from rayclip.io.lease import hold
+from rayclip.io.paths import storage_path
+from rayclip.orchestration.cluster.connection import begin_connecting
 from rayclip.orchestration.cluster.progress import Line, ProgressLine
-from rayclip.orchestration.cluster.ray_storage import ray_storage
-from rayclip.orchestration.cluster.ray_trainer import StreamTrainer
-from rayclip.orchestration.cluster.resources import local_cpus, resource_request
-from rayclip.orchestration.cluster.signals import Received, deferred_signals
-from rayclip.orchestration.train.branch import branch_checkpoint, branch_tags
-from rayclip.orchestration.train.follow import Evaluation, follow, start_fit
-from rayclip.orchestration.train.run_context import RunContext
+from rayclip.orchestration.cluster.resources import local_cpus
+from rayclip.orchestration.train.plan import plan_stream, resolve
 from rayclip.orchestration.train.run_folder import RunFolder
-from rayclip.orchestration.train.run_page import fill_page, page_tags
-from rayclip.orchestration.train.status import RunStatusActor
-from rayclip.orchestration.train.stream import StreamConfig, latest_checkpoint
-from rayclip.orchestration.train.summary import sum_up
-from rayclip.orchestration.train.validation import validation_config
-from rayclip.orchestration.train.worker import train_worker
-from rayclip.tracking import mlflow as tracking
-from rayclip.tracking.names import flatten
-from rayclip.tracking.registry import is_registered, resolve_model
-from rayclip.training.checkpoint import read_metrics, read_state
-from rayclip.version import code_version
 
-Training = Generator[Evaluation | None, None, dict[str, Any]]
-
-
-class CrashedError(UserError):
-    """Workers died more often than `cluster.max_failures` allows; another try may go better."""
+if TYPE_CHECKING:
+    from rayclip.orchestration.train.follow import Evaluation
 
 
 def run_training(config: TrainConfig, new_line: Callable[..., Line] = ProgressLine) -> dict[str, Any]:
@@ -75,7 +39,7 @@ def run_training(config: TrainConfig, new_line: Callable[..., Line] = ProgressLi
 
 def start_training(
     config: TrainConfig, new_line: Callable[..., Line], awaits_decision: bool = False, stops_on_signals: bool = False
-) -> Training:
+) -> Generator["Evaluation | None", None, dict[str, Any]]:
     """`run_training` as a generator, which yields now and then while the workers train.
 
     Where `awaits_decision`, it yields each evaluation, and the workers wait: for `next`, and the run goes on; or for
@@ -91,234 +55,10 @@ def start_training(
         new_line(complete["samples_seen"]).note(f"run '{config.name}' is complete already")
         return complete
     spec = plan_stream(config, may_lack_shards=folder.has_checkpoints())
-    Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
-    uri = tracking.resolve_uri(config.tracking.uri)
-    tracking.connect(uri)
-    begin_connecting(local_cpus(config))  # not before what can be wrong has been looked at
-    if config.weights is not None and record is None:
-        assert isinstance(config.model, ModelConfig)
-        fit_weights(resolve_model(config.weights, uri).folder, config.model)
+    # Ray's processes start while torch, MLflow and Ray Train are imported: seconds each.
+    begin_connecting(local_cpus(config))
+    from rayclip.orchestration.train.fit import check_run, train
 
+    uri = check_run(config, spec, is_new=record is None)
     with hold(folder.path, f"run '{config.name}'", say=new_line(Stream(spec).num_remaining()).note) as lease:
-        return (yield from _train(config, folder, spec, uri, new_line, awaits_decision, stops_on_signals, lease))
-
-
-def _train(
-    config: TrainConfig,
-    folder: RunFolder,
-    spec: StreamSpec,
-    uri: str,
-    new_line: Callable[..., Line],
-    awaits_decision: bool,
-    stops_on_signals: bool,
-    lease: Lease,
-) -> Training:
-    """Train in a folder that this process holds; what another has left there is read only now."""
-    complete, record = folder.read_summary(), folder.read_record()
-    if complete is not None:
-        return complete
-    total_samples = Stream(spec).num_remaining()
-    connect(local_cpus(config))
-    check_resources(resource_request(config), _describe_processes(config))
-
-    folder.repair_list()
-    found = latest_checkpoint(str(folder.checkpoints))
-    if found and read_state(found).manifest_digest != spec.digest:
-        raise UserError(f"the data set in '{spec.folder}' is not the one that run '{config.name}' began with")
-    parent_checkpoint = None if found or config.branch_from is None else branch_checkpoint(config, spec, total_samples)
-
-    version = code_version()
-    tags = page_tags(config, spec, version) | (branch_tags(parent_checkpoint) if parent_checkpoint else {})
-    run_id = _open_mlflow_run(config, uri, folder, record, spec, tags)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
-    status_actor = RunStatusActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    context = RunContext(
-        config,
-        spec,
-        total_samples,
-        str(folder.path),
-        uri,
-        run_id,
-        version,
-        status_actor,
-        parent_checkpoint,
-        awaits_decision,
-    )
-    succeeded = stopped = False
-    try:
-        with deferred_signals() if stops_on_signals else nullcontext(Received()) as received:
-            yield from _fit(context, folder, new_line, lease, received)
-        succeeded = True
-    except (GeneratorExit, KeyboardInterrupt):
-        stopped = True
-        raise
-    finally:
-        tracking.close_run(uri, run_id, succeeded, stopped)
-    summary = sum_up(config, folder, uri, run_id, Stream(spec).num_distinct())
-    folder.write_summary(summary)
-    return summary
-
-
-def _describe_processes(config: TrainConfig) -> str:
-    workers = f"a run with {config.cluster.min_workers} workers"
-    if not config.evaluation.is_asynchronous:
-        return f"{workers} and a reader"
-    return f"{workers}, a reader and a process that measures beside them (evaluation.asynchronous)"
-
-
-def resolve(config: TrainConfig) -> TrainConfig:
-    """The config with its model in full, and paths that hold in any folder. Raises UserError for an unknown model."""
-    model = preset(config.model) if isinstance(config.model, str) else config.model
-    if config.loss.kind == "sigmoid":
-        model = with_logit_bias(model)
-    return map_paths(config.model_copy(update={"model": model}), _absolute)
-
-
-def _absolute(path: str, mark: PathMark) -> str:
-    return path if mark.may_be_registered and is_registered(path) else absolute(path)
-
-
-def plan_stream(config: TrainConfig, may_lack_shards: bool = False) -> StreamSpec:
-    """Return the stream of a run. Raises UserError where the data does not fit the run.
-
-    Of a run that goes on shards may have gone since: their samples are counted, as they are while it runs.
-    """
-    model = config.model
-    assert isinstance(model, ModelConfig)
-    check_vocabulary(model.text.vocab_size)
-    parts = tuple(MixturePart(part.path, part.weight) for part in config.data.mixture)
-    folder = config.data.path or " + ".join(f"{part.weight:g} x {part.path}" for part in parts)
-    whole = load_parts(folder, parts)
-    whole.check_shards(may_lack_shards)
-    manifest = whole.subset(config.data.fraction, config.seed)
-    if config.batch_size > manifest.total_samples:
-        fraction = config.data.fraction
-        which = "which has" if fraction == 1 else f"of which data.fraction {fraction:g} has"
-        raise UserError(
-            f"batch_size {config.batch_size:,} is larger than the data set in '{folder}', "
-            f"{which} {manifest.total_samples:,} samples"
-        )
-    end = (config.epochs or 0) * Order(config.seed, manifest.shares).num_slots
-    return StreamSpec(
-        folder=folder,
-        digest=whole.digest,
-        seed=config.seed,
-        end=Stream.position_at(manifest, config.seed, config.samples) if config.samples else end,
-        window=config.data.shuffle_window,
-        image_size=model.vision.image_size,
-        context_length=model.text.context_length,
-        crop_scale=config.data.crop_scale,
-        crop_ratio=config.data.crop_ratio,
-        augmentation=Augmentation(
-            config.data.flip, config.data.colour_jitter, config.data.colour_jitter_share, config.data.grey
-        ),
-        fraction=config.data.fraction,
-        captions=config.data.captions,
-        mixture=parts,
-    )
-
-
-def _open_mlflow_run(
-    config: TrainConfig,
-    uri: str,
-    folder: RunFolder,
-    record: dict[str, Any] | None,
-    spec: StreamSpec,
-    tags: dict[str, str],
-) -> str:
-    resolved = config.model_dump(mode="json")
-    known: str | None = record["mlflow_run_id"] if record else None
-    section = config.tracking
-    run_id = tracking.open_run(
-        uri, section.experiment, config.name, resolved, tags, known, section.parent_run_id, section.artifacts
-    )
-    folder.write_record(resolved, run_id, Stream(spec).manifest.parts())
-    return run_id
-
-
-def _fit(
-    context: RunContext, folder: RunFolder, new_line: Callable[..., Line], lease: Lease, received: Received
-) -> Generator[Evaluation | None, None, None]:
-    config = context.config
-    workers = config.cluster
-    checkpoint = latest_checkpoint(str(folder.checkpoints))
-    found = checkpoint or context.parent_checkpoint
-    start = read_state(found).samples_seen if found else 0
-    line = new_line(context.total_samples, start=start)
-    line.note(f"MLflow run {tracking.run_address(context.tracking_uri, context.mlflow_run_id)}")
-    if context.parent_checkpoint:
-        line.note(f"branching off at {start:,} samples, from '{context.parent_checkpoint}'")
-    elif found:
-        line.note(f"going on with run '{config.name}' from {start:,} samples")
-    if context.awaits_decision and checkpoint:
-        yield _last_evaluation(checkpoint, context.total_samples)
-    trainer = StreamTrainer(
-        train_worker,
-        train_loop_config={"job": context},
-        # mypy reads the class of Train's first version.
-        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
-            num_workers=workers.num_workers,  # type: ignore[arg-type]
-            elastic_resize_monitor_interval_s=workers.resize_every_s,
-            use_gpu=workers.use_gpu,
-            resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(  # type: ignore[arg-type]
-            **ray_storage(folder.checkpoints),
-            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(
-                # Those of `at_samples` have the highest scores, so that they are the last to go.
-                num_to_keep=config.checkpoint.keep + len(config.checkpoint.at_samples),
-                checkpoint_score_attribute="score",
-            ),
-        ),
-        datasets={"train": ray.data.range(1)},  # stands for the stream, which is made when the workers are known
-        validation_config=validation_config(context)
-        if context.validates_asynchronously or folder.has_pending_validation()
-        else None,
-        dataset_config=StreamConfig(context.spec, str(folder.checkpoints), context.parent_checkpoint),
-    )
-    fit = start_fit(trainer)
-    try:
-        fill_page(context, line)
-        yield from follow(context.status_actor, line, fit, lease, received)
-        fit.result()
-    except ray.train.TrainingFailedError as error:
-        raise CrashedError(f"training failed after {workers.max_failures} restarts: {_last_line(error)}") from error
-    except (KeyboardInterrupt, LostError):  # the workers end with this process
-        raise
-    except BaseException:  # whatever it is, workers that wait for a decision, now or later, hear that there is none
-        ray.get(context.status_actor.end.remote())
-        wait([fit])
-        raise
-    finally:
-        line.close()
-    mistake: Any = ray.get(context.status_actor.error.remote())
-    if mistake:
-        raise UserError(mistake)
-    if received.number is not None:
-        _check_complete(context, folder, received.number)
-
-
-def _check_complete(context: RunContext, folder: RunFolder, signal_number: int) -> None:
-    """Raise Interruption where the workers have stopped before the end, with what is saved and how to go on."""
-    checkpoint = latest_checkpoint(str(folder.checkpoints))
-    state = read_state(checkpoint) if checkpoint else None
-    if state and state.samples_consumed >= context.total_samples:
-        return
-    saved = "nothing was trained yet"
-    if state:
-        saved = f"saved at {state.samples_seen:,} samples, in {format_path(str(checkpoint))}"
-    raise Interruption(signal_number, f"stopped: {saved}; the same command goes on from there")
-
-
-def _last_evaluation(found: StoragePath, total_samples: int) -> Evaluation | None:
-    """What the checkpoint's evaluation gave: the crash may have come before it was decided on. None: nothing to ask."""
-    state, tasks = read_state(found), read_metrics(found)["tasks"]
-    if state.samples_consumed >= total_samples or not tasks:
-        return None
-    return {"samples_seen": state.samples_seen, **flatten(tasks)}
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+        return (yield from train(config, folder, spec, uri, new_line, awaits_decision, stops_on_signals, lease))

@@ -14,8 +14,6 @@ from rayclip.errors import UserError
 from rayclip.io.files import write_json
 from rayclip.io.paths import StoragePath
 from rayclip.orchestration.cluster.ray_internals import CHECKPOINT_LIST, lists_pending_validation
-from rayclip.orchestration.cluster.ray_storage import train_result
-from rayclip.training.checkpoint import read_metrics
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,10 @@ class RunFolder:
 
     def evaluated_checkpoints(self) -> list[tuple[StoragePath, dict[str, Any]]]:
         """Whole checkpoints with their metrics, oldest first. A crash may leave others, half written."""
+        # Ray and torch: what a run's record says is read before they are imported.
+        from rayclip.orchestration.cluster.ray_storage import train_result
+        from rayclip.training.checkpoint import read_metrics
+
         listed = train_result(self.checkpoints).best_checkpoints or []
         folders = [self.checkpoints / name for name in sorted(PurePath(found.path).name for found, _ in listed)]
         return [(folder, read_metrics(folder)) for folder in folders]
