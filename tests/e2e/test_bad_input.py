@@ -132,7 +132,7 @@ def test_a_name_that_a_run_with_other_settings_has(train, tmp_path, values):
     ids=["config", "data", "gpus"],
 )
 def test_as_a_process(tmp_path, values, arguments, said):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/platform", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "jobs.train", *arguments]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
