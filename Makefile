@@ -11,7 +11,7 @@ SHELL := /bin/bash
 CALMLY := | awk '/^Collecting/ {print "  " $$2; fflush()} /^Installing collected/ {print "  installing ..."; fflush()}'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check docs ui peers browser clean
+.PHONY: help install demo serve test chaos check docs ui peers browser clean
 
 help: ## list what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F': *' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -32,8 +32,13 @@ demo: install ## build the embedded data, train a small CLIP on it, evaluate and
 serve: install ## serve what `make demo` trained, on 127.0.0.1:8000, with a page to try it
 	@$(BIN)/rayclip serve serve_demo
 
-test: install peers browser ## run all tests
-	@$(BIN)/python -m pytest -n 2 --durations=40
+REST := chaos or e2e or statistics
+
+test: install peers browser ## run the tests, but for those of `make chaos`
+	@$(BIN)/python -m pytest -n 2 --durations=20 -m "not ($(REST))"
+
+chaos: install peers browser ## run the long tests: kills, nodes that come and go, the tutorial, statistics
+	@$(BIN)/python -m pytest -n 2 --durations=20 -m "$(REST)"
 
 check: install ## style, types and import rules
 	@$(BIN)/ruff check .

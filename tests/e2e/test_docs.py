@@ -63,7 +63,7 @@ def wait_for(url, process, log):
     raise AssertionError(f"no answer in {START_S} s: {log.read_text()}")
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.timeout(1200)  # five commands, each of which starts a Ray
 def test_the_tutorial_goes_from_pairs_to_a_served_model(tmp_path, shell):
     text = (DOCS / "tutorial.md").read_text()
@@ -91,7 +91,7 @@ def test_the_tutorial_goes_from_pairs_to_a_served_model(tmp_path, shell):
     assert len(served["results"][0]["predictions"]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

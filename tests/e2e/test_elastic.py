@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 from rayclip.data.manifest import Manifest
 from rayclip.data.order import Order
 
-pytestmark = [pytest.mark.chaos, pytest.mark.slow]
+pytestmark = pytest.mark.chaos
 
 EPOCHS = 6
 NUM_SAMPLES = 1000

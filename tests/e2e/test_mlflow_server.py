@@ -97,7 +97,7 @@ def test_both_manifests_run_the_same_command():
     assert compose == kubernetes
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_a_run_goes_through_the_server_into_database_and_bucket(server, s3, tmp_path, monkeypatch):
     # Clients speak to the server alone: they need no keys to the bucket.
     endpoint = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "MLFLOW_S3_ENDPOINT_URL")}

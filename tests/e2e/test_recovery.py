@@ -22,7 +22,7 @@ from rayclip.models.clip import CLIP
 from rayclip.models.weights import Weights, write_weights
 from rayclip.training.checkpoint import load_model
 
-pytestmark = [pytest.mark.chaos, pytest.mark.slow]
+pytestmark = pytest.mark.chaos
 
 EPOCHS = 6
 NUM_SAMPLES = 1000

@@ -18,7 +18,7 @@ import pytest
 from rayclip.data.order import Order
 from rayclip.version import code_version
 
-pytestmark = [pytest.mark.chaos, pytest.mark.slow]
+pytestmark = pytest.mark.chaos
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "the-token-of-this-test"

@@ -15,8 +15,6 @@ from rayclip.orchestration.train.driver import run_training, start_training
 from rayclip.orchestration.train.run_folder import RunFolder
 from tests.broken_corpus import CHUNK_SAMPLES, GONE, HALF, NUM_SAMPLES, SHARD_SAMPLES, SIDE, build_corpus
 
-pytestmark = pytest.mark.slow
-
 
 def test_ten_thousand_samples_with_all_that_can_be_wrong_are_counted_to_the_last(
     tmp_path, tiny_config, write_dataset, make_config, monkeypatch
@@ -61,6 +59,7 @@ def test_ten_thousand_samples_with_all_that_can_be_wrong_are_counted_to_the_last
     }
 
 
+@pytest.mark.chaos
 def test_a_run_goes_on_where_a_shard_has_gone_since(tmp_path, make_samples, write_dataset, make_config, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data, pairs = tmp_path / "data", tmp_path / "pairs"

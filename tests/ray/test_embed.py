@@ -289,7 +289,6 @@ def test_what_a_worker_finds_wrong_is_one_line_here(tmp_path, capfd):
 
 
 @pytest.mark.chaos
-@pytest.mark.slow
 def test_a_part_that_kills_every_worker_ends_the_job(tmp_path):
     folder = PartitionedOutput(tmp_path / "out", {"kind": "embed", "model_version": "x", "source": "y"}, 2)
     folder.begin()
@@ -319,7 +318,6 @@ def processes(parent, title):
 
 
 @pytest.mark.chaos
-@pytest.mark.slow
 def test_killed_midway_and_started_again_has_the_same_rows(checkpoint, write_dataset, tmp_path):
     images = []
     for _ in range(4):

@@ -62,7 +62,6 @@ def files_of(folder):
 
 
 @pytest.mark.chaos
-@pytest.mark.slow
 def test_killed_midway_and_started_again_ends_with_the_same_bytes(source, whole, tmp_path):
     config = config_of(source, tmp_path / "out")
     (tmp_path / "config.yaml").write_text(config.model_dump_json())

@@ -24,8 +24,6 @@ from rayclip.io.paths import storage_path
 from rayclip.orchestration.sweep import driver as sweep_module
 from rayclip.orchestration.sweep.trial import TrialTask, _train
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 PARENT = "mlflow.parentRunId"
 LR = "optimizer.lr"

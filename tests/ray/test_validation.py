@@ -20,8 +20,6 @@ from rayclip.orchestration.train.driver import run_training
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.training.checkpoint import load_model, read_metrics
 
-pytestmark = pytest.mark.slow
-
 NUM_SAMPLES, BATCH = 200, 20
 CHECKPOINT_EVERY, EVALUATE_EVERY = 40, 80
 EVALUATED = [80, 160, 200]

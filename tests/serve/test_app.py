@@ -59,7 +59,6 @@ def test_arguments_of_serve_run_are_texts_with_dots(model_folder):
         build_app({"model": str(model_folder), "image_encoder.replicas": "3"})
 
 
-@pytest.mark.slow
 def test_serve_run_with_a_production_file(tmp_path, model_folder, free_port):
     values = yaml.safe_load((ROOT / "infra" / "serve" / "cpu.yaml").read_text())
     values["http_options"] |= {"host": "127.0.0.1", "port": free_port}

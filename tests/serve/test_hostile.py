@@ -43,8 +43,6 @@ from tests.serve.wire import (
     wrong_form,
 )
 
-pytestmark = pytest.mark.slow
-
 DEPLOYMENTS = ("Ingress", "ImageEncoder", "TextEncoder", "Coordinator")
 GROWTH = 400 * MEGABYTE
 """Of all replicas together, after the warm-up. Not a leak is what the C library gives back late: a decoded picture of

@@ -6,8 +6,6 @@ import pytest
 
 from tests.serve.load import Load
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def service(start_service, model_folder):

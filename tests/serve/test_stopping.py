@@ -16,8 +16,6 @@ import pytest
 from tests.serve.conftest import ServiceProcess
 from tests.serve.wire import JSON, connect, post, receive, request, send
 
-pytestmark = pytest.mark.slow
-
 OUTSTANDING = 50
 DELAY_S = 2.0
 
@@ -125,6 +123,7 @@ def without_repeats(statuses):
     return [*(a for a, b in pairwise(statuses) if a != b), *statuses[-1:]]
 
 
+@pytest.mark.chaos
 def test_sigterm_answers_what_was_accepted_and_readiness_goes_first(tmp_path, model_folder, encoded):
     service = ServiceProcess(
         tmp_path,

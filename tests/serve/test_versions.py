@@ -15,8 +15,6 @@ from rayclip.tracking.mlflow import connect
 from rayclip.tracking.registry import link_checkpoint, move_alias, register
 from tests.serve.load import Load
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory, write_model):

@@ -155,7 +155,6 @@ def test_every_outcome_of_a_known_corpus(corpus, tmp_path):
     check_outcomes(corpus, tmp_path)
 
 
-@pytest.mark.slow
 def test_every_outcome_of_a_large_known_corpus(tmp_path):
     check_outcomes(build_corpus(200_000), tmp_path)
 

@@ -217,7 +217,7 @@ def test_a_frontier_of_noise_is_set_right_and_one_of_better_runs_is_left_alone()
     assert exponent.low <= 0.111 <= exponent.high and exponent.high - exponent.low < 0.02, exponent
 
 
-@pytest.mark.slow
+@pytest.mark.statistics
 @pytest.mark.parametrize(
     ("form", "frontier", "count"),
     [("power_limit", "all", 20), ("power_limit", "bins", 20), ("shifted_limit", "bins", 40), ("chinchilla", "all", 24)],

@@ -118,7 +118,6 @@ def test_open_clip_reads_and_writes_the_same(open_clip, family, tmp_path):
     check_open_clip(open_clip, FAMILIES[family], tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.peers
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_open_clip_at_full_size(open_clip, name, tmp_path):
@@ -142,7 +141,6 @@ def test_transformers_reads_and_writes_the_same(transformers, family, tmp_path):
     check_transformers(transformers, FAMILIES[family], tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.peers
 def test_transformers_at_full_size(transformers, tmp_path):
     check_transformers(transformers, preset("ViT-B/32-quickgelu"), tmp_path)
