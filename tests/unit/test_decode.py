@@ -276,6 +276,13 @@ def test_a_bad_caption_names_its_cause(sample, cause):
     assert cause in CAUSES
 
 
+def test_codes_of_causes_that_runs_have_kept_stay():
+    """As samples.npy of the last release has them."""
+    there = "fine chunk_unreadable sample_missing no_image image_unreadable image_undecodable no_caption "
+    there += "caption_not_utf8 caption_empty loss_not_finite gradient_not_finite loss_spike logit_scale_collapsed"
+    assert list(CAUSES[:13]) == there.split()
+
+
 @pytest.mark.parametrize(("sample", "cause"), [({"txt": b"x"}, "no_image"), ({"jpg": b"x"}, "image_undecodable")])
 def test_a_bad_picture_names_its_cause(sample, cause):
     with pytest.raises(BadSampleError) as caught:

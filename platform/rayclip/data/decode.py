@@ -34,12 +34,13 @@ CAUSES = (
     "no_caption",
     "caption_not_utf8",
     "caption_empty",
+    *GUARD_CAUSES,
     "image_too_large",
     "image_too_thin",
     "row_malformed",
-    *GUARD_CAUSES,
 )
-"""Why a sample was skipped; its index in this tuple is the code that travels with the stream."""
+"""Why a sample was skipped; its index in this tuple is the code that travels with the stream, and that runs keep in
+samples.npy. New ones come at the end: the codes of files that are there already must not change."""
 
 
 class BadSampleError(Exception):

@@ -37,7 +37,7 @@ Sample = tuple[int, int]
 
 _FEW_SAMPLES = 1_000  # below this many, a fraction of bad ones says little
 _SHOWN_SHARDS = 3
-_FIRST_GUARD_CAUSE = CAUSES.index(GUARD_CAUSES[0])
+_GUARD_CODES = [CAUSES.index(cause) for cause in GUARD_CAUSES]
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,9 @@ class Trainer:
         """Take the weights of the last checkpoint; what came since then is owed once more, but for what is left out."""
         assert self._snapshot and self.hooks.replay
         seen, mine = self._gather_unsaved(), self._concat_unsaved()
-        left_out = seen[:, 2] >= _FIRST_GUARD_CAUSE
+        left_out = _is_left_out(seen)
         self._pending = (self._pending | _samples(seen)) - _samples(seen[left_out])
-        self._unsaved = [mine[mine[:, 2] >= _FIRST_GUARD_CAUSE]]
+        self._unsaved = [mine[_is_left_out(mine)]]
         self._count_from_checkpoint(int(left_out.sum()))
         self._snapshot.restore(self.state)
         self._meter.start_window()
@@ -250,7 +250,7 @@ class Trainer:
 
     def _too_many_bad(self, given_so_far: int) -> str:
         seen = self._gather_unsaved()
-        skipped = self._count_skipped(seen[seen[:, 2] < _FIRST_GUARD_CAUSE])
+        skipped = self._count_skipped(seen[~_is_left_out(seen)])
         shown = ", ".join(f"{cause} {count:,}" for cause, count in skipped.items() if cause not in GUARD_CAUSES)
         return (
             f"{self._num_skipped - self._num_left_out:,} of {given_so_far:,} samples could not be read ({shown}"
@@ -266,7 +266,7 @@ class Trainer:
     def _shards_of_unreadable(self, seen: np.ndarray) -> Counter[str]:
         if self.hooks.shard_of is None:
             return Counter()
-        unreadable = seen[(seen[:, 2] > 0) & (seen[:, 2] < _FIRST_GUARD_CAUSE), 0]
+        unreadable = seen[(seen[:, 2] > 0) & ~_is_left_out(seen), 0]
         return Counter(self.hooks.shard_of(position) for position in unreadable.tolist())
 
     def _count_skipped(self, seen: np.ndarray) -> dict[str, int]:
@@ -281,6 +281,11 @@ class Trainer:
 def passes(marks: tuple[int, ...], before: int, after: int) -> bool:
     """Whether a count that went from `before` to `after` reached one of the marks on its way."""
     return any(before < mark <= after for mark in marks)
+
+
+def _is_left_out(rows: np.ndarray) -> np.ndarray:
+    """Which samples the guard left out, bool [N]."""
+    return np.isin(rows[:, 2], _GUARD_CODES)
 
 
 def _samples(rows: np.ndarray) -> set[Sample]:
