@@ -320,9 +320,3 @@ def test_deep_grey_is_scaled_to_what_its_values_reach(mode, white):
     reached = white if white < 2**31 - 1 else 2**32 - 1
     assert np.abs(pixels[..., 0] - values / reached * 255).max() <= 1
     assert np.ptp(pixels, axis=2).max() == 0
-
-
-@pytest.mark.parametrize("address", ["gs://bucket/shards", "hf://datasets/a/b", "https://example.org/{0..9}.tar"])
-def test_a_store_that_is_not_read_is_said(address):
-    with pytest.raises(UserError, match=r":// is not read; give a path on disk or s3://BUCKET/KEY"):
-        index(IndexConfig(path=address))

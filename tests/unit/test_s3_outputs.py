@@ -21,11 +21,11 @@ from rayclip.io import s3 as s3_requests
 from rayclip.io import storage
 from rayclip.io.files import whole_file, write_json
 from rayclip.io.latency import LatencyEstimator
-from rayclip.io.paths import S3Path, append, local_copy, matching, remove_tree, staged, storage_path
+from rayclip.io.paths import RemotePath, append, local_copy, matching, remove_tree, staged, storage_path
 from rayclip.models.clip import CLIP
 from rayclip.orchestration.batch.ingest_output import IngestOutput
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, open_complete
-from rayclip.orchestration.cluster.connection import s3_environment
+from rayclip.orchestration.cluster.connection import storage_environment
 from rayclip.orchestration.cluster.ray_storage import S3FileSystem, ray_storage, train_result, upload_checkpoint
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.tracking import mlflow as tracking
@@ -80,7 +80,7 @@ def test_what_goes_wrong_while_it_is_written_leaves_nothing(folder):
 
 def test_a_large_file_goes_up_in_parts_and_comes_down_in_ranges_with_faults(folder, tmp_path, s3, monkeypatch):
     monkeypatch.setattr(s3_requests, "_PART_BYTES", 5 * 2**20)
-    monkeypatch.setattr(s3_requests, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(storage, "BLOCK_BYTES", 2**20)
     s3.rate = 0.2
     data = np.random.default_rng(0).bytes(23 * 2**20 + 7)
     (tmp_path / "large").write_bytes(data)
@@ -219,13 +219,13 @@ def test_mlflow_keeps_files_in_s3_and_says_where(s3, tmp_path):
 
 def test_workers_are_told_where_s3_is_and_no_secret(s3, monkeypatch):
     monkeypatch.setenv("AWS_SESSION_TOKEN", "secret")
-    assert s3_environment() == {"AWS_ENDPOINT_URL": s3.url, "AWS_DEFAULT_REGION": "us-east-1"}
+    assert storage_environment() == {"AWS_ENDPOINT_URL": s3.url, "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 def test_a_place_in_s3_is_refused_by_what_knows_disks_alone():
     for use in (open, os.fspath, Path):
         with pytest.raises(TypeError):
-            use(S3Path("s3://bucket/key"))
+            use(RemotePath("s3://bucket/key"))
 
 
 def test_a_request_is_late_when_it_takes_longer_than_nearly_all():

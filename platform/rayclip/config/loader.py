@@ -13,10 +13,11 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from rayclip.config.base import Config
-from rayclip.config.fields import models_of, rename_keys
+from rayclip.config.base import Config, PathMark
+from rayclip.config.fields import marked_values, models_of, rename_keys
 from rayclip.config.recipes import find_config
 from rayclip.errors import UserError, nearest
+from rayclip.io.read_only import check_readable, check_writable, scheme_of
 
 Schema = TypeVar("Schema", bound=Config)
 
@@ -42,7 +43,7 @@ def load(schema: type[Schema], path: str | Path | None, overrides: list[str]) ->
         renamed += of_override
         _set(values, location, value, override)
     _note_renamed(renamed)
-    return validate(schema, values, str(path or "command line"))
+    return _check_addresses(validate(schema, values, str(path or "command line")))
 
 
 def load_from_python(
@@ -78,7 +79,19 @@ def load_from_python(
         else:
             values = _merge(values, {location[0]: plain})
     _note_renamed(renamed)
-    return validate(schema, values, source)
+    return _check_addresses(validate(schema, values, source))
+
+
+def _check_addresses(config: Schema) -> Schema:
+    """The settings. Raises UserError for a path in a store that could not be read, or not be written to."""
+    for key, value, mark in marked_values(config):
+        if not isinstance(mark, PathMark) or mark.access is None or not scheme_of(value):
+            continue
+        try:
+            check_readable(value) if mark.access == "read" else check_writable(value)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+    return config
 
 
 def _merge(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from rayclip.data.manifest import FILE_NAME, PARTIAL, Manifest
 from rayclip.data.sources.table import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column, same_column
 from rayclip.errors import UserError
 from rayclip.io.lease import FILE_NAMES
-from rayclip.io.patterns import is_pattern, select, split_pattern
+from rayclip.io.patterns import is_pattern, is_wild, select, split_pattern
+from rayclip.io.read_only import check_writable, is_web
 from rayclip.io.s3 import File
 from rayclip.io.storage import (
     absolute,
@@ -102,10 +103,12 @@ def make_plan(config: IndexConfig) -> IndexPlan:
 
 
 def output_folder(config: IndexConfig) -> str:
-    """Return the folder that the manifest is written to."""
+    """Return the folder that the manifest is written to. Raises UserError where it cannot be written to."""
+    path = absolute(config.path)
+    if not config.output:
+        check_writable(path, "give output=FOLDER, where the manifest goes")
     if config.output:
         return absolute(config.output)
-    path = absolute(config.path)
     if is_pattern(path):
         return split_pattern(path)[0]
     return split(path)[0] if find_file(path) else path
@@ -122,11 +125,17 @@ def _list(folder: str) -> list[File]:
     return [file for file in list_files(folder) if not file.name.startswith(FILE_NAMES)]
 
 
+def _find_named(folder: str, names: Sequence[str]) -> list[File]:
+    """Those of the named files that are there, where the folder may not be listed."""
+    found = find_files([join(folder, name) for name in names])
+    return sorted(file._replace(name=name) for name, file in zip(names, found, strict=True) if file is not None)
+
+
 def _look(config: IndexConfig) -> _Files:
     path = absolute(config.path)
     if is_pattern(path):
         root, patterns = split_pattern(path)
-        there = _list(root)
+        there = _list(root) if any(map(is_wild, patterns)) or not is_web(root) else _find_named(root, patterns)
         return _Files(root, there, select(there, patterns, config.path))
     found = find_file(path)
     if found is None:

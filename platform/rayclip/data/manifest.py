@@ -24,6 +24,7 @@ from rayclip.data.formats import FORMATS, Layout, Sample, Shard, Span
 from rayclip.data.order import mix64
 from rayclip.errors import UserError
 from rayclip.io.patterns import is_pattern, select, split_pattern
+from rayclip.io.read_only import is_web
 from rayclip.io.s3 import File
 from rayclip.io.storage import find_file, find_files, is_remote, join, list_files, read_bytes, read_range, write_bytes
 
@@ -180,8 +181,9 @@ class Manifest:
                 )
 
     def _sizes_there(self) -> list[int | None]:
-        if is_remote(self.root or self.folder) and len(self.shards) > _FEW_SHARDS:
-            sizes = {file.name: file.size for file in list_files(self.root or self.folder)}
+        root = self.root or self.folder
+        if is_remote(root) and not is_web(root) and len(self.shards) > _FEW_SHARDS:
+            sizes = {file.name: file.size for file in list_files(root)}
             return [sizes.get(name) for name in self.shards]
         return [file and file.size for file in find_files([self._path(name) for name in self.shards])]
 

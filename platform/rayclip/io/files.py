@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rayclip.io import s3, storage
+from rayclip.io import read_only, s3, storage
 from rayclip.io.paths import StoragePath, staged
 
 
@@ -20,6 +20,7 @@ def whole_file(path: StoragePath) -> Iterator[BinaryIO]:
         with storage.whole_local(path) as target:
             yield target
         return
+    read_only.check_writable(str(path))
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch) / path.name
         with written.open("wb") as target:

@@ -25,7 +25,7 @@ import psutil
 
 from rayclip.errors import UserError
 from rayclip.io import s3
-from rayclip.io.paths import S3Path, StoragePath
+from rayclip.io.paths import RemotePath, StoragePath
 from rayclip.io.s3 import ChangedError, StorageError
 
 FILE_NAME, _LOCK_NAME = "owner.json", "owner.lock"
@@ -210,7 +210,7 @@ class _Store(Protocol):
 
 
 def _store_of(folder: StoragePath) -> _Store:
-    return _RemoteStore(folder / FILE_NAME) if isinstance(folder, S3Path) else _DiskStore(folder / FILE_NAME)
+    return _RemoteStore(folder / FILE_NAME) if isinstance(folder, RemotePath) else _DiskStore(folder / FILE_NAME)
 
 
 def _parse(data: bytes) -> dict[str, Any]:
@@ -290,7 +290,7 @@ class _DiskStore:
 class _RemoteStore:
     """A version is the file's ETag."""
 
-    def __init__(self, path: S3Path) -> None:
+    def __init__(self, path: RemotePath) -> None:
         self._path = path
 
     def read(self) -> _Found | None:

@@ -1,6 +1,6 @@
-"""Paths of folders and files on disk or in S3, with the part of pathlib's methods that both have.
+"""Paths of folders and files on disk or in a store, with the part of pathlib's methods that both have.
 
-A path in S3 is no PathLike: code that does not know S3 refuses it, and makes no folder called "s3:".
+A path in a store is no PathLike: code that does not know stores refuses it, and makes no folder called "s3:".
 """
 
 import io
@@ -13,20 +13,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, Union
 
-from rayclip.io import s3, storage
+from rayclip.io import read_only, s3, storage
 
 
 @dataclass(frozen=True, order=True)
-class S3Path:
-    """An address, s3://BUCKET/KEY. A folder is there where a file below it is."""
+class RemotePath:
+    """An address, as s3://BUCKET/KEY. A folder is there where a file below it is."""
 
     address: str
 
     def __str__(self) -> str:
         return self.address
 
-    def __truediv__(self, name: str) -> "S3Path":
-        return S3Path(f"{self.address}/{name}")
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(f"{self.address}/{name}")
 
     @property
     def name(self) -> str:
@@ -34,9 +34,9 @@ class S3Path:
         return self.address.rpartition("/")[2]
 
     @property
-    def parent(self) -> "S3Path":
+    def parent(self) -> "RemotePath":
         """The folder that it lies in."""
-        return S3Path(self.address.rpartition("/")[0])
+        return RemotePath(self.address.rpartition("/")[0])
 
     @property
     def stem(self) -> str:
@@ -58,14 +58,14 @@ class S3Path:
 
     def is_dir(self) -> bool:
         """Whether there is a file below it."""
-        return s3.has_files(self.address)
+        return storage.has_files(self.address)
 
-    def iterdir(self) -> Iterator["S3Path"]:
+    def iterdir(self) -> Iterator["RemotePath"]:
         """What lies in the folder, by name."""
         names = (file.name.partition("/")[0] for file in storage.list_files(self.address))
         return (self / name for name in dict.fromkeys(names) if name)
 
-    def glob(self, pattern: str) -> Iterator["S3Path"]:
+    def glob(self, pattern: str) -> Iterator["RemotePath"]:
         """Files whose names, part by part, are like the pattern's, by name."""
         wanted = pattern.split("/")
         for file in storage.list_files(self.address):
@@ -75,7 +75,7 @@ class S3Path:
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """The file, to read and seek in."""
-        assert mode == "rb", "files in S3 are written whole, by files.whole_file"
+        assert mode == "rb", "files in stores are written whole, by files.whole_file"
         return storage.open_file(self.address)
 
     def read_bytes(self) -> bytes:
@@ -94,13 +94,13 @@ class S3Path:
         storage.remove(self.address)
 
 
-StoragePath = Union[Path, S3Path]  # noqa: UP007 (read at import, where a class has no "or" with a string)
+StoragePath = Union[Path, RemotePath]  # noqa: UP007 (read at import, where a class has no "or" with a string)
 
 
 def storage_path(path: str | StoragePath) -> StoragePath:
     """Return the absolute path that a path or an address names."""
     absolute = storage.absolute(str(path))
-    return S3Path(absolute) if storage.is_remote(absolute) else Path(absolute)
+    return RemotePath(absolute) if storage.is_remote(absolute) else Path(absolute)
 
 
 def matching(folder: StoragePath, pattern: str) -> list[StoragePath]:
@@ -140,8 +140,9 @@ def remove_tree(folder: StoragePath) -> None:
         storage.remove_folder(str(folder))
 
 
-def upload_folder(source: Path, target: S3Path, last: str | None = None) -> None:
+def upload_folder(source: Path, target: RemotePath, last: str | None = None) -> None:
     """Copy a folder's files to S3; the one named `last`, by which the others count, after all others."""
+    read_only.check_writable(str(target))
     names = [file.name for file in storage.list_files(str(source))]
     for name in sorted(names, key=lambda name: name == last):
         s3.upload(source / name, str(target / name))

@@ -7,14 +7,20 @@ from itertools import takewhile
 from braceexpand import braceexpand
 
 from rayclip.errors import UserError
+from rayclip.io.read_only import is_web
 from rayclip.io.s3 import File
 
 _WILD = "*?["
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path names several files."""
-    return any(character in path for character in ("*", "?", "{", "["))
+    """Whether a path names several files. In an address on a web server a question mark begins a query."""
+    return any(character in path for character in ("*{[" if is_web(path) else "*{[?"))
+
+
+def is_wild(pattern: str) -> bool:
+    """Whether only a listing tells which files a name without braces stands for."""
+    return any(character in pattern for character in _WILD)
 
 
 def split_pattern(path: str) -> tuple[str, list[str]]:
@@ -32,7 +38,7 @@ def split_pattern(path: str) -> tuple[str, list[str]]:
 def select(files: Sequence[File], patterns: Sequence[str], path: str) -> list[File]:
     """The files that the patterns name, in the order of `files`. Raises UserError for a named one that is not there."""
     names = {file.name for file in files}
-    plain = [pattern for pattern in patterns if not any(character in pattern for character in _WILD)]
+    plain = [pattern for pattern in patterns if not is_wild(pattern)]
     missing = [name for name in plain if name not in names]
     if missing:
         more = f", nor are {len(missing) - 1:,} others of it" if len(missing) > 1 else ""

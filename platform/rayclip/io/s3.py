@@ -7,14 +7,13 @@ and is drawn anew each time; a ranged read that takes longer than others do race
 """
 
 import asyncio
-import io
 import os
 import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,8 +27,6 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
 # A read that is later than others are, or than this, is asked for once more, and given up much later.
 _PATIENCE_S, _PATIENT_BYTES_PER_S, _DEADLINE_S = 1.0, 4_000_000, 60.0
 _CONNECTIONS = 64
-BLOCK_BYTES = 4 * 2**20
-"""What a file that is read on and on fetches by one request."""
 _PART_BYTES = 16 * 2**20  # what an upload sends by one request
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -62,12 +59,12 @@ def list_files(folder: str) -> list[File]:
         return sorted(File(name[start:], i["size"], str(i["ETag"]).strip('"')) for name, i in found.items())
 
     def agreeing() -> list[File]:
-        first, second = (_retried(folder, once) for _ in range(2))
+        first, second = (retried(folder, once) for _ in range(2))
         if first != second:
             raise StorageError(f"two listings of '{folder}' differ")
         return second
 
-    return _retried(folder, agreeing)
+    return retried(folder, agreeing)
 
 
 def has_files(address: str) -> bool:
@@ -76,7 +73,7 @@ def has_files(address: str) -> bool:
     asked = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "MaxKeys": 1}
     try:
         return any(
-            _retried(address, lambda: client().call_s3("list_objects_v2", **asked)).get("Contents") for _ in range(2)
+            retried(address, lambda: client().call_s3("list_objects_v2", **asked)).get("Contents") for _ in range(2)
         )
     except FileNotFoundError:  # the bucket
         return False
@@ -84,7 +81,7 @@ def has_files(address: str) -> bool:
 
 def find_file(path: str) -> File:
     """The file at an address. Raises FileNotFoundError."""
-    info = _retried(path, lambda: client().info(path))
+    info = retried(path, lambda: client().info(path))
     if info["type"] != "file":
         raise FileNotFoundError(f"no file at '{path}'")
     return File(path, info["size"], str(info["ETag"]).strip('"'))
@@ -92,12 +89,12 @@ def find_file(path: str) -> File:
 
 def read_bytes(path: str) -> bytes:
     """A file's content. Raises FileNotFoundError and StorageError."""
-    return _retried(path, lambda: _race(path, None, None))
+    return retried(path, lambda: _race(path, None, None))
 
 
 def read_range(path: str, offset: int, length: int) -> bytes:
     """`length` bytes from `offset` on, by one request. Raises OSError where the file cannot be read that far."""
-    return _retried(path, lambda: whole(path, _race(path, offset, offset + length), length))
+    return retried(path, lambda: whole(path, _race(path, offset, offset + length), length))
 
 
 def write_bytes(path: str, data: bytes) -> None:
@@ -122,7 +119,7 @@ def upload(source: Path, path: str) -> None:
         with source.open("rb") as file:
             file.seek((number - 1) * _PART_BYTES)
             data = file.read(_PART_BYTES)
-        sent = _retried(path, lambda: client().call_s3("upload_part", **there, PartNumber=number, Body=data))
+        sent = retried(path, lambda: client().call_s3("upload_part", **there, PartNumber=number, Body=data))
         return {"PartNumber": number, "ETag": sent["ETag"]}
 
     def complete() -> None:
@@ -154,7 +151,7 @@ def read_tagged(path: str) -> tuple[bytes, str]:
 
         return sync(client().loop, ask)
 
-    return _retried(path, once)
+    return retried(path, once)
 
 
 def write_if(path: str, data: bytes, tag: str | None) -> str:
@@ -200,52 +197,7 @@ def remove(path: str) -> None:
     """Delete a file, where there is one."""
     with suppress(FileNotFoundError):
         find_file(path)
-        _retried(path, lambda: client().rm_file(path))
-
-
-class RemoteFile(io.RawIOBase):
-    """A file in S3 whose every read is one ranged request."""
-
-    def __init__(self, path: str, size: int) -> None:
-        self._path, self._size, self._at = path, size, 0
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True: any byte can be asked for."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place; nothing is fetched."""
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = max(0, start + offset)
-        return self._at
-
-    def tell(self) -> int:
-        """Where the next read begins."""
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        """Fetch up to `size` bytes; many of them by several requests at once."""
-        left = max(0, self._size - self._at)
-        end = self._at + (left if size < 0 else min(size, left))
-        starts = range(self._at, end, BLOCK_BYTES)
-        fetch = partial(_read_to, self._path, end)
-        data = b"".join(map(fetch, starts) if len(starts) < 2 else requests().map(fetch, starts))
-        self._at += len(data)
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        """Fetch as much as the buffer holds."""
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _read_to(path: str, end: int, start: int) -> bytes:
-    return read_range(path, start, min(BLOCK_BYTES, end - start))
+        retried(path, lambda: client().rm_file(path))
 
 
 _latency = LatencyEstimator()
@@ -279,11 +231,12 @@ def _client_of(process: int, endpoint: str | None) -> Any:
     client = S3FileSystem(
         endpoint_url=endpoint, config_kwargs=settings, use_listings_cache=False, skip_instance_cache=True
     )
-    client.retries = 1  # `_retried` does that
+    client.retries = 1  # `retried` does that
     return client
 
 
-def _retried(path: str, request: Callable[[], T]) -> T:
+def retried(path: str, request: Callable[[], T]) -> T:
+    """The answer to a request, which is made again where it fails for a reason that may pass. Raises StorageError."""
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(random.uniform(0.5, 1) * min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 3 ** (attempt - 1)))
@@ -301,7 +254,7 @@ def _retried(path: str, request: Callable[[], T]) -> T:
 
 def _written(path: str, request: Callable[[], T]) -> T:
     try:
-        return _retried(path, request)
+        return retried(path, request)
     except FileNotFoundError:
         raise StorageError(f"'{path}' cannot be written: there is no such bucket") from None
     except PermissionError as error:

@@ -115,7 +115,7 @@ def fill_run(uri: str, run_id: str, description: str, data_sets: Sequence[DataSe
             Dataset(
                 name=PurePath(found.path).name,
                 digest=found.digest[:_MOST_DIGEST],
-                source_type="s3" if is_remote(found.path) else "local",
+                source_type=found.path.partition("://")[0] if is_remote(found.path) else "local",
                 source=json.dumps({"uri": found.path}),
                 profile=json.dumps({"num_samples": found.num_samples}),
             ),

@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 
 from rayclip.data.formats.base import PICTURE, ChunkError, Layout, Sample, Shard, Span, check_columns
 from rayclip.data.formats.members import add_images, caption_members
-from rayclip.io.s3 import RemoteFile
-from rayclip.io.storage import is_remote, split
+from rayclip.io.storage import RemoteFile, is_remote, split
 
 _BUFFER_BYTES = 4 * 2**20
 _BATCH_ROWS = 64

@@ -12,12 +12,14 @@ from pathlib import Path
 import ray
 
 from rayclip.errors import UserError
+from rayclip.io import read_only
 from rayclip.orchestration.cluster.progress import note
 from rayclip.orchestration.cluster.ray_internals import LOCAL_ENVIRONMENT, few_processes, is_submitted_job, quieten
 from rayclip.orchestration.cluster.resources import Bundle, format_resources, most_of, num_times_placed, total
 
 _LEAST_LOGICAL_CPUS = 4  # two workers, a reader, and one to spare
 _S3_NAMES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL")
+_STORAGE_NAMES = (*_S3_NAMES, *read_only.ENVIRONMENT)
 _SOURCE = Path(__file__).resolve().parents[3]
 """The folder that holds the package: a checkout's platform/, or the site-packages that it is installed in."""
 
@@ -115,7 +117,7 @@ def _start(local_cpus: int, lean: bool = True) -> None:
     _owned = not os.environ.get("RAY_ADDRESS")
     if os.environ.get("RAY_ADDRESS"):
         # A submitted job's processes have its environment already.
-        environment = None if is_submitted_job() else {"env_vars": s3_environment()}
+        environment = None if is_submitted_job() else {"env_vars": storage_environment()}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
         return
     cores = os.cpu_count() or 1
@@ -151,13 +153,13 @@ def cluster_capacity() -> Bundle:
     return {name: max(has.get(name, 0), most.get(name, 0)) for name in {*has, *most}}
 
 
-def s3_environment() -> dict[str, str]:
-    """Where S3 is, as this process is told: what workers of a cluster that was joined are told too.
+def storage_environment() -> dict[str, str]:
+    """Where S3 and other stores are, as this process is told: what workers of a cluster that was joined are told too.
 
     Credentials are not in it: who may look at the cluster's jobs sees their environment. Each node has its own, from
     its machine's role, a mounted secret or a profile.
     """
-    return {name: os.environ[name] for name in _S3_NAMES if name in os.environ}
+    return {name: os.environ[name] for name in _STORAGE_NAMES if name in os.environ}
 
 
 def num_that_fit(bundles: list[Bundle]) -> int:

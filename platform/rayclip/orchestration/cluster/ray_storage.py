@@ -9,7 +9,7 @@ from fsspec import AbstractFileSystem
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
 from rayclip.io import storage
-from rayclip.io.paths import S3Path, StoragePath, upload_folder
+from rayclip.io.paths import RemotePath, StoragePath, upload_folder
 
 
 def ray_storage(folder: StoragePath) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def train_result(folder: StoragePath) -> ray.train.Result:
     return ray.train.Result.from_path(folder.key, _filesystem())
 
 
-def upload_checkpoint(checkpoint: ray.train.Checkpoint, target: S3Path) -> ray.train.Checkpoint:
+def upload_checkpoint(checkpoint: ray.train.Checkpoint, target: RemotePath) -> ray.train.Checkpoint:
     """Copy a checkpoint from this machine, and give it as it is there."""
     upload_folder(Path(checkpoint.path), target, last="state.json")
     return ray.train.Checkpoint(target.key, _filesystem())
@@ -65,7 +65,7 @@ class S3FileSystem(AbstractFileSystem):
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         """Describe a file or a folder. Raises FileNotFoundError."""
         found = storage.find_file(_address(path))
-        if found is None and not S3Path(_address(path)).is_dir():
+        if found is None and not RemotePath(_address(path)).is_dir():
             raise FileNotFoundError(path)
         return _entry(path, found)
 

@@ -20,7 +20,7 @@ from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from rayclip.errors import UserError
-from rayclip.orchestration.cluster.connection import s3_environment
+from rayclip.orchestration.cluster.connection import storage_environment
 from rayclip.orchestration.cluster.ray_internals import cluster_versions, quieten_job_client
 from rayclip.orchestration.cluster.resources import Capacity, most_of
 from rayclip.orchestration.cluster.runtime_env import Shipment
@@ -65,7 +65,7 @@ class Cluster:
     def submit(self, job: str, name: str, arguments: list[str], shipment: Shipment, code_version: str) -> str:
         """Upload a shipment, and start `python -m rayclip JOB ARGUMENTS` in its folder; the job's id."""
         environment = shipment.runtime_env
-        environment["env_vars"] |= {**s3_environment(), "RAYCLIP_CODE_VERSION": code_version}
+        environment["env_vars"] |= {**storage_environment(), "RAYCLIP_CODE_VERSION": code_version}
         request: dict[str, Any] = {
             "entrypoint": shlex.join(["python", "-m", "rayclip", job, *arguments]),
             "submission_id": f"{job}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{uuid.uuid4().hex[:6]}",

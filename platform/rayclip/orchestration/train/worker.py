@@ -22,7 +22,7 @@ from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
 from rayclip.evaluation.contact_sheet import write_sample_sheet
 from rayclip.io.files import write_text
-from rayclip.io.paths import S3Path, StoragePath, append, local_copy, staged, storage_path
+from rayclip.io.paths import RemotePath, StoragePath, append, local_copy, staged, storage_path
 from rayclip.models.clip import CLIP
 from rayclip.models.transformer import checkpoint_activations, compile_blocks
 from rayclip.models.weights import fit_weights
@@ -273,7 +273,7 @@ class TrainingWorker:
                 np.save(Path(scratch) / name / "samples.npy", seen)
             checkpoint = ray.train.Checkpoint.from_directory(str(Path(scratch) / name))
             there = self.folder.checkpoints / name
-            upload = (lambda written, _: upload_checkpoint(written, there)) if isinstance(there, S3Path) else None
+            upload = (lambda written, _: upload_checkpoint(written, there)) if isinstance(there, RemotePath) else None
             ray.train.report(
                 reported,
                 checkpoint=checkpoint,
