@@ -167,3 +167,14 @@ def test_more_errors_than_allowed():
     check_bad(tally, 0.01)
     with pytest.raises(UserError, match=r"10 of 1,000 samples cannot be used \(10 no_image\); .* allows 1%"):
         check_bad(tally, 0.009)
+
+
+def test_a_host_that_has_another_folder_at_the_path_is_told_apart(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("rayclip.orchestration.batch.partitioned_output._MARKER_WAIT_S", 0)
+    with folder.marked() as marker:
+        folder.check_marker(marker)
+        folder.path.rename(tmp_path / "of another host")
+        folder.path.mkdir()
+        with pytest.raises(UserError, match=r"is not the same folder on host '.*give a path that all nodes share"):
+            folder.check_marker(marker)
+    assert not list(folder.path.iterdir())

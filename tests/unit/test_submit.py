@@ -22,11 +22,12 @@ from rayclip.config import (
     FitConfig,
     IndexConfig,
     IngestConfig,
+    SuiteConfig,
     TrainConfig,
 )
 from rayclip.errors import UserError
 from rayclip.orchestration.cluster.resources import Capacity, most_of, resource_request, shortage
-from rayclip.orchestration.cluster.runtime_env import check_paths, local_inputs, packed_files
+from rayclip.orchestration.cluster.runtime_env import check_caches, check_paths, local_inputs, packed_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -203,6 +204,13 @@ def test_an_output_is_shared_even_where_the_summary_is(tmp_path):
     assert "would write 'out' into a folder that is removed with it: output: give an" in line
     line = problem(make_train(tracking={"artifacts": "kept"}), tmp_path)
     assert re.search(r"would write 'kept' .* tracking.artifacts: give an absolute path", line)
+
+
+def test_a_cache_that_each_node_would_have_for_itself_is_refused():
+    suite = {"model": "/m", "name": "s", "datasets": {"a": {}}}
+    (line,) = check_caches(SuiteConfig.model_validate(suite))
+    assert line.startswith("cache is 'runs/features', of which each node has its own: give an absolute path")
+    assert not check_caches(SuiteConfig.model_validate({**suite, "cache": "s3://b/features"}))
 
 
 def test_the_errors_are_the_job_s_own():

@@ -132,14 +132,17 @@ def _copy(names: Iterable[str], folder: Path) -> None:
 def _check_cluster(address: str | None, settings: Settings) -> tuple["Cluster | None", list[str]]:
     """The cluster, and why it cannot be asked or could never place the job."""
     from rayclip.orchestration.cluster.resources import resource_request, shortage
+    from rayclip.orchestration.cluster.runtime_env import check_caches
     from rayclip.orchestration.cluster.submission import Cluster
 
     try:
         cluster = Cluster(address)
-        missing = shortage(resource_request(settings.config), cluster.capacity())
+        capacity = cluster.capacity()
     except UserError as error:
         return None, [str(error)]
-    return cluster, [f"the cluster at {cluster.address} cannot place this job: {missing}"] if missing else []
+    missing = shortage(resource_request(settings.config), capacity)
+    problems = [f"the cluster at {cluster.address} cannot place this job: {missing}"] if missing else []
+    return cluster, [*problems, *(check_caches(settings.config) if len(capacity.nodes) > 1 else [])]
 
 
 def _all_in_one(problems: list[str]) -> UserError:

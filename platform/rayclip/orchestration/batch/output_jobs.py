@@ -2,11 +2,13 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
 from rayclip.config import WorkersConfig
+from rayclip.io.paths import StoragePath
 from rayclip.orchestration.batch.partitioned_output import (
     PartitionedOutput,
     Tally,
@@ -139,24 +141,34 @@ def run_jobs(
 ) -> Iterator[PartResult]:
     """Write parts, each (job, number), all by one pool of workers; yield what is written as it is ready.
 
-    Raises the UserError of a worker.
+    Raises the UserError of a worker, and one where a host with a worker has another folder at an output's path.
     """
     threads = max(1, int(workers.cpus_per_worker)) if workers else 1
     inputs = [job.inputs for job in jobs]
     tasks = [_PartTask(job, part, part if (given := inputs[job]) is None else given[part]) for job, part in parts]
     makers = [(job.output, job.make) for job in jobs]
-    return run_tasks(tasks, partial(_PartWriter, makers, threads), workers, name=lambda task: f"part {task.part}")
+    with ExitStack() as marked:
+        marks = {job: marked.enter_context(jobs[job].output.marked()) for job in {job for job, _ in parts}}
+        work = partial(_PartWriter, makers, marks, threads)
+        yield from run_tasks(tasks, work, workers, name=lambda task: f"part {task.part}")
 
 
 class _PartWriter:
     """Writes parts in a worker, with what it has made for the job that it does at the time."""
 
-    def __init__(self, jobs: Sequence[tuple[PartitionedOutput, Callable[[], Work]]], threads: int) -> None:
-        self._jobs, self._threads = jobs, threads
+    def __init__(
+        self,
+        jobs: Sequence[tuple[PartitionedOutput, Callable[[], Work]]],
+        marks: Mapping[int, StoragePath],
+        threads: int,
+    ) -> None:
+        self._jobs, self._unchecked, self._threads = jobs, dict(marks), threads
         self._working: tuple[int, Work] | None = None
 
     def __call__(self, task: _PartTask) -> PartResult:
         output = self._jobs[task.job][0]
+        if task.job in self._unchecked:
+            output.check_marker(self._unchecked.pop(task.job))
         # A worker that was lost may have come as far as writing it.
         tally = output.tally(task.part)
         if tally is not None:

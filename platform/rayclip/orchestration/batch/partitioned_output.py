@@ -9,9 +9,13 @@ is decided here for all.
 """
 
 import json
+import platform
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -30,6 +34,7 @@ Tally = dict[str, dict[str, int]]
 
 _KEY = b"rayclip"
 _SUMMARY = "summary.json"
+_MARKER_LOOKS, _MARKER_WAIT_S = 6, 1.0  # file systems on a network show a new file late
 
 # The first that differs is named: what lies there, and what this run would put there.
 _DIFFERENCES = {
@@ -117,6 +122,34 @@ class PartitionedOutput:
                 yield lease
             finally:
                 self._clear()
+
+    @contextmanager
+    def marked(self) -> Iterator[StoragePath]:
+        """Put a file into the folder, by which workers see that theirs is the same one, while the block runs; its path.
+
+        What another host writes to a disk of its own would be counted, and be missing where it is read.
+        """
+        marker = self.path / f"{self.kind}.partial-{uuid.uuid4().hex[:8]}"
+        if not isinstance(marker, Path):  # an object store is the same for all
+            yield marker
+            return
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        try:
+            yield marker
+        finally:
+            marker.unlink(missing_ok=True)
+
+    def check_marker(self, marker: StoragePath) -> None:
+        """Raise UserError on a host that does not see the file of `marked`, also not after a few seconds."""
+        for _ in range(_MARKER_LOOKS):
+            if not isinstance(marker, Path) or marker.is_file():
+                return
+            time.sleep(_MARKER_WAIT_S)
+        raise UserError(
+            f"'{self.path}' is not the same folder on host '{platform.node()}', which works on it too: "
+            "give a path that all nodes share, or s3://BUCKET/KEY"
+        )
 
     def _clear(self) -> None:
         """Remove what workers that were lost, or killed, left half written."""

@@ -108,6 +108,18 @@ def check_paths(config: Config, summary: str, shipped: Sequence[str], folder: Pa
     return problems, sorted({value for _, value, _ in paths if value.startswith("/")})
 
 
+def check_caches(config: Config) -> list[str]:
+    """Return, a line each, the caches that every node would have for itself: what one writes others would miss."""
+    caches = [
+        (f.key, f.value) for f in marked_values(config) if isinstance(f.mark, PathMark) and f.mark.access == "cache"
+    ]
+    return [
+        f"{key} is '{value}', of which each node has its own: {_SHARED}"
+        for key, value in caches
+        if not _is_shared(value)
+    ]
+
+
 def _output_key(schema: type[Config]) -> str:
     """The key that says where a job writes, or the option that says where its summary goes."""
     for key, field in schema.model_fields.items():
