@@ -299,8 +299,8 @@ class Service:
             except asyncio.CancelledError:
                 response.cancel()
                 raise
-            except RequestError as error:
-                raise _cause(error) from None
+            except RequestError as error:  # which Ray hands over inside one of its own
+                raise (error.cause if isinstance(error, RayTaskError) else error) from None
             except BackPressureError:
                 raise RequestError(429, "the service is busy: try again in a second", "overloaded") from None
             except _GONE:
@@ -378,8 +378,3 @@ async def _unwrapped(work: Awaitable[Result]) -> Result:
 def _first(group: ExceptionGroup) -> Exception:
     first = group.exceptions[0]
     return _first(first) if isinstance(first, ExceptionGroup) else first
-
-
-def _cause(error: RequestError) -> RequestError:
-    """The error as it was raised: Ray hands it over inside one of its own."""
-    return error.cause if isinstance(error, RayTaskError) else error

@@ -29,7 +29,9 @@ def find_config(name: str) -> Traversable:
     path = Path(name)
     if path.is_file():
         return path
-    if (former := _FORMER.fullmatch(path.as_posix())) and (recipe := _renamed(*former.groups())) in names:
+    former = _FORMER.fullmatch(path.as_posix())
+    recipe = former and f"{'serve_' if former[1] == 'serve' else ''}{former[2]}"
+    if recipe in names:
         print(f"note: '{name}' is the recipe '{recipe}' now; its path will not be understood any more", file=sys.stderr)
         return _folder() / f"{recipe}.yaml"
     if path.suffix in _SUFFIXES or path.name != name:
@@ -40,7 +42,3 @@ def find_config(name: str) -> Traversable:
 
 def _folder() -> Traversable:
     return files("rayclip.recipes")
-
-
-def _renamed(folder: str, name: str) -> str:
-    return f"serve_{name}" if folder == "serve" else name

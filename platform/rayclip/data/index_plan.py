@@ -260,18 +260,14 @@ def _check_caption(shard: Shard, schema: pa.Schema, name: str) -> str:
 
 def _plan_folder(folder: str, files: _Files, pictures: list[File], more: dict[str, Any]) -> IndexPlan:
     """The listing is the one shard, and is written here."""
-    listing, class_names = make_listing(_listed(files, pictures))
+    beside = [file for file in files.there if not is_image(file.name) and not _is_ours(file.name)]
+    listing, class_names = make_listing([*pictures, *beside])
     path = join(folder, LISTING)
     write_bytes(path, listing)
     found = find_file(path)
     assert found
     layout = Layout("folder", separator="\t", pictures="" if folder == files.root else files.root)
     return IndexPlan(folder, "", layout, [File(LISTING, *found[1:])], class_names, **more)
-
-
-def _listed(files: _Files, pictures: list[File]) -> list[File]:
-    """The pictures, and what may lie beside them."""
-    return [*pictures, *(file for file in files.there if not is_image(file.name) and not _is_ours(file.name))]
 
 
 def _is_ours(name: str) -> bool:

@@ -190,7 +190,10 @@ class _KeyOrder:
             self._repeats = [*self._repeats, _name(sample)][:_NUM_EXAMPLES]
         self._parts[key] = (before or 0) | here
         if not has_image:
-            dotted = next((name for name in sample if name.rpartition(".")[0] and _is_image(name)), None)
+            parts = {name: name.rpartition(".") for name in sample}
+            dotted = next(
+                (name for name, (first, _, last) in parts.items() if first and last in IMAGE_EXTENSIONS), None
+            )
             if dotted is not None:
                 self._num_dotted, self._dotted = self._num_dotted + 1, self._dotted or f"{_name(sample)}.{dotted}"
 
@@ -215,10 +218,6 @@ class _KeyOrder:
 def count(number: int, what: str) -> str:
     """As in "1 row" and "2 rows"."""
     return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def _is_image(extension: str) -> bool:
-    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
 def _name(sample: Sample) -> str:

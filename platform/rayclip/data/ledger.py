@@ -33,12 +33,9 @@ class Ledger:
         self._advance()
 
     def _advance(self) -> None:
-        while (done := self._partial.get(self.cursor)) is not None and done == self._full(self.cursor):
+        while (done := self._partial.get(self.cursor)) is not None and done == (1 << self._rows_at(self.cursor)) - 1:
             del self._partial[self.cursor]
             self.cursor += 1
-
-    def _full(self, position: int) -> int:
-        return (1 << self._rows_at(position)) - 1
 
     def remaining_rows(self, position: int) -> np.ndarray:
         """The rows of a position that have not been trained on, int64, ascending."""

@@ -72,7 +72,8 @@ def promote(
     """
     assert config.register_as
     name = config.register_as
-    client.set_model_version_tag(name, str(version), MEASURED_TAG, json.dumps(_plain(measured)))
+    plain = {task: asdict(entry) for task, entry in measured.items()}
+    client.set_model_version_tag(name, str(version), MEASURED_TAG, json.dumps(plain))
     decision = _decide(client, config, version, measured, metric)
     # First the reason, then the alias: who sees it moved can read why.
     client.set_model_version_tag(name, str(version), DECISION_TAG, decision.outcome)
@@ -178,7 +179,3 @@ def _measured_of(client: MlflowClient, name: str, version: int) -> dict[str, Mea
     """What a version's tag says; nothing for one that an earlier release registered."""
     tag = client.get_model_version(name, str(version)).tags.get(MEASURED_TAG)
     return {task: Measured(**entry) for task, entry in json.loads(tag).items()} if tag else {}
-
-
-def _plain(measured: Mapping[str, Measured]) -> dict[str, Any]:
-    return {task: {"digest": entry.digest, "metrics": dict(entry.metrics)} for task, entry in measured.items()}

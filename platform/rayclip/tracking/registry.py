@@ -17,7 +17,6 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.entities.logged_model_status import LoggedModelStatus
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from safetensors import SafetensorError, safe_open
 
@@ -206,7 +205,7 @@ def find_version(uri: str, tracking_uri: str | None) -> Version:
             found = client.get_model_version(name, number)
     except MlflowException as error:
         raise UserError(_why_not(client, tracking_uri, name, alias, number, error)) from None
-    return Version(name, int(found.version), _source(found))
+    return Version(name, int(found.version), f"{found.source} {found.creation_timestamp}")
 
 
 def fetch(version: Version, tracking_uri: str | None) -> ModelSource:
@@ -220,10 +219,6 @@ def fetch(version: Version, tracking_uri: str | None) -> ModelSource:
     if not all((folder / file).is_file() for file in MODEL_FILES):
         _download(version, tracking_uri, folder)
     return ModelSource(version.name, str(version), folder)
-
-
-def _source(version: ModelVersion) -> str:
-    return f"{version.source} {version.creation_timestamp}"
 
 
 def _why_not(

@@ -55,7 +55,10 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     }  # fmt: skip
     # "scores" is what outputs of earlier releases call the digest of the embeddings.
     settings = without(config.model_dump(mode="json"), keys_with(CurateConfig, Effect.SAME_RESULT, Effect.BY_CONTENT))
-    settings |= {"queries": _content(config.queries), "scores": _content(_summary_of(config.embeddings))}
+    settings |= {
+        "queries": _content(config.queries),
+        "scores": _content(config.embeddings and join(config.embeddings, "embed.json")),
+    }
     # It has no parts of its own: it is complete once its summary is there.
     output = PartitionedOutput(path, identity | {"settings": settings}, 0)
     return complete_output(output, config.cluster, lambda: _write(config, manifest, identity, output))
@@ -200,10 +203,6 @@ def _result_counts(decision: Decision, new: Manifest) -> dict[str, Any]:
         },
         "digest": new.digest,
     }
-
-
-def _summary_of(embeddings: str | None) -> str | None:
-    return join(embeddings, "embed.json") if embeddings else None
 
 
 def _content(file: str | None) -> str | None:

@@ -62,7 +62,8 @@ def shortage(bundles: list[Bundle], capacity: Capacity) -> str | None:
     wants = f"it needs {format_resources(need)}, up to {format_resources(largest)} on one node"
     grows = f", which may grow to {format_resources(capacity.most)}" if capacity.most else ""
     there = format_resources({name: has.get(name, 0) for name in need})
-    return f"{wants}; the cluster has {there} on {_count(capacity)}{grows}"
+    nodes = f"{len(capacity.nodes)} node{'s' * (len(capacity.nodes) != 1)}"
+    return f"{wants}; the cluster has {there} on {nodes}{grows}"
 
 
 def num_times_placed(bundles: list[Bundle], nodes: list[Bundle]) -> int:
@@ -112,7 +113,3 @@ def _fit(bundles: list[Bundle], free: list[Bundle]) -> bool:
 def _free(nodes: list[Bundle]) -> list[Bundle]:
     """Nodes without a GPU are filled first, to leave the others to who needs them."""
     return [dict(node) for node in sorted(nodes, key=lambda node: node.get("GPU", 0))]
-
-
-def _count(capacity: Capacity) -> str:
-    return f"{len(capacity.nodes)} node{'s' * (len(capacity.nodes) != 1)}"

@@ -194,22 +194,20 @@ class Sweep:
     def _open_parent(self) -> str:
         settings = self.config.model_dump(mode="json")
         record = self.folder.read_record()
-        if record is not None and _decided(self._recorded(record)) != _decided(settings):
-            raise UserError(
-                f"'{self.folder.path}' holds a sweep with another plan or metric: give this one another name, "
-                "or remove the folder"
-            )
+        if record is not None:
+            # By today's names, whatever the release that wrote it called them.
+            before = read_record(SweepConfig, record["config"], f"the record of the sweep in '{self.folder.path}'")
+            if _decided(before.model_dump(mode="json")) != _decided(settings):
+                raise UserError(
+                    f"'{self.folder.path}' holds a sweep with another plan or metric: give this one another name, "
+                    "or remove the folder"
+                )
         known = record["mlflow_run_id"] if record else None
         experiment = self.config.base.tracking.experiment
         tags = {KIND: "sweep", "code_version": code_version()}
         run_id = tracking.open_run(self.uri, experiment, self.config.name, settings, tags, known)
         self.folder.write_record(settings, run_id)
         return run_id
-
-    def _recorded(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The settings that the sweep began with, by today's names."""
-        config = read_record(SweepConfig, record["config"], f"the record of the sweep in '{self.folder.path}'")
-        return config.model_dump(mode="json")
 
     def _connect(self) -> int:
         """Join the cluster; how many trials it places at a time. Their drivers take nothing that workers need."""
