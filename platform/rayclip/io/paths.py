@@ -9,11 +9,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, Union
 
 from rayclip.io import read_only, s3, storage
+from rayclip.io.patterns import is_like
 
 
 @dataclass(frozen=True, order=True)
@@ -69,8 +69,7 @@ class RemotePath:
         """Files whose names, part by part, are like the pattern's, by name."""
         wanted = pattern.split("/")
         for file in storage.list_files(self.address):
-            parts = file.name.split("/")
-            if len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted)):
+            if is_like(file.name, wanted):
                 yield self / file.name
 
     def open(self, mode: str = "rb") -> BinaryIO:

@@ -45,10 +45,10 @@ def select(files: Sequence[File], patterns: Sequence[str], path: str) -> list[Fi
         raise UserError(f"'{path}': '{missing[0]}' is not there{more}")
     wild = [pattern.split("/") for pattern in patterns if pattern not in set(plain)]
     exact = set(plain)
-    return [file for file in files if file.name in exact or any(_is_like(file.name, pattern) for pattern in wild)]
+    return [file for file in files if file.name in exact or any(is_like(file.name, pattern) for pattern in wild)]
 
 
-def _is_like(name: str, pattern: Sequence[str]) -> bool:
-    """Part by part: * does not reach into folders."""
+def is_like(name: str, pattern: Sequence[str]) -> bool:
+    """Return whether a name is like a pattern's parts, part by part: * does not reach into folders."""
     parts = name.split("/")
     return len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern))

@@ -11,7 +11,7 @@ from rayclip.data.order import uniform
 from rayclip.data.samples.glyphs import PALETTE
 from rayclip.data.sources.base import Record, Split
 
-LEAST, MOST = 3, 10
+LEAST = 3
 _WORDS = ("three", "four", "five", "six", "seven", "eight", "nine", "ten")
 CLASS_NAMES = tuple(f"{word} shapes" for word in _WORDS)
 SPLITS = ("train", "test")
