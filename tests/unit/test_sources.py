@@ -11,6 +11,8 @@ from PIL import Image
 from rayclip.config import EmojiConfig, FolderConfig, GlyphsConfig, IngestConfig, TableConfig
 from rayclip.data.decode import BadSampleError
 from rayclip.data.encode import encode_image, to_sample
+from rayclip.data.formats import table
+from rayclip.data.formats.base import Layout, Shard
 from rayclip.data.sources import SOURCES, Record, emoji
 from rayclip.data.sources.base import hold_out
 from rayclip.errors import UserError
@@ -212,12 +214,29 @@ def test_folders_that_cannot_be(tmp_path):
         SOURCES["folder"].splits(FolderConfig(path=str(tmp_path)), tmp_path)
 
 
-@pytest.mark.parametrize("separator", [",", "\t"])
+@pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
 def test_a_table(tmp_path, separator):
     (tmp_path / "x.png").write_bytes(png())
-    rows = [("id", "filepath", "title"), ("1", "x.png", '"one, and\ntwo"'), ("2", "gone.png", "two"), ("3", "x.png")]
+    rows = [("id", "FilePath", " Title"), ("1", "x.png", '"one, and\ntwo"'), ("2", "gone.png", "two"), ("3", "x.png")]
     (tmp_path / "t.csv").write_text("\ufeff" + "\n".join(separator.join(row) for row in rows), encoding="utf-8")
     assert read_all(TableConfig(path=str(tmp_path / "t.csv")), tmp_path) == ["one, and\ntwo", "no_image", "no_caption"]
+
+
+def test_a_table_is_read_as_index_reads_it(tmp_path):
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        (tmp_path / name).write_bytes(png())
+    rows = [b'a.png,"a quote that never ends', b"b.png,one, two and more", b"c.png,caf\xe9", b"d.png,end"]
+    (tmp_path / "t.csv").write_bytes(b"\n".join([b"filepath,title", *rows]))
+    config = TableConfig(path=str(tmp_path / "t.csv"))
+    assert read_all(config, tmp_path) == ['"a quote that never ends', "row_malformed", "caption_not_utf8", "end"]
+    assert SOURCES["table"].splits(config, tmp_path)["train"].items[1][1] == "line 3"
+    shard = Shard(config.path, (tmp_path / "t.csv").stat().st_size)
+    layout = Layout("table", "filepath", ("title",), ",", careful=True)
+    spans = table.list_chunks(shard, 3, layout)
+    samples = [sample for span in spans for sample in table.read_chunk(shard, span, layout)]
+    assert [sample.get("txt", sample.get("__no_caption__")) for sample in samples] == [
+        b'"a quote that never ends', b"row_malformed", b"caf\xe9", b"end",
+    ]  # fmt: skip
 
 
 def test_columns_by_name_and_columns_that_are_not_there(tmp_path):
@@ -233,7 +252,7 @@ def test_columns_by_name_and_columns_that_are_not_there(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [(b"", "empty header"), (b"filepath,title\n", "no rows"), (b"\xff\xfe,\n", "not a table in UTF-8")],
+    [(b"", "empty header"), (b"filepath,title\n", "no rows"), (b"\xff\xfef\0", "not a table in UTF-8")],
 )
 def test_tables_that_cannot_be(tmp_path, data, said):
     (tmp_path / "t.csv").write_bytes(data)

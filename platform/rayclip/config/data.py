@@ -93,7 +93,7 @@ class FolderConfig(Config):
 
 
 class TableConfig(Config):
-    """A CSV or TSV file that names pictures and their captions."""
+    """A table, its columns parted by tabs or by , ; or |, that names pictures and their captions."""
 
     kind: Literal["table"] = Field("table", description="where the pairs come from")
     path: InputPath = Field(description="the table; paths in it are relative to its folder")
@@ -101,7 +101,9 @@ class TableConfig(Config):
         None, description="column of the picture's path; None takes 'filepath' or its kin"
     )
     caption_column: str | None = Field(None, description="column of the caption; None takes 'title' or its kin")
-    separator: str | None = Field(None, min_length=1, max_length=1, description="None: a tab where the header has one")
+    separator: str | None = Field(
+        None, min_length=1, max_length=1, description="between columns; None finds it in the header"
+    )
     held_out_share: float = Field(0.0, ge=0, lt=1, description="share of the pictures that goes into split held_out")
 
 

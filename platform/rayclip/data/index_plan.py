@@ -194,7 +194,7 @@ def _find_layout(kind: str, shards: Sequence[File], root: str, config: IndexConf
 def _layout_of(kind: str, shard: Shard, config: IndexConfig) -> Layout:
     try:
         if kind == "table":
-            separator, columns = _read_header(shard)
+            separator, columns = table.find_header(shard, lambda columns: bool(find_columns(columns, "table")))
         elif kind == "jsonl":
             separator, columns = "", jsonl.read_columns(shard)
         else:
@@ -216,13 +216,6 @@ def _layout_of(kind: str, shard: Shard, config: IndexConfig) -> Layout:
 
 def _usual_image_columns(kind: str) -> tuple[str, ...]:
     return _IMAGE_COLUMNS if kind == "parquet" else (*IMAGE_COLUMNS, *_IMAGE_COLUMNS)
-
-
-def _read_header(shard: Shard) -> tuple[str, list[str]]:
-    """(separator, columns): the first separator that tells a column of pictures apart, or else the likeliest."""
-    usual = "\t" if shard.path.lower().endswith(".tsv") else ""
-    read = [table.read_header(shard, separator) for separator in (usual, *table.SEPARATORS)]
-    return next(((s, columns) for s, columns in read if len(columns) > 1 and find_columns(columns, "table")), read[0])
 
 
 def _may_be_image(kind: pa.DataType) -> bool:

@@ -7,14 +7,14 @@ is, so that one bad caption is one bad sample. A row with more fields than the h
 import csv
 import io
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 from rayclip.data.formats.base import IMAGE_EXTENSIONS, ChunkError, Layout, Sample, Shard, Span, check_columns
 from rayclip.data.formats.members import add_images, caption_members
-from rayclip.data.formats.records import RecordReader
+from rayclip.data.formats.records import Record, RecordReader
 from rayclip.io.storage import open_file, read_range, split
 
 Row = dict[str, str]
@@ -24,6 +24,7 @@ SEPARATORS = ("\t", ",", ";", "|")
 
 _HEADER_BYTES = 2**16
 _NUM_LINES_NAMED = 5
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Listing(NamedTuple):
@@ -69,6 +70,14 @@ def survey(shard: Shard, chunk_samples: int, layout: Layout) -> Listing:
     return Listing(spans, reader.num_strays, len(malformed), malformed[:_NUM_LINES_NAMED])
 
 
+def read_records(shard: Shard, layout: Layout) -> Iterator[Record]:
+    """All records of a file but its header, by a careful reading. Raises OSError where the file cannot be read."""
+    with open_file(shard.path) as file:
+        records = iter(_reader(file, shard, layout))
+        next(records, None)
+        yield from records
+
+
 def needs_care(shard: Shard, spans: Sequence[Span], layout: Layout) -> bool:
     """Whether Python's csv reads anything else in these chunks than a careful reading does."""
     plain = replace(layout, careful=False)
@@ -107,12 +116,21 @@ def read_rows(shard: Shard, span: Span, layout: Layout) -> Iterator[Row]:
 def read_header(shard: Shard, separator: str) -> tuple[str, list[str]]:
     """(separator, columns) of a file; without a separator it is a tab where the header has one, else a comma."""
     start = read_range(shard.path, 0, min(shard.size, _HEADER_BYTES)).removeprefix(b"\xef\xbb\xbf")
+    if start.startswith(_UTF16):
+        raise ChunkError(f"'{shard.path}' is not a table in UTF-8 but one in UTF-16: save it as UTF-8")
     first = start.partition(b"\n")[0].decode("utf-8", "surrogateescape")
     separator = separator or next((each for each in SEPARATORS if each in first), ",")
     try:
         return separator, next(_records(io.BytesIO(start), separator), [])
     except csv.Error as error:
         raise ChunkError(f"'{shard.path}' is not a table: {error}") from None
+
+
+def find_header(shard: Shard, has_image: Callable[[Sequence[str]], bool]) -> tuple[str, list[str]]:
+    """(separator, columns) of a file: the first separator that tells a column of pictures apart, or the likeliest."""
+    usual = "\t" if shard.path.lower().endswith(".tsv") else ""
+    read = [read_header(shard, separator) for separator in (usual, *SEPARATORS)]
+    return next(((s, columns) for s, columns in read if len(columns) > 1 and has_image(columns)), read[0])
 
 
 @lru_cache(maxsize=1024)
