@@ -172,8 +172,8 @@ def start_training():
     """Starts `jobs.train` on a config in a folder; whatever still runs at the end of the test is killed."""
     started = []
 
-    def start(folder, config, address=None):
-        started.append(TrainingProcess(folder, config, address))
+    def start(folder, config, address=None, under=()):
+        started.append(TrainingProcess(folder, config, address, under))
         return started[-1]
 
     yield start

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,10 +21,10 @@ START_S = 180
 class TrainingProcess:
     """`python -m jobs.train CONFIG` in a folder, on the cluster at `address` or on a Ray of its own.
 
-    `checkpoints` is the folder that they go to, in S3 where `runs` says so.
+    `checkpoints` is the folder that they go to, in S3 where `runs` says so. `under` is a command that runs it.
     """
 
-    def __init__(self, folder: Path, config: dict, address: str | None = None) -> None:
+    def __init__(self, folder: Path, config: dict, address: str | None = None, under: Sequence[str] = ()) -> None:
         path = folder / f"{config['name']}.yaml"
         path.write_text(json.dumps(config))
         self.checkpoints = storage_path(config.get("runs", folder / "runs")) / config["name"] / "checkpoints"
@@ -36,13 +37,14 @@ class TrainingProcess:
             environment["RAY_ADDRESS"] = address
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "jobs.train", str(path)], cwd=folder, env=environment, stdout=log, stderr=log
-            )
+                [*under, sys.executable, "-m", "jobs.train", str(path)],
+                cwd=folder, env=environment, stdout=log, stderr=log,
+            )  # fmt: skip
 
     def worker_pids(self):
         """The Ray Train workers of this process alone; on a cluster, of all that this Python started."""
         found = []
-        for process in psutil.Process().children(recursive=True) if self._on_cluster else self._descendants():
+        for process in psutil.Process().children(recursive=True) if self._on_cluster else self.descendants():
             try:
                 # The actor's name comes first in the title; processes that work for it may mention it elsewhere.
                 title = " ".join(process.cmdline())
@@ -78,7 +80,7 @@ class TrainingProcess:
 
     def kill(self):
         """SIGKILL for the driver; what it leaves behind ends by itself, or is killed too."""
-        left = self._descendants()
+        left = self.descendants()
         self.process.kill()
         self.process.wait()
         _, alive = psutil.wait_procs(left, timeout=3)
@@ -87,7 +89,8 @@ class TrainingProcess:
                 process.kill()
         psutil.wait_procs(alive, timeout=10)
 
-    def _descendants(self):
+    def descendants(self):
+        """All processes that it has started, and those that they have."""
         try:
             return psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:

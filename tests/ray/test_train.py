@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rayclip.cli.command import run_and_exit
 from rayclip.config import TrainConfig
 from rayclip.data.manifest import Manifest
 from rayclip.data.order import Order
+from rayclip.errors import UserError
 from rayclip.orchestration.train import stream
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.training.checkpoint import load_model
@@ -212,3 +214,21 @@ def check_mixture(folder, config, summary):
     assert json.loads((folder / "runs/sigmoid/run.json").read_text())["data"] == expected
     client = MlflowClient(f"sqlite:///{folder}/mlflow/mlflow.db")
     assert json.loads(client.get_run(summary["mlflow_run_id"]).data.tags["data_parts"]) == expected
+
+
+def test_an_error_that_repeats_at_the_same_place_is_tried_twice(tmp_path, images, make_config, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig.model_validate(make_config("again", images, epochs=1, cluster={"max_failures": 5}))
+    summary = train_job.main(config)
+    (tmp_path / "runs/again/summary.json").write_text(json.dumps(summary | {"manifest_digest": "0", "checkpoint": "x"}))
+    train_job.main(config)
+    said = capsys.readouterr().err
+    assert "run 'again' is complete already; its data set has changed since, and it was not trained on" in said
+    assert "; its checkpoint 'x' is gone" in said
+    (tmp_path / "runs/again/summary.json").unlink()
+    (Path(summary["checkpoint"]) / "optimizer.safetensors").write_bytes(b"a damaged checkpoint")
+    with pytest.raises(
+        UserError, match=r"failed twice in the same way at 0 samples seen.*: SafetensorError: "
+    ) as raised:
+        train_job.main(config)
+    assert "\n" not in str(raised.value)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import time
 import pytest
 
 from rayclip.io import lease as lease_module
+from rayclip.io import s3 as s3_module
+from rayclip.io.conditional import encode
 from rayclip.io.lease import FILE_NAME, HeldError, LostError, hold
 from rayclip.io.paths import storage_path
 
@@ -61,8 +64,8 @@ def ask(process, line):
 
 def write_owner(folder, **changes):
     """A record of a holder that is not there."""
-    record = {**lease_module._new_record(), **changes}
-    lease_module._store_of(folder).create(lease_module._encode(record))
+    record = {**lease_module._new_record(1.0), **changes}
+    lease_module._file_in(folder).create(encode(record))
     return record
 
 
@@ -132,17 +135,53 @@ def test_a_holder_elsewhere_that_renews_keeps_it(folder, monkeypatch):
 def test_a_holder_that_was_robbed_learns_of_it(folder):
     with hold(folder, "the folder", term_s=0.6) as lease:
         lease.check()
-        store = lease_module._store_of(folder)
-        store.replace(lease_module._encode(lease_module._new_record()), store.read().version)
+        store = lease_module._file_in(folder)
+        store.replace(encode(lease_module._new_record(60.0)), store.read().version)
         assert lease._lost.wait(5)
         with pytest.raises(LostError):
             lease.check()
     assert (folder / FILE_NAME).is_file()  # the other's
 
 
+def test_what_a_holder_that_lost_the_folder_still_runs_is_told_to_write_nothing(folder):
+    with hold(folder, "the folder") as lease:
+        fence = pickle.loads(pickle.dumps(lease.fence))
+        fence.check()
+        file = lease_module._file_in(folder)
+        file.replace(encode(lease_module._new_record(60.0) | {"pid": 17, "host": "there"}), file.read().version)
+        with pytest.raises(LostError, match="silent for too long, and the folder is held by process 17 on host there"):
+            fence.check()
+        file.remove(file.read().version)
+        with pytest.raises(LostError, match="another took it and has ended"):
+            fence.check()
+
+
+def test_a_holder_that_was_paused_goes_on_where_nobody_took_the_folder(folder):
+    with hold(folder, "the folder") as lease:
+        lease._renewed_at -= 2 * lease_module.TERM_S
+        lease.check()
+        lease._renewed_at -= 2 * lease_module.TERM_S
+        file = lease_module._file_in(folder)
+        file.replace(encode(lease_module._new_record(60.0) | {"pid": 17}), file.read().version)
+        with pytest.raises(LostError, match="held by process 17"):
+            lease.check()
+
+
+def test_others_wait_for_the_term_that_the_holder_has(folder, monkeypatch):
+    monkeypatch.setenv("RAYCLIP_LEASE_TERM_S", "0.9")
+    with hold(folder, "the folder"):
+        pass
+    write_owner(folder, machine="another", term_s=1.5)
+    begun, said = time.monotonic(), []
+    with hold(folder, "the folder", say=said.append):
+        assert time.monotonic() - begun >= 1.5
+        assert json.loads((folder / FILE_NAME).read_text())["term_s"] == 0.9
+    assert "looking for 2 s" in said[0]
+
+
 def test_a_holder_that_cannot_renew_gives_up_before_others_take_it(tmp_path):
     with hold(storage_path(tmp_path / "folder"), "the folder", term_s=0.3) as lease:
-        lease._store = _Unreachable()
+        lease._file = _Unreachable()
         time.sleep(0.5)
         with pytest.raises(LostError):
             lease.check()
@@ -157,19 +196,19 @@ class _Unreachable:
 
 
 def test_a_record_that_cannot_be_read_is_a_holder_elsewhere(folder):
-    lease_module._store_of(folder).create(b"{half")
+    lease_module._file_in(folder).create(b"{half")
     with hold(folder, "the folder", term_s=0.5):
         pass
 
 
 def test_a_write_whose_answer_was_lost_is_ones_own(s3, tmp_path, monkeypatch):
     folder = storage_path(f"s3://data/lost-{tmp_path.name}")
-    write, calls = lease_module.s3.write_if, []
+    write, calls = s3_module.write_if, []
 
     def lost(path, data, tag):
         calls.append(write(path, data, tag))
         return write(path, data, tag)  # tried again, as after an answer that never came
 
-    monkeypatch.setattr(lease_module.s3, "write_if", lost)
+    monkeypatch.setattr(s3_module, "write_if", lost)
     with hold(folder, "the folder"):
         assert calls

@@ -6,7 +6,7 @@ A path in a store is no PathLike: code that does not know stores refuses it, and
 import io
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,11 +139,17 @@ def remove_tree(folder: StoragePath) -> None:
         storage.remove_folder(str(folder))
 
 
-def upload_folder(source: Path, target: RemotePath, last: str | None = None) -> None:
-    """Copy a folder's files to S3; the one named `last`, by which the others count, after all others."""
+def upload_folder(
+    source: Path, target: RemotePath, last: str | None = None, check: Callable[[], None] = lambda: None
+) -> None:
+    """Copy a folder's files to S3; the one named `last`, by which the others count, after all others.
+
+    `check` is called before each, and may raise.
+    """
     read_only.check_writable(str(target))
     names = [file.name for file in storage.list_files(str(source))]
     for name in sorted(names, key=lambda name: name == last):
+        check()
         s3.upload(source / name, str(target / name))
 
 

@@ -10,7 +10,8 @@ import logging
 import math
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
@@ -163,16 +164,34 @@ def log_image(client: MlflowClient, run_id: str, path: Path) -> None:
     client.log_artifact(run_id, str(path), "pictures")
 
 
-class MlflowTracker:
-    """Logs to an open run from one process. A server that does not answer delays points, it does not stop a run."""
+class _Monitor(SystemMetricsMonitor):
+    """Logs how busy the machine is, from a thread of its own."""
 
-    def __init__(self, uri: str, run_id: str) -> None:
+    def __init__(self, check: Callable[[], None], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._check = check
+
+    def publish_metrics(self, metrics: dict[str, float]) -> None:
+        try:
+            self._check()
+        except (UserError, OSError):  # who trains is told, not this thread
+            return
+        super().publish_metrics(metrics)
+
+
+class MlflowTracker:
+    """Logs to an open run from one process. A server that does not answer delays points, it does not stop a run.
+
+    `check` raises where the run is not this process's any more; nothing is logged then.
+    """
+
+    def __init__(self, uri: str, run_id: str, check: Callable[[], None] = lambda: None) -> None:
         self._client = connect(uri)
-        self._run_id = run_id
+        self._run_id, self._check = run_id, check
         history = self._client.get_metric_history(run_id, STEP_METRIC)
         self._last_step: dict[str, int] = {STEP_METRIC: max((point.step for point in history), default=-1)}
         self._unsent: list[Metric] = []
-        self._monitor = SystemMetricsMonitor(run_id, sampling_interval=5, resume_logging=bool(history))
+        self._monitor = _Monitor(check, run_id, sampling_interval=5, resume_logging=bool(history))
         self._monitor.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -183,8 +202,9 @@ class MlflowTracker:
                 self._unsent.append(Metric(key, float(value), now, step))
                 self._last_step[key] = step
         try:
+            self._check()
             self._client.log_batch(self._run_id, metrics=self._unsent[:1000])
-        except MlflowException as error:
+        except (MlflowException, OSError) as error:
             logging.getLogger(__name__).warning("MLflow did not take a point, trying again with the next: %s", error)
         else:
             self._unsent = self._unsent[1000:]
@@ -201,7 +221,9 @@ class MlflowTracker:
         log_image(self._client, self._run_id, path)
 
     def close(self) -> None:
-        """Send what is left, and stop watching the machine."""
+        """Send what is left, and stop watching the machine; nothing is sent where `check` raises."""
+        with suppress(OSError):
+            self._check()
         unsent = len(self._unsent) + 1
         while self._unsent and len(self._unsent) < unsent:  # a request takes 1,000 points
             unsent = len(self._unsent)

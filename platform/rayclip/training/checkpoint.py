@@ -45,6 +45,8 @@ class RunState:
     manifest_digest: str = ""
     code_version: str = ""
     device: str = ""
+    generation: int = 0
+    """Which start of the run saved it: 1 is the first, each that goes on has one more. 0: an older version's."""
     branched_at: int = 0
     """Samples seen by the run that this one went on from; its times and rates count from there."""
 

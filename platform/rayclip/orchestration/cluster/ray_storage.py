@@ -1,6 +1,7 @@
 """S3 as Ray Train and Ray Tune write to it: a file system of fsspec's, with the retries of storage.py below it."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ def train_result(folder: StoragePath) -> ray.train.Result:
     return ray.train.Result.from_path(folder.key, _filesystem())
 
 
-def upload_checkpoint(checkpoint: ray.train.Checkpoint, target: RemotePath) -> ray.train.Checkpoint:
-    """Copy a checkpoint from this machine, and give it as it is there."""
-    upload_folder(Path(checkpoint.path), target, last="state.json")
+def upload_checkpoint(
+    checkpoint: ray.train.Checkpoint, target: RemotePath, check: Callable[[], None]
+) -> ray.train.Checkpoint:
+    """Copy a checkpoint from this machine, and give it as it is there; `check` is called before each file."""
+    upload_folder(Path(checkpoint.path), target, last="state.json", check=check)
     return ray.train.Checkpoint(target.key, _filesystem())
 
 

@@ -44,20 +44,22 @@ def run_sweep(config: SweepConfig) -> dict[str, Any]:
     """
     folder = sweep_folder(config).path
     with hold(folder, f"sweep '{config.name}'", say=note) as lease:
-        return _run(Sweep(config, lease))
+        return _run(Sweep(config, lease), lease)
 
 
-def _run(sweep: "Sweep") -> dict[str, Any]:
+def _run(sweep: "Sweep", lease: Lease) -> dict[str, Any]:
     succeeded = stopped = False
     try:
         sweep.train()
+        lease.fence.check()
         summary = sweep.finish()
         succeeded = not summary["failed"]
     except KeyboardInterrupt:
         stopped = True
         raise
     finally:
-        tracking.close_run(sweep.uri, sweep.parent_run_id, succeeded, stopped)
+        if not lease.is_lost():  # else it is another's
+            tracking.close_run(sweep.uri, sweep.parent_run_id, succeeded, stopped)
     return summary
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator
 from concurrent.futures import wait
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import ray
@@ -83,7 +83,8 @@ def train(
 
     version = code_version()
     tags = page_tags(config, spec, version) | (branch_tags(parent_checkpoint) if parent_checkpoint else {})
-    run_id = _open_mlflow_run(config, uri, folder, record, spec, tags)
+    generation = (record or {}).get("generation", 0) + 1
+    run_id = _open_mlflow_run(config, uri, folder, record, spec, tags, generation)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may go away
     status_actor = RunStatusActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     context = RunContext(
@@ -95,6 +96,8 @@ def train(
         run_id,
         version,
         status_actor,
+        generation,
+        lease.fence,
         parent_checkpoint,
         awaits_decision,
     )
@@ -102,12 +105,18 @@ def train(
     try:
         with deferred_signals() if stops_on_signals else nullcontext(Received()) as received:
             yield from _fit(context, folder, new_line, lease, received)
+        lease.fence.check()
         succeeded = True
     except (GeneratorExit, KeyboardInterrupt):
         stopped = True
         raise
+    except Exception:
+        with suppress(OSError):
+            lease.fence.check()  # where the run is lost, that is what is to be said
+        raise
     finally:
-        tracking.close_run(uri, run_id, succeeded, stopped)
+        if not lease.is_lost():  # else it is another's, who may be logging to it
+            tracking.close_run(uri, run_id, succeeded, stopped)
     summary = sum_up(config, folder, uri, run_id, Stream(spec).num_distinct())
     folder.write_summary(summary)
     return summary
@@ -127,6 +136,7 @@ def _open_mlflow_run(
     record: dict[str, Any] | None,
     spec: StreamSpec,
     tags: dict[str, str],
+    generation: int,
 ) -> str:
     resolved = config.model_dump(mode="json")
     known: str | None = record["mlflow_run_id"] if record else None
@@ -134,7 +144,7 @@ def _open_mlflow_run(
     run_id = tracking.open_run(
         uri, section.experiment, config.name, resolved, tags, known, section.parent_run_id, section.artifacts
     )
-    folder.write_record(resolved, run_id, Stream(spec).manifest.parts())
+    folder.write_record(resolved, run_id, Stream(spec).manifest.parts(), generation)
     return run_id
 
 
@@ -164,7 +174,7 @@ def _fit(
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
         ),
-        run_config=ray.train.RunConfig(  # type: ignore[arg-type]
+        run_config=ray.train.RunConfig(
             **ray_storage(folder.checkpoints),
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
@@ -178,6 +188,8 @@ def _fit(
         if context.validates_asynchronously or folder.has_pending_validation()
         else None,
         dataset_config=StreamConfig(context.spec, str(folder.checkpoints), context.parent_checkpoint),
+        fence=context.fence,
+        status_actor=context.status_actor,
     )
     fit = start_fit(trainer)
     try:
@@ -185,6 +197,10 @@ def _fit(
         yield from follow(context.status_actor, line, fit, lease, received)
         fit.result()
     except ray.train.TrainingFailedError as error:
+        lease.fence.check()
+        mistake: Any = ray.get(context.status_actor.error.remote())
+        if mistake:
+            raise UserError(mistake) from error
         raise CrashedError(f"training failed after {workers.max_failures} restarts: {_last_line(error)}") from error
     except (KeyboardInterrupt, LostError):  # the workers end with this process
         raise
@@ -194,7 +210,7 @@ def _fit(
         raise
     finally:
         line.close()
-    mistake: Any = ray.get(context.status_actor.error.remote())
+    mistake = ray.get(context.status_actor.error.remote())
     if mistake:
         raise UserError(mistake)
     if received.number is not None:

@@ -8,6 +8,7 @@ from ray.actor import ActorHandle
 
 from rayclip.config import TrainConfig
 from rayclip.data.stream import StreamSpec
+from rayclip.io.lease import Fence
 from rayclip.io.paths import StoragePath
 
 
@@ -23,6 +24,10 @@ class RunContext:
     mlflow_run_id: str
     code_version: str
     status_actor: ActorHandle
+    generation: int
+    """Which start of the run this is: it is in the run's record and in each checkpoint that this one saves."""
+    fence: Fence
+    """Asked before anything is written to the run's folder or to its MLflow run."""
     parent_checkpoint: StoragePath | None = None
     """The checkpoint of another run that a branch begins with."""
     awaits_decision: bool = False

@@ -46,9 +46,12 @@ class RunFolder:
         """What `write_record` kept; None for a new run."""
         return _read(self.path / "run.json")
 
-    def write_record(self, config: dict[str, Any], mlflow_run_id: str, data: Sequence[Any] = ()) -> None:
-        """Keep what the run was started with: its settings, and the parts of its data."""
-        write_json(self.path / "run.json", {"mlflow_run_id": mlflow_run_id, "config": config, "data": data})
+    def write_record(
+        self, config: dict[str, Any], mlflow_run_id: str, data: Sequence[Any] = (), generation: int = 1
+    ) -> None:
+        """Keep what the run was started with: its settings, the parts of its data, and which start of it this is."""
+        record = {"mlflow_run_id": mlflow_run_id, "generation": generation, "config": config, "data": data}
+        write_json(self.path / "run.json", record)
 
     def read_summary(self) -> dict[str, Any] | None:
         """What `write_summary` kept; None for a run that has not ended."""

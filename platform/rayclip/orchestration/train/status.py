@@ -19,6 +19,7 @@ class RunStatusActor:
         self._changed = asyncio.Condition()
         self._attempts: dict[int, int] = {}
         self._error: str | None = None
+        self._failures: dict[int, tuple[str, int]] = {}
 
     def update(self, state: dict[str, Any]) -> bool:
         """Replace the state; returns whether the run is to save and stop."""
@@ -55,6 +56,15 @@ class RunStatusActor:
         """Count the attempts to validate the checkpoint there: this is the first, the second, ..."""
         self._attempts[samples_seen] = self._attempts.get(samples_seen, 0) + 1
         return self._attempts[samples_seen]
+
+    def add_failure(self, rank: int, failure: str, samples_seen: int) -> None:
+        """Keep how a worker failed, or stop the run where its last failure was the same, at the same place."""
+        if self._failures.get(rank) == (failure, samples_seen):
+            self._error = (
+                f"training failed twice in the same way at {samples_seen:,} samples seen, and was not tried again: "
+                f"{failure}"
+            )
+        self._failures[rank] = failure, samples_seen
 
     def stop(self, error: str) -> None:
         """Keep the reason for which the run has ended, and which a restart would meet again."""

@@ -15,6 +15,7 @@ import torch
 
 from rayclip.errors import UserError
 from rayclip.io.files import write_json
+from rayclip.io.lease import LostError
 from rayclip.io.paths import StoragePath, local_copy, staged, storage_path
 from rayclip.orchestration.cluster.resources import validation_resources
 from rayclip.orchestration.train.checkpoint_metrics import (
@@ -53,7 +54,10 @@ class CheckpointValidation:
         try:
             if attempt > _ATTEMPTS:
                 raise UserError(f"its process died {_ATTEMPTS} times")
+            self.context.fence.check()
             score = self._validate(folder, samples_seen)
+        except LostError:
+            raise  # nothing is written for a run that is another's
         except Exception as error:
             if attempt < _ATTEMPTS and not isinstance(error, UserError):
                 raise _TryAgainError from error
@@ -67,6 +71,7 @@ class CheckpointValidation:
         content = read_metrics(folder)
         if not content["measured"]:
             content = checkpoint_metrics(self.context.config, samples_seen, self._run_tasks(folder))
+            self.context.fence.check()
             write_json(folder / "metrics.json", content)
         self._publish(folder, samples_seen, content["tasks"])
         return content["score"]

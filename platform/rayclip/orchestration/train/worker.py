@@ -22,6 +22,7 @@ from rayclip.data.tokenizer import get_tokenizer
 from rayclip.errors import UserError
 from rayclip.evaluation.contact_sheet import write_sample_sheet
 from rayclip.io.files import write_text
+from rayclip.io.lease import LostError
 from rayclip.io.paths import RemotePath, StoragePath, append, local_copy, staged, storage_path
 from rayclip.models.clip import CLIP
 from rayclip.models.transformer import checkpoint_activations, compile_blocks
@@ -35,6 +36,7 @@ from rayclip.orchestration.train.checkpoint_metrics import (
     mlflow_metrics,
     with_ema,
 )
+from rayclip.orchestration.train.failures import describe_failure
 from rayclip.orchestration.train.run_context import RunContext, StoppedError
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.orchestration.train.validation import pending_checkpoints, validation_task, wait_until_validated
@@ -60,10 +62,18 @@ def train_worker(config: dict[str, Any]) -> None:
         worker.run()
     except StoppedError:
         pass
+    except LostError as error:
+        # The others wait for this one: it fails, and Ray Train, which asks the actor, starts nobody again.
+        ray.get(context.status_actor.stop.remote(str(error)))
+        raise
     except UserError as error:
         # Raised on all workers alike; an exception here would only make Ray try the same again.
         if worker.is_first:
             ray.get(context.status_actor.stop.remote(str(error)))
+    except Exception as error:
+        if failure := describe_failure(error):
+            ray.get(context.status_actor.add_failure.remote(worker.rank, failure, worker.samples_seen))
+        raise
     finally:
         worker.close()
 
@@ -75,8 +85,10 @@ class TrainingWorker:
         self.context, self.config = context, context.config
         self.folder = RunFolder(storage_path(context.folder))
         train_context = ray.train.get_context()
-        self.is_first = train_context.get_world_rank() == 0
+        self.rank = train_context.get_world_rank()
+        self.is_first = self.rank == 0
         self.world_size = train_context.get_world_size()
+        self.samples_seen = 0
         self._shown_at = 0.0
         self._answer: ray.ObjectRef | None = None
         self._stops = False
@@ -97,6 +109,7 @@ class TrainingWorker:
         self.optimizer: RowAdamW = build_optimizer(self.model, self.config.optimizer)
         self.ema = Ema(self.model, self.config.ema) if self.config.ema else None
         state = self._restore()
+        self.samples_seen = state.samples_seen
         ledger = Stream(self.context.spec, state.ledger).ledger()
         hooks = Hooks(
             self._step,
@@ -127,7 +140,7 @@ class TrainingWorker:
     def _new_tracker(self) -> "MlflowTracker":
         from rayclip.tracking.mlflow import MlflowTracker  # takes seconds, which no step waits for
 
-        tracker = MlflowTracker(self.context.tracking_uri, self.context.mlflow_run_id)
+        tracker = MlflowTracker(self.context.tracking_uri, self.context.mlflow_run_id, self.context.fence.check)
         if self._shown_samples is not None:
             images, tokens = self._shown_samples
             tokenizer = get_tokenizer(self.context.spec.context_length)
@@ -200,12 +213,17 @@ class TrainingWorker:
                 self.context.link_checkpoint(folder, state.samples_seen, read_metrics(folder)["tasks"])
         if state.manifest_digest != self.context.spec.digest:
             raise UserError(f"the data set in '{self.context.spec.folder}' is not the one this run began with")
+        if state.generation > self.context.generation:
+            self.context.fence.check()  # names who has saved it
+        state.generation = self.context.generation
         state.code_version, state.device = self.context.code_version, _device_name()
         if self.is_first:
+            self.context.fence.check()
             _forget_quarantined_after(self.folder.quarantine, state.samples_seen)
         return state
 
     def _step(self, metrics: Metrics, state: RunState) -> None:
+        self.samples_seen = state.samples_seen
         if not self.is_first:
             return
         self._open_tracker()
@@ -232,8 +250,7 @@ class TrainingWorker:
             self.context.status_actor.note.remote(line)
 
     def _replay(self, samples: np.ndarray) -> Iterator[Batch]:
-        rank = ray.train.get_context().get_world_rank()
-        return Stream(self.context.spec).again(samples, self._local_batch, rank, self.world_size)
+        return Stream(self.context.spec).again(samples, self._local_batch, self.rank, self.world_size)
 
     def _evaluate(self) -> Metrics:
         self._wait_until_validated()
@@ -264,6 +281,7 @@ class TrainingWorker:
             ray.train.report(reported, checkpoint_dir_name=name)
             self._wait_for_decision(state, metrics)
             return
+        self.context.fence.check()
         validation = validation_task(state.samples_seen, is_kept) if metrics is None else False
         self._quarantine(seen[seen[:, 2] > 0], state.samples_seen)
         config = self.config.model_dump(mode="json")
@@ -273,7 +291,10 @@ class TrainingWorker:
                 np.save(Path(scratch) / name / "samples.npy", seen)
             checkpoint = ray.train.Checkpoint.from_directory(str(Path(scratch) / name))
             there = self.folder.checkpoints / name
-            upload = (lambda written, _: upload_checkpoint(written, there)) if isinstance(there, RemotePath) else None
+            check = self.context.fence.check
+            upload = (
+                (lambda written, _: upload_checkpoint(written, there, check)) if isinstance(there, RemotePath) else None
+            )
             ray.train.report(
                 reported,
                 checkpoint=checkpoint,
@@ -281,6 +302,7 @@ class TrainingWorker:
                 checkpoint_upload_fn=upload,
                 validation=validation,
             )
+        self.context.fence.check()
         if not (there / "state.json").is_file():
             return  # Ray keeps nothing where another worker has died meanwhile; it is about to start all anew
         self.folder.back_up_list()
