@@ -111,6 +111,14 @@ def test_features_are_kept_and_what_is_lost_is_made_anew(summary, place):
     assert part.stat().st_size == before and anew["datasets"] == summary["datasets"]
 
 
+def test_a_report_of_other_settings_is_not_replaced_in_silence(summary, place, capsys):
+    evaluate_job.main(suite(place))
+    assert "is replaced" not in capsys.readouterr().err
+    evaluate_job.main(suite(place, seeds=suite(place).seeds + 1))
+    assert "is replaced: it was of other settings (seeds is " in capsys.readouterr().err
+    evaluate_job.main(suite(place))
+
+
 def test_a_report_lies_in_the_folder_and_is_compared(summary, place):
     report = place / "report"
     assert json.loads((report / "summary.json").read_text())["model_version"] == summary["model_version"]

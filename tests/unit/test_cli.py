@@ -9,6 +9,7 @@ import pytest
 
 from rayclip.cli import main as cli
 from rayclip.errors import UserError, require_extra
+from rayclip.io.lease import hold
 
 HEAVY = ("torch", "ray", "mlflow", "matplotlib", "pyarrow", "scipy", "pandas", "s3fs", "optuna", "fastapi")
 SCRIPT = f"""
@@ -66,6 +67,26 @@ def test_a_mistake_in_the_settings_is_answered_before_anything_heavy_is_imported
     codes, heavy, shown, said = run(*([name, *arguments] for name, arguments in MISTAKES.items()))
     assert (codes, heavy, shown) == ([2] * len(MISTAKES), [], "")
     assert len(said) == len(MISTAKES) and all(line.startswith("error: ") for line in said), said
+
+
+def test_an_output_that_is_made_anew_says_what_it_replaces_and_is_held(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"m{i},1.0,{10.0 ** (6 + i)},{0.9 * 0.8**i}" for i in range(6)]
+    (tmp_path / "law.csv").write_text("\n".join(["name,gmacs,samples,error", *rows]))
+    folder, fit = tmp_path / "runs/fits/law", ["fit", "law.csv", "resamples=100"]
+    assert cli.run(fit) == cli.run(fit) == 0
+    assert "replaced" not in capsys.readouterr().err
+    assert cli.run([*fit, "seed=1"]) == 0
+    assert "is replaced: it was of other settings (seed is 0 there and 1 here)" in capsys.readouterr().err
+    assert not list(folder.glob("owner*"))
+    with hold(folder, "the folder"), pytest.raises(UserError, match="one at a time"):
+        cli.run(fit)
+
+
+def test_a_summary_takes_the_place_of_no_other_file(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt' is there and is no summary"):
+        cli.run(["plan", "plan_vit_l14", "--json", str(tmp_path / "notes.txt")])
 
 
 def test_an_unknown_command_names_the_nearest():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import tarfile
 import zlib
@@ -232,7 +233,8 @@ def test_what_users_have_is_read_or_said(name, where, tmp_path, s3, in_process):
     assert causes.count("fine") == readable
     assert {cause: causes.count(cause) for cause in set(causes) - {"fine"}} == summary["unreadable"]
     again = index(IndexConfig(path=path, chunk_samples=5))
-    assert {**again, "read": 0} == {**summary, "read": 0}
+    of_this_time = {"read": 0, "keys_across_shards": None}
+    assert again | of_this_time == summary | of_this_time
     assert f"{readable:,} of {samples:,} samples can be read" in describe_findings(summary)[0]
 
 
@@ -248,6 +250,44 @@ def test_a_second_table_does_not_replace_the_first_ones_manifest(tmp_path, in_pr
     assert index(IndexConfig(path=str(tmp_path / "b.tsv"), output=str(tmp_path / "b")))["samples"] == 2
     assert index(IndexConfig(path=str(tmp_path)))["samples"] == 8
     assert index(IndexConfig(path=str(tmp_path / "b.tsv"), replace=True))["samples"] == 2
+
+
+def test_names_of_classes_that_somebody_wrote_are_not_replaced_in_silence(tmp_path, in_process):
+    put(pictures(2, "cat/") | pictures(2, "dog/"), tmp_path)
+    mine, config = tmp_path / "classnames.txt", IndexConfig(path=str(tmp_path))
+    mine.write_text("a cat\na dog\n")
+    with pytest.raises(UserError, match="calls class 0 'a cat' and its folder is 'cat': move it elsewhere"):
+        index(config)
+    assert mine.read_text() == "a cat\na dog\n" and not (tmp_path / "listing.tsv").exists()
+    mine.unlink()
+    assert not index(config)["notes"]
+    put(pictures(2, "bird/"), tmp_path)
+    (note,) = index(config)["notes"]
+    assert note.endswith("is replaced: it names 2 classes and the folders are 3")
+    assert mine.read_text() == "bird\ncat\ndog\n"
+
+
+def test_shards_that_were_written_anew_are_said(tmp_path, in_process, caplog):
+    put({"0.tar": tar(*pairs("ab")), "1.tar": tar(*pairs("cd"))}, tmp_path)
+    index(IndexConfig(path=str(tmp_path)))
+    Manifest.load(tmp_path).check_shards()
+    assert not caplog.records
+    os.utime(tmp_path / "1.tar", (1, 1))
+    Manifest.load(tmp_path).check_shards()
+    assert "1 of 2 shards" in caplog.text and f"rayclip index {tmp_path}" in caplog.text
+
+
+def test_keys_that_come_again_in_another_shard_are_counted_and_named(tmp_path, in_process):
+    put({"0.tar": tar(*pairs("abc")), "1.tar": tar(*pairs("xbc")), "2.tar": tar(*pairs("cde"))}, tmp_path)
+    summary = index(IndexConfig(path=str(tmp_path)))
+    assert summary["keys_across_shards"]["samples"] == 3 and summary["repeated_keys"] == 0
+    said = "3 samples with the key of one in another shard, as in '0.tar' and '1.tar': each is a sample by itself"
+    lines = describe_findings(summary)
+    assert said in lines or said.replace("'1.tar'", "'2.tar'") in lines
+    (tmp_path / "0.tar").write_bytes(tar(*pairs("bd")))
+    (tmp_path / "1.tar").write_bytes(tar(*pairs("b")))
+    lines = describe_findings(index(IndexConfig(path=str(tmp_path))))
+    assert any("1 sample with the key of one in another shard of 2 compared" in line for line in lines)
 
 
 def test_a_part_of_the_pictures_does_not_replace_the_listing_of_all(tmp_path, in_process):

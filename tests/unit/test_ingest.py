@@ -166,6 +166,9 @@ def test_a_complete_data_set_whose_source_changed_is_not_called_complete(config,
         ingest(config)
     (tmp_path / "source").rename(tmp_path / "elsewhere")
     assert ingest(config)["complete"]
+    next((tmp_path / "out").glob("*/000000.tar")).unlink()
+    with pytest.raises(UserError, match=r"names shard '000000\.tar', which is not there"):
+        ingest(config)
 
 
 def test_a_data_set_of_an_earlier_release_is_complete(config, tmp_path):

@@ -3,16 +3,18 @@
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 from rayclip.config import Config
+from rayclip.config.fields import describe_replaced
 from rayclip.config.loader import describe, load
 from rayclip.errors import Interruption, UserError, exit_with
 from rayclip.io.s3 import StorageError
-from rayclip.io.storage import join, write_bytes
-from rayclip.orchestration.cluster.progress import progress_shown
+from rayclip.io.storage import find_file, join, read_bytes, write_bytes
+from rayclip.orchestration.cluster.progress import note, progress_shown
 
 
 class Settings(NamedTuple):
@@ -41,6 +43,8 @@ class Command:
     summary_path: Callable[[Any], str] = _in_output
     positional: tuple[str, ...] = ()
     from_file: bool = False
+    rewrites: bool = False
+    """Whether the output is made anew each time, over what is there."""
 
     def __call__(self, arguments: list[str]) -> int:
         """Run the job; returns 0. Raises UserError, and Interruption where a signal ends it."""
@@ -55,9 +59,9 @@ class Command:
                 found = {"kind": self.schema.__name__, "summary": summary, "config": config.model_dump(mode="json")}
                 print(json.dumps(found))
                 return 0
-            with progress_shown(not quiet):
-                done = self.main(config)
-            write_bytes(summary, (json.dumps(done, indent=2) + "\n").encode())
+            with progress_shown(not quiet), self._output(config, summary) as settings:
+                done = self.main(config) | settings
+                write_bytes(summary, (json.dumps(done, indent=2) + "\n").encode())
         except StorageError as error:
             raise UserError(str(error)) from None
         except KeyboardInterrupt as error:
@@ -66,6 +70,25 @@ class Command:
                 number, str(error) or "interrupted; the same command goes on from where it was"
             ) from None
         return 0
+
+    @contextmanager
+    def _output(self, config: Config, summary: str) -> Iterator[dict[str, Any]]:
+        """Hold the folder of an output that is written over what is there, which is said where it is of other settings.
+
+        Gives what the summary is to say of the settings. An output that is gone on with is held where it is written.
+        """
+        if not self.rewrites:
+            yield {}
+            return
+        from rayclip.io.lease import hold
+        from rayclip.io.paths import storage_path
+
+        settings, folder = {"settings": config.model_dump(mode="json")}, storage_path(summary).parent
+        with hold(folder, f"the output in '{folder}'", say=note):
+            replaced = describe_replaced(_read_summary(summary), settings)
+            if replaced:
+                note(f"what was in '{folder}' is replaced: {replaced}")
+            yield settings
 
     def help(self) -> str:
         """Return the usage and every key with its default and meaning."""
@@ -84,6 +107,8 @@ class Command:
         given, overrides = arguments[: len(required)], arguments[len(required) :]
         named = [f"{key.removesuffix('...')}={value}" for key, value in zip(self.positional, given, strict=False)]
         config = load(self.schema, given[-1] if self._takes_file else None, named + overrides)
+        if json_path and find_file(json_path) and _read_summary(json_path) is None:
+            raise UserError(f"--json '{json_path}' is there and is no summary, which could be written over")
         return Settings(config, json_path or self.summary_path(config))
 
     @property
@@ -117,6 +142,15 @@ def print_table(rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"  {name:<{width}}  {value}")
+
+
+def _read_summary(path: str) -> dict[str, Any] | None:
+    """What a command wrote there; None where that is nothing, or something else."""
+    try:
+        found = json.loads(read_bytes(path))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def take_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:

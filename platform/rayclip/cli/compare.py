@@ -58,4 +58,4 @@ def _log(config: CompareConfig, comparison: dict[str, Any], files: list[StorageP
     log_result(config.tracking_uri, config.experiment, "comparison", "comparison", settings, metrics, files)
 
 
-command = Command("rayclip compare", CompareConfig, main, positional=("runs...",))
+command = Command("rayclip compare", CompareConfig, main, positional=("runs...",), rewrites=True)

@@ -69,5 +69,10 @@ def _log(config: FitConfig, summary: dict[str, Any], files: list[StoragePath]) -
 
 
 command = Command(
-    "rayclip fit", FitConfig, main, lambda config: str(output_folder(config) / "summary.json"), ("source",)
+    "rayclip fit",
+    FitConfig,
+    main,
+    lambda config: str(output_folder(config) / "summary.json"),
+    ("source",),
+    rewrites=True,
 )

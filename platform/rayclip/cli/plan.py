@@ -98,4 +98,4 @@ def _number(value: float | None) -> str:
     return "no end" if value is None else f"{value:,.4g}" if value < 1e6 else f"{value:.4g}"
 
 
-command = Command("rayclip plan", PlanConfig, main, lambda config: "runs/plans/summary.json")
+command = Command("rayclip plan", PlanConfig, main, lambda config: "runs/plans/summary.json", rewrites=True)

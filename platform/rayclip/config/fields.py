@@ -190,3 +190,26 @@ def _mappings(value: Any, by_name: bool) -> Iterator[tuple[str, dict[str, Any]]]
 def _is_of(model: type[Config], values: dict[str, Any]) -> bool:
     kind = model.model_fields.get("kind")
     return kind is None or values.get("kind", kind.default) in get_args(kind.annotation)
+
+
+def describe_change(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
+    """Name the first setting that differs, as "source.seed is 0 there and 1 here"."""
+    for key in [*here, *there]:
+        a, b = there.get(key), here.get(key)
+        if a != b:
+            if isinstance(a, dict) and isinstance(b, dict) and a.get("kind") == b.get("kind"):
+                return describe_change(a, b, f"{prefix}{key}.")
+            if isinstance(a, dict) and isinstance(b, dict):
+                key, a, b = f"{key}.kind", a.get("kind"), b.get("kind")
+            return f"{prefix}{key} is {a!r} there and {b!r} here"
+    raise AssertionError("the settings are equal")
+
+
+def describe_replaced(before: dict[str, Any] | None, now: dict[str, Any]) -> str | None:
+    """How the summary of an output differs in its settings from the one that takes its place; None where it does not.
+
+    One of an older version does not say its settings.
+    """
+    if before is None or "settings" not in before or before["settings"] == now["settings"]:
+        return None
+    return f"it was of other settings ({describe_change(before['settings'], now['settings'])})"

@@ -21,6 +21,7 @@ from rayclip.io.s3 import File
 from rayclip.io.storage import read_range
 
 _NUM_SHOWN = 5
+_MOST_KEYS = 20_000_000  # that are compared with each other: 8 bytes each
 _IMPOSTOR_BYTES = 256
 
 
@@ -112,7 +113,8 @@ def to_manifest(plan: IndexPlan, found: dict[str, Indexed], notes: dict[str, obj
 
 def summarize(plan: IndexPlan, found: dict[str, Indexed], config: IndexConfig) -> dict[str, Any]:
     """What was found in all shards: {"check", "readable", "unreadable", "examples", "absent", "ignored",
-    "repeated_keys", "passed_over", "notes"}; `readable` is None where no sample was looked at."""
+    "repeated_keys", "keys_across_shards", "passed_over", "notes"}; `readable` is None where no sample was looked at.
+    Keys are compared across the tars that were read this time: a manifest does not keep them."""
     shards = [found[file.name] for file in plan.shards if file.name in found]
     causes: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
@@ -133,9 +135,28 @@ def summarize(plan: IndexPlan, found: dict[str, Indexed], config: IndexConfig) -
         "absent": sum(shard.report.num_absent for shard in shards),
         "ignored": plan.num_ignored + sum(shard.report.num_ignored for shard in shards),
         "repeated_keys": sum(shard.report.num_repeats for shard in shards),
+        "keys_across_shards": _keys_across(shards),
         "passed_over": plan.passed_over,
         "notes": notes,
     }
+
+
+def _keys_across(shards: list[Indexed]) -> dict[str, Any]:
+    """How many samples of the tars that were read have a key that one of another tar has, and two such tars."""
+    names, keys, total = list[str](), list[np.ndarray](), 0
+    for shard in shards:
+        total += 0 if shard.report.keys is None else len(shard.report.keys)
+        if shard.report.keys is not None and total <= _MOST_KEYS:
+            names.append(shard.name)
+            keys.append(shard.report.keys)
+    if not keys:
+        return {"samples": 0, "compared": 0, "example": []}
+    key = np.concatenate(keys)
+    shard_of = np.repeat(np.arange(len(keys)), [len(of_one) for of_one in keys])
+    order = np.argsort(key, kind="stable")
+    again = np.flatnonzero(key[order][1:] == key[order][:-1])
+    example = [names[shard_of[order[again[0] + i]]] for i in (0, 1)] if len(again) else []
+    return {"samples": len(again), "compared": len(keys), "example": example}
 
 
 def describe_findings(summary: dict[str, Any]) -> list[str]:
@@ -150,6 +171,13 @@ def describe_findings(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"{count(summary['repeated_keys'], 'sample')} with the key of an earlier one of the shard"
             f"{_like(summary, 'repeated_key')}: each is a sample by itself"
+        )
+    across = summary["keys_across_shards"]
+    if across["samples"]:
+        among = f" of {across['compared']:,} compared" * (across["compared"] < summary["shards"])
+        lines.append(
+            f"{count(across['samples'], 'sample')} with the key of one in another shard{among}, as in "
+            f"'{across['example'][0]}' and '{across['example'][1]}': each is a sample by itself"
         )
     if summary["absent"]:
         lines.append(f"{count(summary['absent'], 'row')} without a picture: no samples")

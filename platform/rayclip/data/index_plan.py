@@ -40,8 +40,9 @@ _EXTENSIONS = {
 }
 """How the names of files of each format end; of JSON Lines only Hugging Face's, since many files are such."""
 
+CLASS_NAMES = "classnames.txt"
 _WITH_COLUMNS = ("parquet", "table", "jsonl")
-_OURS = (FILE_NAME, PARTIAL, LISTING, "index.json", "classnames.txt")
+_OURS = (FILE_NAME, PARTIAL, LISTING, "index.json", CLASS_NAMES)
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", *IMAGE_COLUMNS)
 _CAPTION_COLUMNS = ("caption", "captions", *CAPTION_COLUMNS, "txt")
 _NUM_NAMED = 3
@@ -98,7 +99,7 @@ def make_plan(config: IndexConfig) -> IndexPlan:
         _keep_others(folder, kind, shards, files, config)
     more = {**_left_out(files, kind, shards), "notes": (*notes, *_say_empty(files))}
     if kind == "folder":
-        return _plan_folder(folder, files, shards, more)
+        return _plan_folder(folder, files, shards, more, config)
     return IndexPlan(folder, root, layout, shards, **more)
 
 
@@ -251,10 +252,13 @@ def _check_caption(shard: Shard, schema: pa.Schema, name: str) -> str:
     return f"{name}.{texts[0]}"
 
 
-def _plan_folder(folder: str, files: _Files, pictures: list[File], more: dict[str, Any]) -> IndexPlan:
+def _plan_folder(
+    folder: str, files: _Files, pictures: list[File], more: dict[str, Any], config: IndexConfig
+) -> IndexPlan:
     """The listing is the one shard, and is written here."""
     beside = [file for file in files.there if not is_image(file.name) and not _is_ours(file.name)]
     listing, class_names = make_listing([*pictures, *beside])
+    more["notes"] += _keep_class_names(folder, class_names, config)
     path = join(folder, LISTING)
     write_bytes(path, listing)
     found = find_file(path)
@@ -290,6 +294,24 @@ def _say_empty(files: _Files) -> list[str]:
     empty = [file.name for file in everything if not file.size and file.name.lower().endswith(endings)]
     named = ", ".join(f"'{name}'" for name in empty[:_NUM_NAMED]) + ", ..." * (len(empty) > _NUM_NAMED)
     return [f"{len(empty):,} empty left out: {named}"] if empty else []
+
+
+def _keep_class_names(folder: str, class_names: Sequence[str], config: IndexConfig) -> tuple[str, ...]:
+    """Note that other names of classes, by which labels count, are replaced. Raises UserError where index has no part
+    in those: somebody wrote them by hand."""
+    path = join(folder, CLASS_NAMES)
+    if not class_names or find_file(path) is None:
+        return ()
+    there = read_bytes(path).decode("utf-8", "replace").splitlines()
+    if there == list(class_names):
+        return ()
+    differ = f"names {len(there):,} classes and the folders are {len(class_names):,}"
+    if len(there) == len(class_names):
+        changed = next(i for i, names in enumerate(zip(there, class_names, strict=True)) if names[0] != names[1])
+        differ = f"calls class {changed} '{there[changed]}' and its folder is '{class_names[changed]}'"
+    if not config.replace and find_file(join(folder, FILE_NAME)) is None:
+        raise UserError(f"'{path}' {differ}: move it elsewhere, or give replace=true to write over it")
+    return (f"'{path}' is replaced: it {differ}",)
 
 
 def _keep_others(folder: str, kind: str, shards: Sequence[File], files: _Files, config: IndexConfig) -> None:

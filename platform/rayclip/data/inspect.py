@@ -7,9 +7,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rayclip.data.captions import choose_caption
 from rayclip.data.decode import BadSampleError, check_image, image_bytes, read_caption
@@ -42,11 +45,13 @@ class ShardReport:
     """What is wrong with a shard that is not whole."""
     careful: bool = False
     """Whether it must be read with `Layout.careful`."""
+    keys: np.ndarray | None = None
+    """Hashes of the keys of a tar's samples, each once, uint64 [num_keys]; the manifest does not keep them."""
 
     def to_dict(self) -> dict[str, Any]:
         """What is not as in a shard that is fine; empty for such a one."""
-        plain = {spec.name: value for spec, value in zip(fields(self), asdict(self).values(), strict=True) if value}
-        return plain
+        plain = asdict(replace(self, keys=None))
+        return {name: value for name, value in plain.items() if value}
 
     def add(self, cause: str, name: str) -> None:
         """Count a sample that cannot be read."""
@@ -200,6 +205,8 @@ class _KeyOrder:
     def report(self, report: ShardReport) -> None:
         """Add what was found to the shard's report."""
         report.num_repeats = self._num_repeats
+        hashes = [int.from_bytes(blake2b(key, digest_size=8).digest()) for key in self._parts]
+        report.keys = np.array(hashes, dtype=np.uint64)
         for name in self._repeats:
             report.add_example("repeated_key", name)
         if self._num_apart:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,6 +32,8 @@ from rayclip.io.storage import find_file, find_files, is_remote, join, list_file
 FILE_NAME = "manifest.parquet"
 PARTIAL = "manifest.partial.parquet"
 """What an index that was interrupted has found."""
+
+_logger = logging.getLogger(__name__)
 
 _KEY = b"rayclip"
 _COLUMNS = ("shard", "offset", "length", "num_samples")
@@ -168,24 +171,38 @@ class Manifest:
         return any(map(is_remote, (self.folder, self.root, self.layout.pictures)))
 
     def check_shards(self, may_lack: bool = False) -> None:
-        """Raise UserError where a shard has another size than when it was indexed, or is missing, but if `may_lack`."""
-        for name, expected, size in zip(self.shards, self.shard_bytes, self._sizes_there(), strict=True):
-            if size is None and may_lack:
-                continue
-            if size is None:
-                raise UserError(f"the manifest in '{self.folder}' names shard '{name}', which is not there")
-            if size != expected:
-                raise UserError(
-                    f"shard '{self._path(name)}' has {size:,} bytes, its manifest says {expected:,}: "
-                    f"index it again with rayclip index {self.root or self.folder}"
-                )
+        """Raise UserError where a shard has another size than when it was indexed, or is missing, but if `may_lack`.
 
-    def _sizes_there(self) -> list[int | None]:
+        Those that were written anew since, at the same size, are counted in a warning.
+        """
+        again, there = f"rayclip index {self.root or self.folder}", self._files_there()
+        for name, expected, file in zip(self.shards, self.shard_bytes, there, strict=True):
+            if file is None and may_lack:
+                continue
+            if file is None:
+                raise UserError(f"the manifest in '{self.folder}' names shard '{name}', which is not there")
+            if file.size != expected:
+                raise UserError(
+                    f"shard '{self._path(name)}' has {file.size:,} bytes, its manifest says {expected:,}: "
+                    f"index it again with {again}"
+                )
+        changed = [
+            file
+            for file, stamp in zip(there, self.stamps, strict=False)
+            if file and stamp and file.stamp not in ("", stamp)
+        ]
+        if changed:
+            where = f"{len(changed):,} of {len(self.shards):,} shards in '{self.folder}'"
+            _logger.warning(
+                "%s were written anew since they were indexed, at the same size: %s looks again", where, again
+            )
+
+    def _files_there(self) -> list[File | None]:
         root = self.root or self.folder
         if is_remote(root) and not is_web(root) and len(self.shards) > _FEW_SHARDS:
-            sizes = {file.name: file.size for file in list_files(root)}
-            return [sizes.get(name) for name in self.shards]
-        return [file and file.size for file in find_files([self._path(name) for name in self.shards])]
+            files = {file.name: file for file in list_files(root)}
+            return [files.get(name) for name in self.shards]
+        return find_files([self._path(name) for name in self.shards])
 
     def _path(self, shard: str) -> str:
         return join(self.root or self.folder, shard)

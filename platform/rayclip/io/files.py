@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rayclip.errors import UserError
 from rayclip.io import read_only, s3, storage
 from rayclip.io.paths import StoragePath, staged
 
@@ -42,7 +43,12 @@ def whole_folder(folder: StoragePath, last: str) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError as error:
+            if not folder.exists():
+                raise
+            raise UserError(f"'{folder}' has been written by another process meanwhile") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,10 +1,12 @@
 """Measuring a model with a suite: features of all its data sets by the whole cluster, then task by task from them."""
 
+import json
 import re
 from itertools import product
 from typing import Any
 
 from rayclip.config import SuiteConfig
+from rayclip.config.fields import describe_replaced
 from rayclip.evaluation.corruptions import STRENGTHS
 from rayclip.evaluation.page import write_report
 from rayclip.evaluation.plots import write_bars
@@ -21,6 +23,9 @@ from rayclip.orchestration.batch.features import Extraction, extract, images_of,
 from rayclip.orchestration.cluster.progress import note
 from rayclip.tracking.experiment import log_result
 
+_SAME_REPORT = {"cluster", "experiment", "tracking_uri", "cache", "batch_size", "part_samples", "output"}
+"""Settings that change nothing of what is measured."""
+
 
 def evaluate(config: SuiteConfig) -> dict[str, Any]:
     """Measure the model on all data sets of the suite, and write the report. Returns its summary. Raises UserError."""
@@ -28,7 +33,22 @@ def evaluate(config: SuiteConfig) -> dict[str, Any]:
     model = open_model(config.model, config.tracking_uri)
     output = output_folder(config, model.source.version)
     with hold(output, f"the report '{output}'", say=note):
-        return _evaluate(config, suite, baselines, model, output)
+        settings = {"settings": config.model_dump(mode="json", exclude=_SAME_REPORT)}
+        _say_replaced(output, settings | {"weights_sha256": model.weights_sha256})
+        return _evaluate(config, suite, baselines, model, output, settings)
+
+
+def _say_replaced(output: StoragePath, now: dict[str, Any]) -> None:
+    """Say where a report lies in the folder that is of something else."""
+    try:
+        before = json.loads((output / SUMMARY).read_text())
+    except (OSError, ValueError):
+        return
+    replaced = describe_replaced(before, now)
+    if before.get("weights_sha256") != now["weights_sha256"]:
+        replaced = "it was of other weights of the same name"
+    if replaced:
+        note(f"the report in '{output}' is replaced: {replaced}")
 
 
 def _evaluate(
@@ -37,6 +57,7 @@ def _evaluate(
     baselines: dict[str, dict[str, float]],
     model: EmbeddingModel,
     output: StoragePath,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     wanted = {dataset.name: _extractions(dataset, model, config) for dataset in suite.datasets}
     # Data sets of the same classes and templates have the same prompts.
@@ -64,6 +85,7 @@ def _evaluate(
         "not_there": suite.not_there,
         "extraction": extracted,
         "output": str(output),
+        **settings,
     }
     write_json(output / SUMMARY, summary)
     bars, page = output / "scores.png", output / "report.html"

@@ -8,7 +8,7 @@ from typing import Any
 from rayclip.config import IndexConfig
 from rayclip.data.formats import Layout
 from rayclip.data.index import Indexed, index_file, known_shards, summarize, to_manifest
-from rayclip.data.index_plan import make_plan, output_folder
+from rayclip.data.index_plan import CLASS_NAMES, make_plan, output_folder
 from rayclip.data.manifest import PARTIAL
 from rayclip.errors import UserError
 from rayclip.io.lease import hold
@@ -20,7 +20,6 @@ from rayclip.orchestration.cluster.progress import ProgressLine, note
 
 _SAVE_EVERY_S = 60.0
 _MOST_SHARDS_A_TASK = 16
-CLASS_NAMES = "classnames.txt"
 
 _Work = tuple[str, File]
 """A shard's path and what the listing said of it."""

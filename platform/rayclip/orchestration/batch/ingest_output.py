@@ -12,14 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from rayclip.config import IngestConfig
+from rayclip.config.fields import describe_change
 from rayclip.data.formats.tar import Span
 from rayclip.data.ingest import CLASS_NAMES, ShardResult, ShardTask, digest_of, settings_of, shard_name, summary_of
-from rayclip.data.manifest import Manifest
+from rayclip.data.manifest import FILE_NAME, Manifest
 from rayclip.data.sources import Split
 from rayclip.errors import UserError
 from rayclip.io.files import write_text
-from rayclip.io.paths import StoragePath, remove_tree, storage_path
-from rayclip.orchestration.batch.partitioned_output import PartitionedOutput, Tally, describe_change, format_causes
+from rayclip.io.paths import StoragePath, matching, remove_tree, storage_path
+from rayclip.orchestration.batch.partitioned_output import PartitionedOutput, Tally, format_causes
 
 STATE = ".ingest"
 SKIPPED = "skipped.jsonl"
@@ -112,9 +113,11 @@ class IngestOutput(PartitionedOutput):
         return next((result.skipped[0][2] for result in there if result.skipped), None)
 
     def read_summary(self) -> dict[str, Any] | None:
-        """What the data set holds; None for one that is not complete."""
+        """What the data set holds; None for one that is not complete. Raises UserError where it has lost shards."""
         if not (self.path / SKIPPED).is_file() or self.state.exists():
             return None
+        for path in matching(self.path, f"*/{FILE_NAME}"):
+            Manifest.load(str(path.parent)).check_shards()
         return summary_of(self.path, self._read_skipped())
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:

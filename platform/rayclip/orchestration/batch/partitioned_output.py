@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayclip.config.fields import describe_change
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError
 from rayclip.io.files import whole_file, write_json
@@ -255,16 +256,3 @@ def check_bad(tally: Tally, max_bad_fraction: float, example: Callable[[], str |
             f"{bad:,} of {samples:,} samples cannot be used ({format_causes(tally)})"
             f"{f', the first being {first}' if first else ''}; max_bad_fraction allows {max_bad_fraction:.0%}"
         )
-
-
-def describe_change(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
-    """Name the first setting that differs, as "source.seed is 0 there and 1 here"."""
-    for key in [*here, *there]:
-        a, b = there.get(key), here.get(key)
-        if a != b:
-            if isinstance(a, dict) and isinstance(b, dict) and a.get("kind") == b.get("kind"):
-                return describe_change(a, b, f"{prefix}{key}.")
-            if isinstance(a, dict) and isinstance(b, dict):
-                key, a, b = f"{key}.kind", a.get("kind"), b.get("kind")
-            return f"{prefix}{key} is {a!r} there and {b!r} here"
-    raise AssertionError("the settings are equal")

@@ -13,7 +13,7 @@ from rayclip.io.paths import StoragePath, storage_path
 from rayclip.orchestration.cluster.progress import note
 from rayclip.orchestration.sweep.search import Journal
 from rayclip.orchestration.sweep.table import FINISHED, STOPPED, TrialLine
-from rayclip.orchestration.train.plan import plan_stream, resolve
+from rayclip.orchestration.train.plan import has_other_data, plan_stream, resolve
 from rayclip.orchestration.train.run_folder import RunFolder
 from rayclip.scaling.ladder import Trial, plan_ladder
 from rayclip.scaling.rungs import Counted, Row, count, make_row
@@ -74,12 +74,18 @@ class Planned:
         return self.trial.name
 
     def check_same(self) -> None:
-        """Raise UserError where the folder of one of its runs holds a run with other settings."""
+        """Raise UserError where the folder of one of its runs holds a run with other settings, or of other data."""
         for run in self.trial.runs:
             folder = run_folder(run)
             record = folder.read_record()
             if record is not None:
                 folder.check_same(record, run.model_dump(mode="json"))
+            summary = folder.read_summary()
+            if summary is not None and has_other_data(run, summary):
+                raise UserError(
+                    f"'{folder.path}' was trained on a data set that has changed since, and the other trials could not "
+                    "be compared with it: give the sweep another name"
+                )
 
     def line(self, journal: Journal, metric: str) -> TrialLine:
         """Its line in the table of trials, as it stands before the sweep goes on."""

@@ -14,7 +14,7 @@ from rayclip.io.paths import storage_path
 from rayclip.orchestration.cluster.connection import begin_connecting
 from rayclip.orchestration.cluster.progress import Line, ProgressLine
 from rayclip.orchestration.cluster.resources import local_cpus
-from rayclip.orchestration.train.plan import plan_stream, resolve
+from rayclip.orchestration.train.plan import has_other_data, plan_stream, resolve
 from rayclip.orchestration.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -52,13 +52,18 @@ def start_training(
         folder.check_same(record, config.model_dump(mode="json"))
     complete = folder.read_summary()
     if complete is not None:
-        new_line(complete["samples_seen"]).note(f"run '{config.name}' is complete already")
+        since = ""
+        if has_other_data(config, complete):
+            since = "; its data set has changed since, and it was not trained on what is there now"
+        if not storage_path(complete["checkpoint"]).exists():
+            since += f"; its checkpoint '{complete['checkpoint']}' is gone"
+        new_line(complete["samples_seen"]).note(f"run '{config.name}' is complete already{since}")
         return complete
     spec = plan_stream(config, may_lack_shards=folder.has_checkpoints())
-    # Ray's processes start while torch, MLflow and Ray Train are imported: seconds each.
-    begin_connecting(local_cpus(config))
-    from rayclip.orchestration.train.fit import check_run, train
-
-    uri = check_run(config, spec, is_new=record is None)
     with hold(folder.path, f"run '{config.name}'", say=new_line(Stream(spec).num_remaining()).note) as lease:
+        # Ray's processes start while torch, MLflow and Ray Train are imported: seconds each.
+        begin_connecting(local_cpus(config))
+        from rayclip.orchestration.train.fit import check_run, train
+
+        uri = check_run(config, spec, is_new=record is None)
         return (yield from train(config, folder, spec, uri, new_line, awaits_decision, stops_on_signals, lease))

@@ -3,11 +3,15 @@
 It imports neither torch nor Ray nor MLflow: mistakes are told before they are imported, which takes seconds.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from rayclip.config import ModelConfig, TrainConfig
 from rayclip.config.base import PathMark
 from rayclip.config.fields import map_paths
 from rayclip.data.augment import Augmentation
-from rayclip.data.mixture import MixturePart, load_parts
+from rayclip.data.manifest import Manifest
+from rayclip.data.mixture import Mixture, MixturePart, load_parts
 from rayclip.data.order import Order
 from rayclip.data.stream import Stream, StreamSpec
 from rayclip.data.tokenizer import check_vocabulary
@@ -29,6 +33,16 @@ def _absolute(path: str, mark: PathMark) -> str:
     return path if mark.may_be_registered and is_registered(path) else absolute(path)
 
 
+def has_other_data(config: TrainConfig, summary: Mapping[str, Any]) -> bool:
+    """Whether a complete run was trained on a data set that is another one now; one that is gone has not changed."""
+    if "manifest_digest" not in summary:  # of an older version
+        return False
+    try:
+        return _load_data(config)[0].digest != summary["manifest_digest"]
+    except UserError:
+        return False
+
+
 def plan_stream(config: TrainConfig, may_lack_shards: bool = False) -> StreamSpec:
     """Return the stream of a run. Raises UserError where the data does not fit the run.
 
@@ -37,9 +51,7 @@ def plan_stream(config: TrainConfig, may_lack_shards: bool = False) -> StreamSpe
     model = config.model
     assert isinstance(model, ModelConfig)
     check_vocabulary(model.text.vocab_size)
-    parts = tuple(MixturePart(part.path, part.weight) for part in config.data.mixture)
-    folder = config.data.path or " + ".join(f"{part.weight:g} x {part.path}" for part in parts)
-    whole = load_parts(folder, parts)
+    whole, folder, parts = _load_data(config)
     whole.check_shards(may_lack_shards)
     manifest = whole.subset(config.data.fraction, config.seed)
     if config.batch_size > manifest.total_samples:
@@ -67,3 +79,10 @@ def plan_stream(config: TrainConfig, may_lack_shards: bool = False) -> StreamSpe
         captions=config.data.captions,
         mixture=parts,
     )
+
+
+def _load_data(config: TrainConfig) -> tuple[Manifest | Mixture, str, tuple[MixturePart, ...]]:
+    """(the whole data set, where it is in words, the parts of a mixture). Raises UserError."""
+    parts = tuple(MixturePart(part.path, part.weight) for part in config.data.mixture)
+    folder = config.data.path or " + ".join(f"{part.weight:g} x {part.path}" for part in parts)
+    return load_parts(folder, parts), folder, parts
