@@ -431,6 +431,7 @@ def test_convert_writes_what_others_and_we_read(tmp_path, capsys):
     assert "QuickGELU" in capsys.readouterr().out
     with pytest.raises(UserError, match="exists: give another output"):
         convert.main(ConvertConfig(input=str(source), output=str(output)))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"open_clip", "huggingface", "rayclip"}
 
 
 def test_convert_tells_a_preset_what_a_state_dict_leaves_open(tmp_path):

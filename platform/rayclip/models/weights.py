@@ -26,6 +26,7 @@ from torch import Tensor
 from rayclip.config import ModelConfig
 from rayclip.errors import UserError, first_line
 from rayclip.io.files import SETTINGS_BESIDE, describe_impostor, find_weights, whole_folder
+from rayclip.io.lease import hold
 from rayclip.io.paths import StoragePath
 from rayclip.models import huggingface, open_clip
 from rayclip.models.architecture import Tensors, check_fit, fit, infer
@@ -92,8 +93,6 @@ def write_weights(folder: StoragePath, weights: Weights, kind: str, name: str) -
     Raises:
         UserError: the folder exists, or the format cannot hold the model.
     """
-    if folder.exists():
-        raise UserError(f"'{folder}' exists: give another output, or remove it")
     tensors = weights.tensors
     if kind == "huggingface":
         settings, tensors = huggingface.write_settings(weights.config), huggingface.to_huggingface(tensors)
@@ -102,10 +101,15 @@ def write_weights(folder: StoragePath, weights: Weights, kind: str, name: str) -
     else:
         settings = {"name": name, "model": weights.config.model_dump(mode="json")}
     file_name = "open_clip_model.safetensors" if kind == "open_clip" else "model.safetensors"
-    with whole_folder(folder, last=file_name) as partial:
-        # Transformers takes no file that does not say which library it is of.
-        save_file({key: t.contiguous() for key, t in tensors.items()}, partial / file_name, metadata={"format": "pt"})
-        (partial / SETTINGS_BESIDE[file_name]).write_text(json.dumps(settings, indent=2) + "\n")
+    with hold(folder.parent / f"{folder.name}.writing", f"the output '{folder}'"):
+        if folder.exists():
+            raise UserError(f"'{folder}' exists: give another output, or remove it")
+        with whole_folder(folder, last=file_name) as partial:
+            # Transformers takes no file that does not say which library it is of.
+            save_file(
+                {key: t.contiguous() for key, t in tensors.items()}, partial / file_name, metadata={"format": "pt"}
+            )
+            (partial / SETTINGS_BESIDE[file_name]).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def fit_weights(path: str | Path, wanted: ModelConfig) -> Tensors:
