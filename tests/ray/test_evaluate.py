@@ -51,7 +51,7 @@ def suite(place, **changes):
         "datasets": {
             "classes": {"tasks": ["zero_shot", "corruptions"], "corruptions": ["gaussian_noise"]},
             "moved": {"shift_of": "classes"},
-            "pairs": {"tasks": ["retrieval"], "metric": "image_recall_at_1"},
+            "pairs": {"tasks": ["retrieval"]},
             "mnist": {},
         },
         "require": "any",
@@ -127,8 +127,9 @@ def test_a_report_lies_in_the_folder_and_is_compared(summary, place):
     assert page.count("data:image/png;base64,") == 1 + len(list(report.glob("*/*.png"))) >= 4
     assert "strength 5" in page and "points beside classes" in page
     config = CompareConfig(runs=(str(report), str(report)), output=str(place / "comparison"))
-    same = compare_job.main(config)["datasets"]["classes"]["difference"][1]
-    assert same == {"value": 0.0, "low": 0.0, "high": 0.0, "paired": True}
+    compared = compare_job.main(config)["datasets"]
+    for name in ("classes", "pairs"):
+        assert compared[name]["difference"][1] == {"value": 0.0, "low": 0.0, "high": 0.0, "paired": True}
 
 
 def test_bad_data_ends_the_job_with_one_line(place, make_samples, write_dataset):

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from rayclip.cli import main as cli
+from rayclip.cli import train
 from rayclip.errors import UserError, require_extra
 from rayclip.io.lease import hold
 
@@ -106,3 +108,19 @@ def test_an_extra_that_is_missing_is_named():
     require_extra("json", "sweep", "this")
     with pytest.raises(UserError, match=r"^curate needs not_there, .* pip install 'rayclip\[curate\]'$"):
         require_extra("not_there", "curate", "curate")
+
+
+def test_a_check_of_a_run_finds_what_the_run_would_refuse(
+    tmp_path, monkeypatch, make_config, make_samples, write_dataset
+):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "data", make_samples(40))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(make_config("run", tmp_path / "data", samples=64)))
+    arguments = ["run.yaml", "--check"]
+    assert train.command(arguments) == 0
+    with pytest.raises(UserError, match="nowhere': the folder does not exist"):
+        train.command([*arguments, "data.path=nowhere"])
+    task = "evaluation.tasks={classes: {kind: zero_shot, path: data}}"
+    with pytest.raises(UserError, match=r"no 'classnames.txt' in '.*data': zero-shot needs the classes' names"):
+        train.command([*arguments, task])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run.yaml"]

@@ -39,6 +39,14 @@ def test_half_is_right_and_half_wrong_while_there_are_enough(tmp_path, num_right
     assert edges(path) == expected
 
 
+def test_its_title_says_what_share_of_all_it_shows():
+    right = np.arange(512) < 128
+    title, below = contact_sheet.describe_share(right, [0, 1, 200], 10_000)
+    assert title == "128 of 512 right (25.0%), among 5.1% of all 10,000"
+    assert below.startswith("shown: 2 right, 1 wrong, 0.0% of all;")
+    assert contact_sheet.describe_share(right, [0], 512)[0] == "128 of 512 right (25.0%)"
+
+
 def test_the_same_answers_give_the_same_file(tmp_path):
     first = write_contact_sheet(tmp_path / "a.png", *answers(40, 40), NAMES)
     second = write_contact_sheet(tmp_path / "new" / "b.png", *answers(40, 40), NAMES)

@@ -112,6 +112,44 @@ def test_a_path_without_a_report_is_named(tmp_path):
         find_reports([str(tmp_path)])
 
 
+def test_paths_without_a_report_are_passed_over_and_named(tmp_path, ranks, capsys):
+    write_report(tmp_path / "a", "one@1", ranks[0])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text('{"samples_seen": 5}')
+    runs = (str(tmp_path / "a"), str(tmp_path / "run"))
+    found = compare_job.main(CompareConfig(runs=runs, output=str(tmp_path / "out")))
+    assert (found["models"], found["passed_over"]) == (["one@1"], [str(tmp_path / "run")])
+    assert f"note: '{tmp_path / 'run'}' is passed over" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no report of rayclip evaluate in any of 2 paths"):
+        find_reports([str(tmp_path / "run"), str(tmp_path / "no")], print)
+
+
+def test_a_recalls_difference_is_that_of_the_same_images(tmp_path, ranks):
+    """Beside a bootstrap over images, each drawn with all its captions and both models' answers to them."""
+    generator = np.random.default_rng(3)
+    counts = generator.integers(1, 6, 80)
+    image = np.arange(80).repeat(counts)
+    text_ranks = [generator.integers(0, 4, len(image)), generator.integers(0, 3, len(image))]
+    for name, rank in zip("ab", text_ranks, strict=True):
+        write_report(tmp_path / name, f"{name}@1", ranks[0])
+        (tmp_path / name / "pairs").mkdir()
+        order = np.random.default_rng(ord(name)).permutation(len(image))
+        columns = {"way": ["text_to_image"] * len(image), "id": [f"0.tar/{i}" for i in image[order]]}
+        table = pa.table({**columns, "rank": rank[order].astype("int32")})
+        pq.write_table(table, tmp_path / name / "pairs" / "ranks.parquet")
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        summary["datasets"]["pairs"] |= {"score": score((rank < 1).mean())}
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+    compared = compare(find_reports([str(tmp_path)]))["datasets"]["pairs"]
+    found, scores = compared["difference"][1], [one["value"] for one in compared["scores"]]
+    assert compared["metric"] == "text_to_image.recall_at_1"
+    assert found["paired"] and found["value"] == pytest.approx(scores[1] - scores[0])
+    gained = np.bincount(image, (text_ranks[1] < 1).astype(float) - (text_ranks[0] < 1))
+    drawn = generator.integers(80, size=(4000, 80))
+    expected = np.quantile(gained[drawn].sum(axis=1) / counts[drawn].sum(axis=1), [0.025, 0.975])
+    assert [found["low"], found["high"]] == pytest.approx(expected, abs=0.03)
+
+
 def test_a_cell_sorts_by_its_number():
     html = table(["a"], [[Cell("9%", 0.09)], [Cell("10%", 0.1)]])
     assert '<td class="number" data-value="0.09">9%</td>' in html

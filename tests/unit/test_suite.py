@@ -78,16 +78,16 @@ def test_an_entry_holds_settings(name):
 
 
 def test_metrics_are_those_of_the_paper():
-    metrics = {name: resolve(name, DataSetConfig()).metric for name in PAPER}
+    metrics = {name: resolve(name, DataSetConfig()).main_metric for name in PAPER}
     by_class = {"fgvc_aircraft", "oxford_pets", "caltech101", "flowers102"}
     others = {"voc2007": "eleven_point_map", "hateful_memes": "roc_auc", "kinetics700": "mean_top1_top5"}
     for name, metric in metrics.items():
-        assert metric == others.get(name, "mean_per_class" if name in by_class else "accuracy")
+        assert metric == others.get(name, "mean_per_class" if name in by_class else "top1")
 
 
 def test_what_is_given_comes_before_the_entry(shards):
-    chosen = resolve("oxford_pets", DataSetConfig(path=str(shards), metric="accuracy"))
-    assert (chosen.metric, chosen.num_classes, chosen.split) == ("accuracy", 37, "test")
+    chosen = resolve("oxford_pets", DataSetConfig(path=str(shards), metric="top1"))
+    assert (chosen.metric, chosen.num_classes, chosen.split) == ("top1", 37, "test")
 
 
 # Layouts
@@ -197,6 +197,34 @@ def test_what_is_not_there_is_listed_or_stops_the_job(shards, tmp_path):
         open_suite(config(tmp_path, datasets))
     with pytest.raises(UserError, match=r"^data set 'cifar10' is not there: no folder"):
         open_suite(config(tmp_path, {"cifar10": {}}, require="any"))
+
+
+def test_retrieval_alone_needs_nothing_else(shards, tmp_path):
+    (dataset,) = open_suite(config(tmp_path, {"mine": {"tasks": ["retrieval"]}})).datasets
+    assert dataset.config.main_metric == "text_to_image.recall_at_1"
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"metric": "roc_auc"}, "its tasks give no roc_auc: they give mean_per_class, mean_top1_top5, top1"),
+        ({"tasks": ["few_shot"], "train_split": "test"}, "its tasks give no top1: add zero_shot, linear_probe or"),
+        ({"tasks": ["zero_shot", "linear_probe"]}, "has no split .train.: allowed: test"),
+        ({"tasks": ["retrieval", "corruptions"], "labels": "multi"}, "task corruptions needs one label a picture"),
+        ({"metric": "text_to_image.recall_at_1"}, "its tasks give no text_to_image.recall_at_1"),
+    ],
+)
+def test_what_no_task_could_give_is_refused_before_the_run_and_by_its_check(shards, tmp_path, given, line):
+    with pytest.raises(UserError, match=line):
+        open_suite(config(tmp_path, {"mine": given}))
+    with pytest.raises(UserError, match=line):
+        evaluate.command.check(config(tmp_path, {"mine": given}))
+
+
+def test_names_of_metrics_of_the_last_release_are_taken_with_a_line(shards, tmp_path, capsys):
+    (dataset,) = open_suite(config(tmp_path, {"mine": {"metric": "accuracy"}})).datasets
+    assert dataset.config.main_metric == "top1"
+    assert "note: metric accuracy is called top1 now" in capsys.readouterr().err
 
 
 def test_a_command_that_takes_a_model_and_a_config_asks_for_both():

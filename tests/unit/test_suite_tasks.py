@@ -100,8 +100,10 @@ def test_zero_shot_keeps_the_answer_to_each_picture(make):
 
 
 def test_a_metric_that_no_task_gives_is_refused(make):
-    measured, _ = make(["linear_probe"], metric="image_recall_at_1")
-    with pytest.raises(UserError, match=r"^data set 'mine': metric image_recall_at_1 is not one of a linear probe"):
+    measured, _ = make(["linear_probe"], metric="text_to_image.recall_at_1")
+    with pytest.raises(
+        UserError, match=r"^data set 'mine': metric text_to_image.recall_at_1 is not one of a linear probe"
+    ):
         measure(measured)
 
 

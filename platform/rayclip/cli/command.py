@@ -28,6 +28,10 @@ def _in_output(config: Any) -> str:
     return join(config.output, "summary.json")
 
 
+def _nothing_more(config: Config) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Command:
     """A job as a command: called with its arguments, it runs the job, writes the summary and returns the exit code.
@@ -45,6 +49,8 @@ class Command:
     from_file: bool = False
     rewrites: bool = False
     """Whether the output is made anew each time, over what is there."""
+    check: Callable[[Any], None] = _nothing_more
+    """Raises the UserError of what `main` would refuse beside the settings themselves; --check calls it."""
 
     def __call__(self, arguments: list[str]) -> int:
         """Run the job; returns 0. Raises UserError, and Interruption where a signal ends it."""
@@ -56,6 +62,7 @@ class Command:
         try:
             config, summary = self.parse(arguments)
             if check:
+                self.check(config)
                 found = {"kind": self.schema.__name__, "summary": summary, "config": config.model_dump(mode="json")}
                 print(json.dumps(found))
                 return 0

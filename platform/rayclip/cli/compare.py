@@ -1,5 +1,6 @@
 """Compare evaluated models: a table with intervals, a plot, a page."""
 
+import sys
 from typing import Any
 
 from rayclip.cli.command import Command, print_table
@@ -14,7 +15,10 @@ def main(config: CompareConfig) -> dict[str, Any]:
     from rayclip.evaluation.plots import write_bars, write_radar
     from rayclip.evaluation.reports import compare, find_reports
 
-    comparison = compare(find_reports(config.runs))
+    passed_over: list[str] = []
+    comparison = {**compare(find_reports(config.runs, passed_over.append)), "passed_over": passed_over}
+    for path in passed_over:
+        print(f"note: '{path}' is passed over: it holds no report of rayclip evaluate", file=sys.stderr)
     folder = storage_path(config.output)
     images = [folder / "scores.png"]
     write_bars(images[0], comparison)

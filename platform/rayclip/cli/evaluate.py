@@ -46,4 +46,13 @@ def _summary_path(config: SuiteConfig) -> str:
     return str(output_folder(config, version) / "summary.json")
 
 
-command = Command("rayclip evaluate", SuiteConfig, main, _summary_path, ("model",), from_file=True)
+def _check(config: SuiteConfig) -> None:
+    """Raise the UserError of a data set, a metric or a baseline that the run would refuse."""
+    from rayclip.evaluation.shift import read_baselines
+    from rayclip.evaluation.suite import open_suite
+
+    open_suite(config)
+    read_baselines(config.baselines)
+
+
+command = Command("rayclip evaluate", SuiteConfig, main, _summary_path, ("model",), from_file=True, check=_check)

@@ -70,4 +70,10 @@ def _run_folder(config: TrainConfig) -> "RunFolder":
     return RunFolder(storage_path(config.runs) / config.name)
 
 
-command = Command("rayclip train", TrainConfig, main, lambda config: str(_run_folder(config).summary))
+def _check(config: TrainConfig) -> None:
+    from rayclip.orchestration.train.driver import check_training
+
+    check_training(config)
+
+
+command = Command("rayclip train", TrainConfig, main, lambda config: str(_run_folder(config).summary), check=_check)

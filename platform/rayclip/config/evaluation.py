@@ -1,5 +1,6 @@
 """Settings of what is measured."""
 
+import sys
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -19,8 +20,20 @@ from rayclip.config.cluster import WorkersConfig
 SuiteTask = Literal["zero_shot", "retrieval", "linear_probe", "few_shot", "corruptions"]
 Corruption = Literal["gaussian_noise", "shot_noise", "gaussian_blur", "contrast", "brightness", "jpeg", "pixelate"]
 SuiteMetric = Literal[
-    "accuracy", "mean_per_class", "mean_top1_top5", "eleven_point_map", "roc_auc", "image_recall_at_1"
+    "top1",
+    "mean_per_class",
+    "mean_top1_top5",
+    "eleven_point_map",
+    "roc_auc",
+    "text_to_image.recall_at_1",
+    "text_to_image.recall_at_5",
+    "text_to_image.recall_at_10",
+    "image_to_text.recall_at_1",
+    "image_to_text.recall_at_5",
+    "image_to_text.recall_at_10",
 ]
+RENAMED_METRICS = {"accuracy": "top1", "image_recall_at_1": "text_to_image.recall_at_1"}
+"""What the last release called a metric of a suite, for which training had another name already."""
 
 
 class ZeroShotTask(Config):
@@ -92,7 +105,11 @@ class DataSetConfig(Config):
         None, description="folder within it that chooses a probe's strength; None: a fifth of train_split"
     )
     tasks: tuple[SuiteTask, ...] = Field(("zero_shot",), min_length=1, description="what is measured")
-    metric: SuiteMetric = Field("accuracy", description="the figure that stands for the data set, as in CLIP's paper")
+    metric: SuiteMetric | None = Field(
+        None,
+        description="the figure that stands for the data set, as in CLIP's paper; None: top1, eleven_point_map where "
+        "labels are multi, text_to_image.recall_at_1 of retrieval alone",
+    )
     labels: Literal["single", "multi"] = Field("single", description="multi: any number a picture, 0 or 1 in its .npy")
     num_classes: int | None = Field(None, gt=0, description="classes that the paper counts; another number is noted")
     class_names: tuple[NotPath, ...] | None = Field(
@@ -110,6 +127,23 @@ class DataSetConfig(Config):
         None,
         description="data set with the same classes without shift; where the suite has it, the shift's cost is told",
     )
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _takes_names_of_the_last_release(cls, value: object) -> object:
+        if isinstance(value, str) and value in RENAMED_METRICS:
+            print(f"note: metric {value} is called {RENAMED_METRICS[value]} now", file=sys.stderr)
+            return RENAMED_METRICS[value]
+        return value
+
+    @property
+    def main_metric(self) -> str:
+        """The figure that stands for the data set."""
+        if self.metric is not None:
+            return self.metric
+        if not {"zero_shot", "linear_probe", "few_shot"} & set(self.tasks):
+            return "text_to_image.recall_at_1"
+        return "eleven_point_map" if self.labels == "multi" else "top1"
 
 
 class SuiteConfig(Config):

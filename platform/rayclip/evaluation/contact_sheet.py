@@ -42,8 +42,12 @@ def write_contact_sheet(
     class_names: Sequence[str],
     num_cells: int = 24,
     num_columns: int = 6,
+    num_samples: int | None = None,
 ) -> Path:
     """Write the sheet: right answers first, then wrong ones, about half each, spread evenly over the pictures.
+
+    Its title says of how many images they are chosen, and what share that is of `num_samples`, all that were measured;
+    None: those given are all.
 
     `images` uint8 RGB [N, H, W, 3], `labels` int [N], `top_classes` int [N, K] and `top_probabilities` [N, K], best
     first, of which up to three are shown. The same arguments give the same file, and the file appears whole or not
@@ -58,7 +62,7 @@ def write_contact_sheet(
     # The title needs the width of two cells, also above a single one.
     width = 2 * _MARGIN + max(2, num_columns) * (_CELL_WIDTH + _GAP) - _GAP
     sheet = Image.new("RGB", (width, top + num_rows * (_CELL_HEIGHT + _GAP) - _GAP + _MARGIN), _PAPER)
-    _draw_title(sheet, right_N, chosen)
+    _draw_title(sheet, right_N, chosen, num_samples or len(right_N))
     for cell, index in enumerate(chosen):
         row, column = divmod(cell, num_columns)
         answers = [
@@ -82,11 +86,20 @@ def _spread(indices: np.ndarray, count: int) -> list[int]:
     return [int(indices[i * len(indices) // count]) for i in range(count)]
 
 
-def _draw_title(sheet: Image.Image, right_N: np.ndarray, chosen: list[int]) -> None:
-    draw = ImageDraw.Draw(sheet)
+def describe_share(right_N: np.ndarray, chosen: list[int], num_samples: int) -> tuple[str, str]:
+    """Return the sheet's title and the line below it: how many are right, and what share of all is shown."""
     num_right, shown = int(right_N.sum()), int(right_N[chosen].sum())
     title = f"{num_right:,} of {len(right_N):,} right ({num_right / len(right_N):.1%})"
-    below = f"shown: {shown} right, {len(chosen) - shown} wrong; the true class in bold, then the best answers"
+    if len(right_N) < num_samples:
+        title += f", among {len(right_N) / num_samples:.1%} of all {num_samples:,}"
+    share = f"{len(chosen) / num_samples:.1%} of all"
+    below = f"shown: {shown} right, {len(chosen) - shown} wrong, {share}; the true class in bold, then the best answers"
+    return title, below
+
+
+def _draw_title(sheet: Image.Image, right_N: np.ndarray, chosen: list[int], num_samples: int) -> None:
+    draw = ImageDraw.Draw(sheet)
+    title, below = describe_share(right_N, chosen, num_samples)
     draw.text((_MARGIN, _MARGIN), title, _INK, _font(20, bold=True))
     font = _font(13)
     draw.text((_MARGIN, _MARGIN + _TITLE_LINE + 4), _shorten(below, font, sheet.width - 2 * _MARGIN), _FAINT, font)

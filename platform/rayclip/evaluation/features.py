@@ -7,6 +7,7 @@ A part's table, a row a picture, in the data set's order:
     image_embedding   float32 [E]      of length 1
     pooled            float32 [W]      before the projection, as linear probes use it
     text_embedding    float32 [T * E]  of its T captions, one after the other; none where no text is asked for
+    text_id           int64 [T]        `caption_ids` of them
 
 Shapes: N pictures of one part, M captions of them, E embedding, W width, C classes, P prompts.
 """
@@ -40,11 +41,14 @@ class LabelledFeatures(NamedTuple):
 
 
 class Captioned(NamedTuple):
-    """Pictures of one part with their captions: features [N, E] and [M, E], and the number of captions of each."""
+    """Pictures of one part with their captions: ids, features [N, E] and [M, E], the number of captions of each, and
+    each caption's id, by which equal texts are known."""
 
+    ids: list[str]
     image_NE: Tensor
     text_ME: Tensor
     num_texts_N: Tensor
+    text_ids_M: Tensor
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,12 @@ class FeatureFolder:
 
     def captioned(self) -> Iterator[Captioned]:
         """Yield the pictures with their captions, part by part."""
-        for table in self._tables("image_embedding", "text_embedding"):
+        for table in self._tables("id", "image_embedding", "text_embedding", "text_id"):
             image_NE = _rows(table["image_embedding"], len(table))
             texts, lengths = _flat(table["text_embedding"])
             width = image_NE.shape[1]
-            yield Captioned(image_NE, texts.reshape(-1, width), lengths // width)
+            texts_ME, text_ids_M = texts.reshape(-1, width), _flat(table["text_id"])[0]
+            yield Captioned(table["id"].to_pylist(), image_NE, texts_ME, lengths // width, text_ids_M)
 
     def texts(self) -> Tensor:
         """Features of prompts, all of them, [P, E]."""

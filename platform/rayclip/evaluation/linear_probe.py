@@ -34,7 +34,7 @@ def _roc_auc(scores_N2: Tensor, labels_N: Tensor) -> float:
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": metrics.accuracy,
+    "top1": metrics.accuracy,
     "mean_per_class": metrics.mean_per_class,
     "mean_top1_top5": metrics.mean_of_top1_and_top5,
     "eleven_point_map": metrics.eleven_point_map,

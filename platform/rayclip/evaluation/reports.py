@@ -6,21 +6,25 @@ their difference, so the interval of paired differences is the narrower one.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from rayclip.config.evaluation import RENAMED_METRICS
 from rayclip.errors import UserError
 from rayclip.evaluation.scoring import mean_difference
 from rayclip.io.paths import StoragePath, matching, storage_path, to_read
 
 ANSWERS = "answers.parquet"
+RANKS = "ranks.parquet"
 SUMMARY = "summary.json"
-_PAIRED = ("accuracy", "mean_top1_top5", "mean_per_class")
+_PAIRED = ("top1", "mean_top1_top5", "mean_per_class")
 """Metrics that are means over pictures."""
 
 
@@ -51,16 +55,25 @@ class EvaluationReport:
         return found
 
 
-def find_reports(paths: Sequence[str]) -> list[EvaluationReport]:
-    """The reports that lie at the paths or in folders below them. Raises UserError for a path without any."""
+def find_reports(paths: Sequence[str], pass_over: Callable[[str], None] | None = None) -> list[EvaluationReport]:
+    """The reports that lie at the paths or in folders below them.
+
+    `pass_over` is told each path without any. Raises UserError for one where it is None, and where there is no report.
+    """
     found = []
     for path in paths:
         folder = storage_path(path)
         there = [folder / SUMMARY, *matching(folder, f"*/{SUMMARY}"), *matching(folder, f"*/*/{SUMMARY}")]
         reports = [report for file in there if file.is_file() and (report := _read(file)) is not None]
-        if not reports:
+        if not reports and pass_over is not None:
+            pass_over(path)
+        if not reports and (pass_over is None or len(paths) == 1):
             raise UserError(f"no report of rayclip evaluate in '{path}': give folders with its summary.json")
         found += reports
+    if not found:
+        raise UserError(
+            f"no report of rayclip evaluate in any of {len(paths)} paths: give folders with its summary.json"
+        )
     return found
 
 
@@ -81,7 +94,11 @@ def _read(file: StoragePath) -> EvaluationReport | None:
         summary = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return EvaluationReport(file.parent, summary) if isinstance(summary, dict) and "datasets" in summary else None
+    if not isinstance(summary, dict) or not isinstance(summary.get("datasets"), dict) or "model_version" not in summary:
+        return None
+    for result in summary["datasets"].values():
+        result["metric"] = RENAMED_METRICS.get(result["metric"], result["metric"])
+    return EvaluationReport(file.parent, summary)
 
 
 def _compare_on(name: str, reports: Sequence[EvaluationReport]) -> dict[str, Any]:
@@ -102,6 +119,11 @@ def _difference(name: str, base: EvaluationReport, other: EvaluationReport) -> d
     if ours["metric"] in _PAIRED and (pairs := _pairs(name, base, other)) is not None:
         worth = [_worth(rank_N, pairs.label_N, ours["metric"]) for rank_N in (pairs.other_N, pairs.base_N)]
         return {**mean_difference(worth[0] - worth[1])._asdict(), "paired": True}
+    if (
+        ".recall_at_" in ours["metric"]
+        and (per_image := _recall_difference(name, base, other, ours["metric"])) is not None
+    ):
+        return {**mean_difference(per_image)._asdict(), "paired": True}
     halves = [half for result in (ours, theirs) if (half := _half_width(result["score"])) is not None]
     if len(halves) < 2:
         return {"value": value, "low": None, "high": None, "paired": False}
@@ -119,6 +141,31 @@ def _pairs(name: str, base: EvaluationReport, other: EvaluationReport) -> _Pairs
         return None
     columns = [tables[0]["label"], *(table["rank"] for table in tables)]
     return _Pairs(*(torch.tensor(column.to_numpy(), dtype=torch.int64) for column in columns))
+
+
+def _recall_difference(name: str, base: EvaluationReport, other: EvaluationReport, metric: str) -> Tensor | None:
+    """What each image adds to the difference of recalls, so that the mean of all is it; None where the images differ.
+
+    Captions of one image are one draw, as they are right or wrong together more often than others.
+    """
+    files = [report.folder / name / RANKS for report in (base, other)]
+    if not all(file.is_file() for file in files):
+        return None
+    way, _, k = metric.partition(".recall_at_")
+    of_way = [pq.read_table(to_read(file), filters=[("way", "=", way)]) for file in files]
+    right = [
+        table.group_by("id").aggregate([("rank", "count"), ("right", "sum")]).sort_by("id")
+        for table in (
+            table.append_column("right", pc.cast(pc.less(table["rank"], int(k)), pa.int64())) for table in of_way
+        )
+    ]
+    if any(not right[0][column].equals(right[1][column]) for column in ("id", "rank_count")):
+        return None
+    gained_N, count_N = (
+        torch.tensor(column.to_numpy()).double()
+        for column in (pc.subtract(right[1]["right_sum"], right[0]["right_sum"]), right[0]["rank_count"])
+    )
+    return gained_N / count_N.mean()
 
 
 def _worth(rank_N: Tensor, label_N: Tensor, metric: str) -> Tensor:

@@ -38,16 +38,30 @@ def recall_at_k(
 
     Raises UserError where there is nothing to rank, a caption's picture does not exist, or a picture has no caption.
     """
-    ids_M = torch.arange(len(text_features_MD)) if text_ids_M is None else text_ids_M
-    _check(len(image_features_ND), len(text_features_MD), image_of_text_M, ids_M, ks)
-    device = image_features_ND.device
-    ids_M = torch.unique(ids_M.to(device), return_inverse=True)[1]
-    captions_NP = _captions_of_images(image_of_text_M.to(device), ids_M, len(image_features_ND))
-    tiles = _Tiles(image_features_ND, text_features_MD.to(device), captions_NP, ids_M, chunk_size)
-    rank_N, rank_M = _num_wrong_before(tiles)
+    _check_ks(ks)
+    rank_N, rank_M = retrieval_ranks(image_features_ND, text_features_MD, image_of_text_M, text_ids_M, chunk_size)
     recall = {f"image_to_text.recall_at_{k}": float((rank_N < k).double().mean()) for k in ks}
     recall |= {f"text_to_image.recall_at_{k}": float((rank_M < k).double().mean()) for k in ks}
     return {**recall, "num_images": len(rank_N), "num_texts": len(rank_M)}
+
+
+def retrieval_ranks(
+    image_features_ND: Tensor,
+    text_features_MD: Tensor,
+    image_of_text_M: Tensor,
+    text_ids_M: Tensor | None = None,
+    chunk_size: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """Return how many wrong candidates come before the best right one, for each image [N] and each caption [M].
+
+    Arguments and errors are those of `recall_at_k`.
+    """
+    ids_M = torch.arange(len(text_features_MD)) if text_ids_M is None else text_ids_M
+    _check(len(image_features_ND), len(text_features_MD), image_of_text_M, ids_M)
+    device = image_features_ND.device
+    ids_M = torch.unique(ids_M.to(device), return_inverse=True)[1]
+    captions_NP = _captions_of_images(image_of_text_M.to(device), ids_M, len(image_features_ND))
+    return _num_wrong_before(_Tiles(image_features_ND, text_features_MD.to(device), captions_NP, ids_M, chunk_size))
 
 
 def recall_on_all_workers(
@@ -124,9 +138,12 @@ def _captions_of_images(image_of_text_M: Tensor, ids_M: Tensor, num_images: int)
     return captions_NP
 
 
-def _check(num_images: int, num_texts: int, image_of_text_M: Tensor, ids_M: Tensor, ks: Sequence[int]) -> None:
+def _check_ks(ks: Sequence[int]) -> None:
     if not ks or min(ks) < 1:
         raise UserError(f"recall needs k of at least 1, got {list(ks)}")
+
+
+def _check(num_images: int, num_texts: int, image_of_text_M: Tensor, ids_M: Tensor) -> None:
     if not num_images or not num_texts:
         raise UserError(f"retrieval needs pictures and captions, got {num_images} pictures and {num_texts} captions")
     if not len(image_of_text_M) == len(ids_M) == num_texts:

@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 
-from rayclip.config import DataSetConfig, SuiteConfig
+from rayclip.config import DataSetConfig, RetrievalTask, SuiteConfig
 from rayclip.config.loader import validate
 from rayclip.data.manifest import Manifest
 from rayclip.errors import UserError, nearest
 from rayclip.evaluation.layout import open_split, read_class_names, read_templates, split_folder
+from rayclip.evaluation.linear_probe import METRICS
 from rayclip.inference.prompts import resolve_templates
 from rayclip.inference.zero_shot import check_class_names
 from rayclip.io.paths import StoragePath, storage_path
@@ -103,6 +104,39 @@ def _where(name: str, config: DataSetConfig, root: str) -> str:
 
 
 def _open(name: str, config: DataSetConfig, folder: StoragePath, cache: StoragePath) -> DataSet:
+    """Raises UserError also for a split that a probe lacks, and for a metric that no task gives."""
+    dataset = _find_split(name, config, folder, cache)
+    if {"linear_probe", "few_shot"} & set(config.tasks):
+        for split in filter(None, (config.train_split, config.validation_split)):
+            dataset.split(split)
+    check_metric(dataset)
+    return dataset
+
+
+def check_metric(dataset: DataSet) -> None:
+    """Raise UserError where none of a data set's tasks gives the metric that stands for it."""
+    config, metric = dataset.config, dataset.config.main_metric
+    probes = [task for task in config.tasks if task in ("linear_probe", "few_shot")]
+    if probes and metric not in METRICS:
+        raise UserError(
+            f"data set '{dataset.name}': metric {metric} is not one of a linear probe: {', '.join(METRICS)}"
+        )
+    if "corruptions" in config.tasks and config.labels == "multi":
+        raise UserError(f"data set '{dataset.name}': task corruptions needs one label a picture")
+    given = {metric} if "linear_probe" in probes else set()
+    if "zero_shot" in config.tasks:
+        single = {"top1", "mean_top1_top5", "mean_per_class"} | (
+            {"roc_auc"} if len(dataset.class_names) == 2 else set()
+        )
+        given |= {"eleven_point_map"} if config.labels == "multi" else single
+    if "retrieval" in config.tasks:
+        given |= set(RetrievalTask.metrics)
+    if metric not in given:
+        there = f"they give {', '.join(sorted(given))}" if given else "add zero_shot, linear_probe or retrieval"
+        raise UserError(f"data set '{dataset.name}': its tasks give no {metric}: {there}")
+
+
+def _find_split(name: str, config: DataSetConfig, folder: StoragePath, cache: StoragePath) -> DataSet:
     try:
         split = split_folder(folder, config.split)
         if config.tasks == ("retrieval",):

@@ -25,10 +25,10 @@ from rayclip.evaluation.corruptions import STRENGTHS
 from rayclip.evaluation.features import FeatureFolder
 from rayclip.evaluation.linear_probe import METRICS, Metric, Split, few_shot, linear_probe
 from rayclip.evaluation.plots import write_corruptions
-from rayclip.evaluation.reports import ANSWERS
-from rayclip.evaluation.retrieval import recall_at_k
+from rayclip.evaluation.reports import ANSWERS, RANKS
+from rayclip.evaluation.retrieval import retrieval_ranks
 from rayclip.evaluation.robustness import mean_corruption_error
-from rayclip.evaluation.suite import DataSet
+from rayclip.evaluation.suite import DataSet, check_metric
 from rayclip.inference.zero_shot import class_prompts, mean_of_prompts
 from rayclip.io.files import whole_file
 from rayclip.io.paths import StoragePath
@@ -36,9 +36,6 @@ from rayclip.io.paths import StoragePath
 Result = dict[str, Any]
 
 _VALIDATION_ONE_IN = 5
-
-_MAIN_FIGURE = {"accuracy": "top1", "image_recall_at_1": "text_to_image.recall_at_1"}
-"""The figure that a data set's metric names, where it is called otherwise."""
 
 
 class Measured(NamedTuple):
@@ -54,9 +51,10 @@ class Measured(NamedTuple):
 def measure(measured: Measured) -> Result:
     """All tasks of a data set, and the figure that stands for it. Plain values. Raises UserError."""
     dataset = measured.dataset
+    check_metric(dataset)
     result: Result = {
         "title": dataset.title,
-        "metric": dataset.config.metric,
+        "metric": dataset.config.main_metric,
         "num_samples": dataset.manifest.total_samples,
         "num_classes": len(dataset.class_names),
         "source": dataset.manifest.folder,
@@ -67,11 +65,9 @@ def measure(measured: Measured) -> Result:
         result |= {task: TASKS[task](measured) for task in dataset.config.tasks}
     except UserError as error:
         raise UserError(f"data set '{dataset.name}': {error}") from None
-    name = _MAIN_FIGURE.get(dataset.config.metric, dataset.config.metric)
-    found = [result[task]["figures"][name] for task in dataset.config.tasks if name in result[task]["figures"]]
-    if not found:
-        raise UserError(f"data set '{dataset.name}': its tasks give no {dataset.config.metric}: set metric, or labels")
-    return {**result, "score": found[0]}
+    name = dataset.config.main_metric
+    score = next(result[task]["figures"][name] for task in dataset.config.tasks if name in result[task]["figures"])
+    return {**result, "score": score}
 
 
 def _zero_shot(measured: Measured) -> Result:
@@ -108,28 +104,27 @@ def _calibration(measured: Measured, answers: scoring.Answers) -> Result:
 
 
 def _retrieval(measured: Measured) -> Result:
-    parts = measured.features["pictures"].captioned()
-    images_NE, texts_ME, counts_N = (torch.cat(column) for column in zip(*parts, strict=True))
-    recall = recall_at_k(images_NE, texts_ME, torch.arange(len(images_NE)).repeat_interleave(counts_N))
-    sizes = {name: int(recall.pop(name)) for name in ("num_images", "num_texts")}
-    shares = {}
-    for name, value in recall.items():
-        total = sizes["num_images" if name.startswith("image") else "num_texts"]
-        shares[name] = scoring.share_of(round(value * total), total)
-    return {**sizes, "figures": _plain(shares)}
+    ids, *columns = zip(*measured.features["pictures"].captioned(), strict=True)
+    images_NE, texts_ME, counts_N, text_ids_M = map(torch.cat, columns)
+    image_of_text_M = torch.arange(len(images_NE)).repeat_interleave(counts_N)
+    rank_N, rank_M = retrieval_ranks(images_NE, texts_ME, image_of_text_M, text_ids_M)
+    _write_ranks(measured.folder / RANKS, [id for of_part in ids for id in of_part], counts_N, rank_N, rank_M)
+    ranks = {"image_to_text": rank_N, "text_to_image": rank_M}
+    shares = {f"{way}.recall_at_{k}": scoring.share(rank < k) for way, rank in ranks.items() for k in (1, 5, 10)}
+    return {"num_images": len(rank_N), "num_texts": len(rank_M), "figures": _plain(shares)}
 
 
 def _linear_probe(measured: Measured) -> Result:
     train, validation, test = _splits(measured)
-    metric = measured.dataset.config.metric
+    metric = measured.dataset.config.main_metric
     probe = linear_probe(train, validation, test, len(measured.dataset.class_names), _metric_of(measured))
     count = round(probe.value * len(test.targets))
-    figure = scoring.share_of(count, len(test.targets)) if metric == "accuracy" else scoring.Figure(probe.value)
+    figure = scoring.share_of(count, len(test.targets)) if metric == "top1" else scoring.Figure(probe.value)
     return {
         "strength": probe.search.strength,
         "iterations": probe.fit.iterations,
         "num_train": len(train.targets) + len(validation.targets),
-        "figures": _plain({_MAIN_FIGURE.get(metric, metric): figure}),
+        "figures": _plain({metric: figure}),
     }
 
 
@@ -151,8 +146,6 @@ def corrupted(name: str, strength: int) -> str:
 def _corruptions(measured: Measured) -> Result:
     """Zero-shot of pictures made worse; a mean's interval takes all versions of a picture as one draw."""
     dataset = measured.dataset
-    if dataset.config.labels == "multi":
-        raise UserError("task corruptions needs one label a picture")
     _, rows_TC = class_prompts(dataset.class_names, dataset.templates)
     classes_CE = mean_of_prompts(measured.features["prompts"].texts(), rows_TC)
 
@@ -177,10 +170,7 @@ def _corruptions(measured: Measured) -> Result:
 
 
 def _metric_of(measured: Measured) -> Metric:
-    name = measured.dataset.config.metric
-    if name not in METRICS:
-        raise UserError(f"metric {name} is not one of a linear probe: {', '.join(METRICS)}")
-    return METRICS[name]
+    return METRICS[measured.dataset.config.main_metric]
 
 
 def _splits(measured: Measured) -> tuple[Split, Split, Split]:
@@ -224,6 +214,20 @@ def _write_answers(path: StoragePath, answers: scoring.Answers) -> None:
             "id": answers.ids,
             **{name: column.numpy().astype("int32") for name, column in columns.items()},
             "confidence": answers.confidence_N.numpy(),
+        }
+    )
+    with whole_file(path) as target:
+        pq.write_table(table, target, compression="zstd")
+
+
+def _write_ranks(path: StoragePath, ids: list[str], counts_N: Tensor, rank_N: Tensor, rank_M: Tensor) -> None:
+    """Write what two models are compared by, query by query: a row an image, and one a caption with its image's id."""
+    of_text = torch.arange(len(ids)).repeat_interleave(counts_N).tolist()
+    table = pa.table(
+        {
+            "way": ["image_to_text"] * len(ids) + ["text_to_image"] * len(of_text),
+            "id": [*ids, *(ids[image] for image in of_text)],
+            "rank": torch.cat([rank_N, rank_M]).numpy().astype("int32"),
         }
     )
     with whole_file(path) as target:

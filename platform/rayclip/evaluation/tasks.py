@@ -147,11 +147,14 @@ def _run_zero_shot(encoder: Encoder, task: ZeroShotTask, batches: Iterator[Batch
             if sheet is not None and sum(len(batch[0]) for batch in shown) < _SHEET_SAMPLES:
                 best = zero_shot_probabilities(features, classes, encoder.logit_scale).topk(num_shown)
                 shown.append((images, labels.numpy(), best.indices.cpu().numpy(), best.values.cpu().numpy()))
+    found = counts.reduce().metrics()
     if sheet is not None and shown and rank() == 0:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         images_N, labels_N, top_NK, probabilities_NK = (np.concatenate(column) for column in zip(*shown, strict=True))
-        write_contact_sheet(sheet, images_N, labels_N, top_NK, probabilities_NK, names)
-    return counts.reduce().metrics()
+        write_contact_sheet(
+            sheet, images_N, labels_N, top_NK, probabilities_NK, names, num_samples=found["num_samples"]
+        )
+    return found
 
 
 def _run_retrieval(encoder: Encoder, batches: Iterator[Batch]) -> Metrics:

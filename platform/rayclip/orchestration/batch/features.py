@@ -25,6 +25,7 @@ from rayclip.errors import UserError
 from rayclip.evaluation.corruptions import corrupt
 from rayclip.evaluation.features import FeatureFolder
 from rayclip.evaluation.layout import stamp
+from rayclip.evaluation.retrieval import caption_ids
 from rayclip.evaluation.suite import DataSet
 from rayclip.io.paths import storage_path
 from rayclip.orchestration.batch.embed import (
@@ -89,7 +90,7 @@ def images_of(
     )
     identity = {
         "kind": "features",
-        "format": 1,
+        "format": 2 if labels.captions else 1,  # since 2 with the captions' ids
         "weights_sha256": model.weights_sha256,
         "preprocess": model.identity["preprocess"],
         "source": manifest.folder,
@@ -227,6 +228,7 @@ class FeatureReader(Embedder):
                 "image_embedding": vectors(np.ascontiguousarray(image_features[:, :width]), everything),
                 "pooled": vectors(np.ascontiguousarray(image_features[:, width:]), everything),
                 "text_embedding": pa.ListArray.from_arrays(ends, texts.ravel()),
+                "text_id": pa.array([caption_ids(row.captions).tolist() for row in rows], pa.list_(pa.int64())),
             }
         )
         return Part(table, {"rows": {"samples": len(rows), "bad": 0}, "causes": {}})

@@ -37,6 +37,21 @@ def run_training(config: TrainConfig, new_line: Callable[..., Line] = ProgressLi
             return summary
 
 
+def check_training(config: TrainConfig) -> None:
+    """Raise the UserError of settings, data, tasks or weights that a run would refuse; start nothing."""
+    config = resolve(config)
+    folder = RunFolder(storage_path(config.runs) / config.name)
+    record = folder.read_record()
+    if record is not None:
+        folder.check_same(record, config.model_dump(mode="json"))
+    if folder.read_summary() is not None:
+        return
+    spec = plan_stream(config, may_lack_shards=folder.has_checkpoints())
+    from rayclip.orchestration.train.fit import check_inputs
+
+    check_inputs(config, spec, is_new=record is None)
+
+
 def start_training(
     config: TrainConfig, new_line: Callable[..., Line], awaits_decision: bool = False, stops_on_signals: bool = False
 ) -> Generator["Evaluation | None", None, dict[str, Any]]:

@@ -43,15 +43,20 @@ from rayclip.version import code_version
 def check_run(config: TrainConfig, spec: StreamSpec, is_new: bool) -> str:
     """The tracking store's address, after a look at all that can be wrong in what is beside the data.
 
-    Raises UserError: for evaluation tasks, a store that does not answer, and weights that do not fit.
+    Raises UserError: as `check_inputs` does, and for a store that does not answer.
     """
-    Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
     uri = tracking.resolve_uri(config.tracking.uri)
     tracking.connect(uri)
+    check_inputs(config, spec, is_new)
+    return uri
+
+
+def check_inputs(config: TrainConfig, spec: StreamSpec, is_new: bool) -> None:
+    """Raise UserError for evaluation tasks whose data cannot be used, and for weights that do not fit."""
+    Evaluator(config.evaluation.tasks, spec.image_size, config.evaluation.batch_size).check()
     if config.weights is not None and is_new:
         assert isinstance(config.model, ModelConfig)
-        fit_weights(resolve_model(config.weights, uri).folder, config.model)
-    return uri
+        fit_weights(resolve_model(config.weights, tracking.resolve_uri(config.tracking.uri)).folder, config.model)
 
 
 def train(
