@@ -252,8 +252,9 @@ def eval_array(image: Image.Image, size: int) -> np.ndarray:
     """CLIP's reference preprocess: shorter side to `size` by PIL's bicubic, then the middle, uint8 [size, size, 3].
 
     Within one level of open_clip's, which turns no picture upright and makes 16-bit grey ones white: those that need it
-    are turned here, as in training, and scaled. Raises BadSampleError.
+    are turned here, as in training, and scaled. Raises BadSampleError, also for an image above the limits of size.
     """
+    check_image_size(*image.size)
     with what_fails_is_bad():
         image = to_rgb(upright(image))
         short = min(image.size)

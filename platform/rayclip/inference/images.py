@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from rayclip.data.decode import BadSampleError, eval_array, open_image
+from rayclip.data.decode import MAX_ASPECT, MAX_PIXELS, BadSampleError, eval_array, open_image
 from rayclip.errors import UserError
 from rayclip.io.paths import storage_path
 
@@ -94,9 +94,13 @@ def _now(index: int, image: ImageInput, size: int) -> "Future[np.ndarray]":
 def _read(index: int, image: ImageInput, size: int) -> np.ndarray:
     try:
         return eval_array(_open(image), size)
-    except BadSampleError:
+    except BadSampleError as error:
         named = f" ('{image}')" if isinstance(image, str | os.PathLike) else ""
-        raise UserError(f"images[{index}]{named} cannot be decoded: it is no image, or it is damaged") from None
+        why = {
+            "image_too_large": f"it has more than {MAX_PIXELS:,} pixels",
+            "image_too_thin": f"a side may be at most {MAX_ASPECT} times the other",
+        }.get(error.cause, "it is no image, or it is damaged")
+        raise UserError(f"images[{index}]{named} cannot be decoded: {why}") from None
     except (UserError, OSError) as error:
         raise UserError(f"images[{index}]: {' '.join(str(error).split())}") from None
 
