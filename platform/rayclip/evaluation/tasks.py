@@ -152,7 +152,7 @@ def _run_zero_shot(encoder: Encoder, task: ZeroShotTask, batches: Iterator[Batch
         sheet.parent.mkdir(parents=True, exist_ok=True)
         images_N, labels_N, top_NK, probabilities_NK = (np.concatenate(column) for column in zip(*shown, strict=True))
         write_contact_sheet(
-            sheet, images_N, labels_N, top_NK, probabilities_NK, names, num_samples=found["num_samples"]
+            sheet, images_N, labels_N, top_NK, probabilities_NK, names, num_samples=int(found["num_samples"])
         )
     return found
 
