@@ -37,12 +37,23 @@ HEADER_TIMEOUT_S = 10
 
 
 def set_environment() -> None:
-    """Set what is not set yet, before anything imports ray.serve."""
+    """Set what is not set yet, before anything imports ray.serve; say what a proxy that is not ours leaves out."""
     if importlib.util.find_spec(HAPROXY_MODULE) is None:  # not on this platform: Serve's own proxy, slower
+        _say_what_is_left_out("without HAProxy")
         return
     os.environ.update(SERVE_ENVIRONMENT | os.environ)
-    if not os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS"):
+        _say_what_is_left_out("on a cluster that is joined")
+    else:
         _set_local_haproxy()
+
+
+def _say_what_is_left_out(where: str) -> None:
+    print(
+        f"note: {where} the service sets no time limit for a request's headers ({HEADER_TIMEOUT_S} s elsewhere), and "
+        "what comes before it has started gets the proxy's own answer, not 503: have the balancer before it do both",
+        file=sys.stderr,
+    )
 
 
 def _set_local_haproxy() -> None:

@@ -45,6 +45,14 @@ def test_the_environment_of_a_cluster_is_the_one_that_is_tested():
     assert {**given, threads: ""} == {**SERVE_ENVIRONMENT, threads: ""}
 
 
+def test_what_a_cluster_that_is_joined_leaves_out_is_said():
+    script = "from rayclip.serve import launch; launch.set_environment()"
+    variables = {**os.environ, "PYTHONPATH": f"{ROOT / 'platform'}", "RAY_ADDRESS": "127.0.0.1:6379"}
+    done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True)
+    assert done.stderr.startswith("note: on a cluster that is joined the service sets no time limit for a request's")
+    assert done.stderr.count("\n") == 1 and "not 503" in done.stderr
+
+
 def test_the_demos_file_is_a_config():
     path = ROOT / "platform" / "rayclip" / "recipes" / "serve_demo.yaml"
     assert load(ServeConfig, path, []).label_sets["digits"].labels[7] == "digit seven"

@@ -4,6 +4,7 @@ import base64
 import gzip
 import io
 import json
+import re
 import urllib.parse
 
 import numpy as np
@@ -216,6 +217,19 @@ def test_the_documentation_comes_from_the_service_alone(service):
     for link in links:
         assert service.ask("GET", f"/{link}")[0] == 200, link
     assert "SwaggerUIBundle" in service.ask("GET", "/page/swagger-ui-bundle.js")[1].decode()
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_pages_work_behind_a_proxy_that_takes_a_prefix_away(service, path):
+    """As under --root-path: whatever a page asks for lies below the address that the page has outside."""
+    page = service.ask("GET", path)[1].decode()
+    links = [part.split('"')[0] for mark in ('href="', 'src="') for part in page.split(mark)[1:]]
+    scripts = [service.ask("GET", f"/{link}")[1].decode() for link in links if link in ("page/app.js", "page/docs.js")]
+    asked = [found for script in scripts for found in re.findall(r"""["'`](\/?(?:v1|openapi)[^"'`$]*)""", script)]
+    assert scripts and asked
+    for link in (*links, *asked):
+        if not link.startswith(("data:", "#", "https://")):
+            assert urllib.parse.urljoin(f"http://h/models/clip{path}", link).startswith("http://h/models/clip/"), link
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "GZIP, identity"])
