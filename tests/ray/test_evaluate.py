@@ -1,6 +1,7 @@
 """jobs.evaluate on a cluster: what is kept, what is made anew, the report, and bad data as one line."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,3 +140,14 @@ def test_bad_data_ends_the_job_with_one_line(place, make_samples, write_dataset)
         evaluate_job.main(suite(place, datasets={"beyond": {}}))
     line = "data set 'beyond': sample '000003' has class 3, but the class list names 3: 0 to 2"
     assert str(caught.value) == line
+
+
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs /proc")
+def test_a_cache_that_workers_do_not_share_is_refused(place, tmp_path, monkeypatch):
+    """As a disk of each node's own: a path that leads elsewhere in each process."""
+    monkeypatch.chdir(tmp_path)
+    changes = {"cache": "/proc/self/cwd/cache", "output": str(tmp_path / "report")}
+    with pytest.raises(
+        UserError, match=r"is not the same folder on host '.*give a path that all nodes share, or s3://"
+    ):
+        evaluate_job.main(suite(place, datasets={"pairs": {"tasks": ["retrieval"]}}, **changes))
