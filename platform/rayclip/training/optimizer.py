@@ -1,5 +1,6 @@
 """AdamW as CLIP uses it, at a cost that follows the vocabulary in use."""
 
+import inspect
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -65,6 +66,12 @@ class RowAdamW(torch.optim.AdamW):
     A row is updated in every step from its first gradient on, as its momentum demands; before that it has no moments,
     and is left as it was initialised, where dense AdamW would only decay it.
     """
+
+    # PyTorch keeps torch.compile out of these by a decorator that imports all of it first: more than a second of every
+    # start, also where nothing is compiled. Without it they are the same; no optimizer is compiled here.
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
