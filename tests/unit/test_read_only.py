@@ -3,6 +3,7 @@
 import asyncio
 import csv
 import hashlib
+import json
 import threading
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
+from safetensors.torch import save_file
 
 from rayclip.config import EmbedConfig, IndexConfig
 from rayclip.config.loader import load, load_from_python
@@ -20,7 +22,9 @@ from rayclip.errors import UserError
 from rayclip.io import read_only, storage
 from rayclip.io.paths import storage_path
 from rayclip.io.s3 import StorageError
+from rayclip.models.clip import CLIP
 from rayclip.orchestration.batch.index import index
+from rayclip.tracking.registry import resolve_model
 
 NUM_SAMPLES = 24
 
@@ -110,6 +114,20 @@ def test_pictures_may_be_anywhere_on_the_web(website, tmp_path, make_samples, in
     found = Manifest.load(tmp_path).read_samples(0)
     assert [sample.get("png") for sample in found] == [*(sample["png"] for sample in make_samples(3)), None]
     assert (summary["samples"], summary["unreadable"]) == (4, {"no_image": 1})
+
+
+@pytest.mark.parametrize("path", ["", "/model.safetensors"])
+def test_weights_are_copied_from_there_once(path, website, folder, tmp_path, monkeypatch, tiny_config):
+    monkeypatch.setenv("RAYCLIP_CACHE", str(tmp_path))
+    (folder / "model").mkdir(exist_ok=True)
+    model = CLIP(tiny_config)
+    save_file(model.state_dict(), folder / "model" / "model.safetensors")
+    (folder / "model" / "config.json").write_text(json.dumps({"model": tiny_config.model_dump(mode="json")}))
+    source = resolve_model(f"{website}/model{path}", None)
+    assert source.folder.is_relative_to(tmp_path)
+    weights = source.folder if path else source.folder / "model.safetensors"
+    assert weights.read_bytes() == (folder / "model" / "model.safetensors").read_bytes()
+    assert resolve_model(f"{website}/model{path}", None) == source
 
 
 def test_what_is_not_there_or_not_to_be_read_is_one_line(website, tmp_path):

@@ -76,14 +76,16 @@ def check_writable(path: str, hint: str = "give a path on disk, or s3://BUCKET/K
 
 
 def list_files(folder: str) -> list[File]:
-    """Every file below an address, by its name relative to it, in the order of names. Nothing: none."""
+    """Every file below an address, by its name relative to it, in the order of names; a file is listed as "" itself."""
     try:
         found = retried(folder, lambda: _ask(folder, lambda fs: fs.find(_key(folder), detail=True, **_refresh(folder))))
     except FileNotFoundError:
         return []
     start = len(_key(folder).rstrip("/")) + 1
     if is_web(folder):
-        return _sized(folder, [name[start:] for name in found if name[:start] == f"{folder.rstrip('/')}/"])
+        linked = _sized(folder, [name[start:] for name in found if name[:start] == f"{folder.rstrip('/')}/"])
+        itself = None if linked else _there(folder)
+        return linked if itself is None else [itself._replace(name="")]
     return sorted(
         File(name[start:], info["size"], _stamp(info)) for name, info in found.items() if info["type"] == "file"
     )

@@ -271,7 +271,7 @@ def _download(version: Version, tracking_uri: str, folder: Path) -> None:
 
 
 def _copied(address: str) -> Path:
-    """What a model needs of the files at an address in S3, on this machine; copied anew once they have changed.
+    """What a model needs of the files at an address in a store, on this machine; copied anew once they have changed.
 
     Raises UserError where there is no model, or it cannot be reached.
     """
