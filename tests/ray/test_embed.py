@@ -524,3 +524,13 @@ def test_a_shard_that_was_cut_is_one_line(run, make_samples, write_dataset, tmp_
     shard.write_bytes(shard.read_bytes()[:1000])
     assert "index it again" in run("embed", f"data={tmp_path / 'data'}")
     assert "index it again" in run("classify", f"data={tmp_path / 'data'}")
+
+
+def test_a_check_refuses_what_the_job_would(checkpoint, data, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    label = ClassifyConfig(model=str(checkpoint), data=data.folder, labels=LABELS, output=str(tmp_path))
+    for job, config in ((embed_job, embed_config(checkpoint, data, tmp_path)), (classify_job, label)):
+        with pytest.raises(UserError, match="is not empty and holds nothing of rayclip"):
+            job.command.check(config)
+        assert job.command.check(config.model_copy(update={"output": str(tmp_path / "new")})) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

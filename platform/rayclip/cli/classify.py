@@ -30,4 +30,10 @@ def main(config: ClassifyConfig) -> dict[str, Any]:
     return summary
 
 
-command = Command("rayclip classify", ClassifyConfig, main)
+def _check(config: ClassifyConfig) -> None:
+    from rayclip.orchestration.batch.classify import plan_labelling
+
+    plan_labelling(config)[0].output.check()
+
+
+command = Command("rayclip classify", ClassifyConfig, main, check=_check)

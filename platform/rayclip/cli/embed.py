@@ -27,4 +27,10 @@ def main(config: EmbedConfig) -> dict[str, Any]:
     return summary
 
 
-command = Command("rayclip embed", EmbedConfig, main)
+def _check(config: EmbedConfig) -> None:
+    from rayclip.orchestration.batch.embed import plan_embedding
+
+    plan_embedding(config)[0].output.check()
+
+
+command = Command("rayclip embed", EmbedConfig, main, check=_check)

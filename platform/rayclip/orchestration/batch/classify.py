@@ -33,7 +33,7 @@ from rayclip.io.files import whole_file
 from rayclip.io.paths import StoragePath, storage_path, to_read
 from rayclip.io.storage import absolute, read_bytes
 from rayclip.orchestration.batch.embed import Embedder, EmbeddingModel, open_model, reading_of
-from rayclip.orchestration.batch.output_jobs import Work, run_parts
+from rayclip.orchestration.batch.output_jobs import OutputJob, Work, run_parts
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, open_complete, plan_parts
 
 _CLASSES = "classes.npy"
@@ -55,6 +55,15 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
     """Label the images, or what an interrupted run left of them; a finished output is only reported.
 
     Returns the summary. Raises UserError for labels, templates, embeddings and an output that do not fit.
+    """
+    job, num_samples, prepare = plan_labelling(config)
+    return run_parts(job.output, job.make, config.cluster, num_samples, config.max_bad_fraction, prepare)
+
+
+def plan_labelling(config: ClassifyConfig) -> tuple[OutputJob, int, Callable[[], None]]:
+    """Return what is to be written, of how many samples, and what is to be called before the first part is made.
+
+    Raises UserError for labels, templates, embeddings, data or a model that do not fit or cannot be read.
     """
     labels, templates = read_labels(config.labels), resolve_templates(config.templates)
     check_class_names(labels)
@@ -83,7 +92,7 @@ def classify(config: ClassifyConfig) -> dict[str, Any]:
             ray.get(on_gpu.remote(*arguments)) if workers.use_gpu else _write_classes(*arguments)
 
     make = partial(Classifier, source.read, classes, labels, model.logit_scale, identity["top_k"], workers.device)
-    return run_parts(output, make, workers, source.num_samples, config.max_bad_fraction, prepare)
+    return OutputJob(output, make), source.num_samples, prepare
 
 
 def read_labels(labels: str | Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ from rayclip.inference.encoder import Encoder
 from rayclip.io.files import find_weights
 from rayclip.io.paths import storage_path
 from rayclip.io.storage import absolute
-from rayclip.orchestration.batch.output_jobs import run_parts
+from rayclip.orchestration.batch.output_jobs import OutputJob, run_parts
 from rayclip.orchestration.batch.partitioned_output import Part, PartitionedOutput, plan_parts
 from rayclip.orchestration.batch.sample_reader import SamplePlace, SampleReader
 from rayclip.tracking.mlflow import resolve_uri
@@ -108,6 +108,12 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
 
     Returns the summary. Raises UserError for an output that holds something else, and for all that cannot be read.
     """
+    job, num_samples = plan_embedding(config)
+    return run_parts(job.output, job.make, config.cluster, num_samples, config.max_bad_fraction)
+
+
+def plan_embedding(config: EmbedConfig) -> tuple[OutputJob, int]:
+    """Return what is to be written, and of how many samples. Raises UserError for data or models that do not fit."""
     data, path = absolute(config.data), storage_path(config.output)
     manifest = Manifest.load(data)
     manifest.check_shards()
@@ -124,7 +130,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     }
     output = PartitionedOutput(path, identity, len(parts))
     make = partial(Embedder, model, reading_of(config, data, manifest.digest, config.what))
-    return run_parts(output, make, config.cluster, manifest.total_samples, config.max_bad_fraction)
+    return OutputJob(output, make), manifest.total_samples
 
 
 def reading_of(config: EmbedConfig | ClassifyConfig | SuiteConfig, folder: str, digest: str, what: str) -> Reading:
