@@ -52,6 +52,7 @@ def make_run(request, tmp_path, make_samples, write_dataset, make_config, monkey
     return make
 
 
+@pytest.mark.timeout(300 + 120 * DOUBLE_STARTS)
 def test_of_a_command_given_twice_one_trains_and_one_is_refused(make_run, start_training, tmp_path):
     delays = random.Random(5)
     for number in range(DOUBLE_STARTS):
