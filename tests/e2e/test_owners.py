@@ -84,7 +84,7 @@ def test_who_follows_a_killed_holder_has_the_run_at_once(make_run, start_trainin
 
 def test_of_two_hosts_the_one_that_was_paused_loses_the_run_and_writes_nothing_more(make_run, start_training, tmp_path):
     check_unshare()
-    config = make_run("hosts", epochs=120, checkpoint_every=1920, log_every=480)
+    config = make_run("hosts", epochs=120, checkpoint_every=1920, log_every=1920)
     whole_host = config["runs"].startswith("s3:")  # on disk the driver alone: what it has started goes on
     paused = start_training(tmp_path, config, under=HOST)
     wait_for_owner(paused, pid=None)
