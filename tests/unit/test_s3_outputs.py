@@ -101,11 +101,14 @@ def test_a_file_whose_bucket_is_not_there_or_that_keeps_failing_is_named(s3, tmp
 def test_a_checkpoint_is_uploaded_with_its_state_last_and_restored_by_ray(folder, checkpoint, monkeypatch):
     import ray.train
 
-    order, upload = [], s3_requests.upload
+    order, upload, asked = [], s3_requests.upload, []
     monkeypatch.setattr(s3_requests, "upload", lambda source, path: (order.append(source.name), upload(source, path)))
     there = folder / "checkpoints" / checkpoint.name
-    given = upload_checkpoint(ray.train.Checkpoint.from_directory(str(checkpoint)), there)
+    given = upload_checkpoint(
+        ray.train.Checkpoint.from_directory(str(checkpoint)), there, check=lambda: asked.append(len(order))
+    )
     assert order[-1] == "state.json" and len(order) == 5
+    assert asked == [0, 1, 2, 3, 4]
     assert read_state(there).samples_seen == 64
     with given.as_directory() as local, local_copy(there) as copy:
         for found in (Path(local), copy):

@@ -61,6 +61,8 @@ class Command:
         arguments = [argument for argument in arguments if argument not in ("--check", "--quiet")]
         try:
             config, summary = self.parse(arguments)
+            if "--json" in arguments and find_file(summary) and _read_summary(summary) is None:
+                raise UserError(f"--json '{summary}' is there and is no summary, which could be written over")
             if check:
                 self.check(config)
                 found = {"kind": self.schema.__name__, "summary": summary, "config": config.model_dump(mode="json")}
@@ -114,8 +116,6 @@ class Command:
         given, overrides = arguments[: len(required)], arguments[len(required) :]
         named = [f"{key.removesuffix('...')}={value}" for key, value in zip(self.positional, given, strict=False)]
         config = load(self.schema, given[-1] if self._takes_file else None, named + overrides)
-        if json_path and find_file(json_path) and _read_summary(json_path) is None:
-            raise UserError(f"--json '{json_path}' is there and is no summary, which could be written over")
         return Settings(config, json_path or self.summary_path(config))
 
     @property
