@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rayclip.config import GuardConfig, LossConfig, OptimizerConfig, Precision
@@ -24,6 +23,7 @@ from rayclip.distributed import all_gather_rows, world_size
 from rayclip.errors import UserError
 from rayclip.models.clip import CLIP
 from rayclip.training.checkpoint import RunState
+from rayclip.training.data_parallel import data_parallel
 from rayclip.training.ema import Ema
 from rayclip.training.guard import Anomaly, Guard, Snapshot
 from rayclip.training.meter import Meter
@@ -297,4 +297,4 @@ def _data_parallel(model: nn.Module) -> nn.Module:
         return model
     # A batch norm's statistics are those of the first rank: that is whose weights are saved.
     has_statistics = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    return DistributedDataParallel(model, broadcast_buffers=has_statistics, gradient_as_bucket_view=True)
+    return data_parallel(model, broadcast_buffers=has_statistics, gradient_as_bucket_view=True)

@@ -67,11 +67,13 @@ class RowAdamW(torch.optim.AdamW):
     and is left as it was initialised, where dense AdamW would only decay it.
     """
 
-    # PyTorch keeps torch.compile out of these by a decorator that imports all of it first: more than a second of every
-    # start, also where nothing is compiled. Without it they are the same; no optimizer is compiled here.
+    # PyTorch keeps torch.compile out of these by decorators that import all of it first: more than a second of every
+    # start, also where nothing is compiled. Without them they are the same; no optimizer is compiled here.
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
     load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    _step_dense = inspect.unwrap(torch.optim.AdamW.step)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -79,7 +81,7 @@ class RowAdamW(torch.optim.AdamW):
         for parameter, group in self._sparse_parameters():
             self._step_rows(parameter, parameter.grad, group)  # type: ignore[arg-type]
             parameter.grad = None
-        return super().step(closure)
+        return self._step_dense(closure)
 
     def _sparse_parameters(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:
         pairs = [(parameter, group) for group in self.param_groups for parameter in group["params"]]

@@ -14,7 +14,13 @@ import ray
 from rayclip.errors import UserError
 from rayclip.io import read_only
 from rayclip.orchestration.cluster.progress import note
-from rayclip.orchestration.cluster.ray_internals import LOCAL_ENVIRONMENT, few_processes, is_submitted_job, quieten
+from rayclip.orchestration.cluster.ray_internals import (
+    LOCAL_ENVIRONMENT,
+    few_processes,
+    is_submitted_job,
+    quieten,
+    start_early,
+)
 from rayclip.orchestration.cluster.resources import Bundle, format_resources, most_of, num_times_placed, total
 
 _LEAST_LOGICAL_CPUS = 4  # two workers, a reader, and one to spare
@@ -30,9 +36,9 @@ class _Start(threading.Thread):
     It stays: Linux ends Ray's processes with the thread that has started them, as if with the process.
     """
 
-    def __init__(self, local_cpus: int) -> None:
+    def __init__(self, local_cpus: int, module: str) -> None:
         super().__init__(daemon=True, name="start-ray")
-        self._local_cpus = local_cpus
+        self._local_cpus, self._module = local_cpus, module
         self._error: BaseException | None = None
         self._done = threading.Event()
 
@@ -43,6 +49,8 @@ class _Start(threading.Thread):
         except BaseException as error:
             self._error = error
         self._done.set()
+        if self._error is None and _owned:
+            self._early = start_early(self._module)
         threading.Event().wait()
 
     def is_done(self) -> bool:
@@ -60,14 +68,15 @@ _starting: _Start | None = None
 _owned = False
 
 
-def begin_connecting(local_cpus: int) -> None:
+def begin_connecting(local_cpus: int, module: str) -> None:
     """Begin what `connect` does, in the background: Ray's processes start while this one imports the rest.
 
+    `module` is what the first task of a Ray of our own is going to need.
     Nothing is said of it: a mistake that is found meanwhile is one line, and Ray ends with the process.
     """
     global _starting
     if _starting is None and not ray.is_initialized():
-        _starting = _Start(local_cpus)
+        _starting = _Start(local_cpus, module)
         _starting.start()
 
 

@@ -30,6 +30,7 @@ LOCAL_ENVIRONMENT = {
     **_TRAIN,
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train's own default for its controller
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away; it is one process less a run
+    "RAY_worker_maximum_startup_concurrency": "8",  # else as many processes start at a time as there are cores
 }
 """What the workers of a Ray of our own have from its start."""
 
@@ -218,6 +219,22 @@ def _no_api_server(node: Any, **_: object) -> None:
 
 def _no_dashboard() -> ImportError:
     return ImportError("a Ray of our own has no dashboard")
+
+
+def start_early(module: str) -> list[Any]:
+    """Start what a run on a Ray of our own asks for much later and one by one: processes that take a second each.
+
+    These are an actor of Ray Train's, one of Ray Data's, and a process for tasks, which imports `module`. Returns
+    handles, without which the actors end.
+    """
+    import ray
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    reader = ray.remote(num_cpus=0)(importlib.import_module).remote(module)
+    return [get_or_create_autoscaling_coordinator(), get_or_create_stats_actor(), reader]
 
 
 def pack(folder: Path, package: Path, excludes: list[str]) -> None:

@@ -77,7 +77,7 @@ def start_training(
     spec = plan_stream(config, may_lack_shards=folder.has_checkpoints())
     with hold(folder.path, f"run '{config.name}'", say=new_line(Stream(spec).num_remaining()).note) as lease:
         # Ray's processes start while torch, MLflow and Ray Train are imported: seconds each.
-        begin_connecting(local_cpus(config))
+        begin_connecting(local_cpus(config), "rayclip.orchestration.train.segments")
         from rayclip.orchestration.train.fit import check_run, train
 
         uri = check_run(config, spec, is_new=record is None)
