@@ -36,16 +36,16 @@ class _Start(threading.Thread):
     It stays: Linux ends Ray's processes with the thread that has started them, as if with the process.
     """
 
-    def __init__(self, local_cpus: int, module: str) -> None:
+    def __init__(self, local_cpus: int, num_processes: int, module: str) -> None:
         super().__init__(daemon=True, name="start-ray")
-        self._local_cpus, self._module = local_cpus, module
+        self._local_cpus, self._num_processes, self._module = local_cpus, num_processes, module
         self._error: BaseException | None = None
         self._done = threading.Event()
 
     def run(self) -> None:
         """Start Ray, and keep the thread."""
         try:
-            _start(self._local_cpus)
+            _start(self._local_cpus, num_processes=self._num_processes)
         except BaseException as error:
             self._error = error
         self._done.set()
@@ -68,15 +68,15 @@ _starting: _Start | None = None
 _owned = False
 
 
-def begin_connecting(local_cpus: int, module: str) -> None:
+def begin_connecting(local_cpus: int, num_processes: int, module: str) -> None:
     """Begin what `connect` does, in the background: Ray's processes start while this one imports the rest.
 
-    `module` is what the first task of a Ray of our own is going to need.
+    A Ray of our own is going to have `num_processes`, all of which start now, and its first task imports `module`.
     Nothing is said of it: a mistake that is found meanwhile is one line, and Ray ends with the process.
     """
     global _starting
     if _starting is None and not ray.is_initialized():
-        _starting = _Start(local_cpus, module)
+        _starting = _Start(local_cpus, num_processes, module)
         _starting.start()
 
 
@@ -120,7 +120,7 @@ def owns_ray() -> bool:
     return _owned and ray.is_initialized()
 
 
-def _start(local_cpus: int, lean: bool = True) -> None:
+def _start(local_cpus: int, lean: bool = True, num_processes: int = 0) -> None:
     global _owned
     quieten()
     _owned = not os.environ.get("RAY_ADDRESS")
@@ -130,7 +130,7 @@ def _start(local_cpus: int, lean: bool = True) -> None:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
         return
     cores = os.cpu_count() or 1
-    with _environment(_worker_environment()), few_processes() if lean else nullcontext():
+    with _environment(_worker_environment()), few_processes(num_processes) if lean else nullcontext():
         ray.init(
             address="local",
             num_cpus=max(cores, min(local_cpus, max(_LEAST_LOGICAL_CPUS, 2 * cores))),

@@ -30,7 +30,6 @@ LOCAL_ENVIRONMENT = {
     **_TRAIN,
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train's own default for its controller
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away; it is one process less a run
-    "RAY_worker_maximum_startup_concurrency": "8",  # else as many processes start at a time as there are cores
 }
 """What the workers of a Ray of our own have from its start."""
 
@@ -197,20 +196,35 @@ READ_HEADERS = ("x_request_id", "traceparent", "tracestate")
 
 
 @contextmanager
-def few_processes() -> Iterator[None]:
+def few_processes(num_waiting: int = 0) -> Iterator[None]:
     """Start a Ray of our own without what only a cluster or its dashboard needs, each a process that takes seconds.
 
     Left out: the autoscaler's monitor, the copying of workers' output to the driver (its log files stay), the
-    dashboard's server, which shows nothing with `include_dashboard=False`, and the web server of its agent.
+    dashboard's server, which shows nothing with `include_dashboard=False`, and the web server of its agent. Where it is
+    known that `num_waiting` processes will be asked for one after the other, as many start at once and wait.
     """
-    from ray._private import node, parameter, utils
+    from ray._private import node, parameter, services, utils
 
     params: Any = parameter.RayParams
     slim = functools.partial(params, include_log_monitor=False, no_monitor=True)
     no_server = mock.patch.object(node.Node, "start_api_server", _no_api_server)
     no_dashboard = mock.patch.object(utils, "get_dashboard_dependency_error", _no_dashboard)
-    with mock.patch.object(parameter, "RayParams", slim), no_server, no_dashboard:
+    waiting = mock.patch.object(services, "start_ray_process", _start_waiting(services.start_ray_process, num_waiting))
+    keeps = mock.patch.dict(os.environ, {"RAY_num_workers_soft_limit": str(num_waiting)} if num_waiting else {})
+    with mock.patch.object(parameter, "RayParams", slim), no_server, no_dashboard, waiting, keeps:
         yield
+
+
+def _start_waiting(start: Callable[..., Any], count: int) -> Callable[..., Any]:
+    option = "--num_prestart_python_workers="
+
+    def start_process(command: list[Any], *arguments: Any, **options: Any) -> Any:
+        given = [
+            f"{option}{max(count, int(word.removeprefix(option)))}" if option in word else word for word in command
+        ]
+        return start(given, *arguments, **options)
+
+    return start_process
 
 
 def _no_api_server(node: Any, **_: object) -> None:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from rayclip.orchestration.train.follow import Evaluation
 
 
+_PROCESSES_BESIDE_WORKERS = 8
+"""Ray Train's controller, its two actors, Ray Data's two, a reader, and ours for the run's status and its segments."""
+
+
 def run_training(config: TrainConfig, new_line: Callable[..., Line] = ProgressLine) -> dict[str, Any]:
     """Train, or go on with a run that was interrupted, and return its summary. One that is complete is left as it is.
 
@@ -77,7 +81,8 @@ def start_training(
     spec = plan_stream(config, may_lack_shards=folder.has_checkpoints())
     with hold(folder.path, f"run '{config.name}'", say=new_line(Stream(spec).num_remaining()).note) as lease:
         # Ray's processes start while torch, MLflow and Ray Train are imported: seconds each.
-        begin_connecting(local_cpus(config), "rayclip.orchestration.train.segments")
+        processes = config.cluster.max_workers + _PROCESSES_BESIDE_WORKERS
+        begin_connecting(local_cpus(config), processes, "rayclip.orchestration.train.segments")
         from rayclip.orchestration.train.fit import check_run, train
 
         uri = check_run(config, spec, is_new=record is None)
