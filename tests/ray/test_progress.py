@@ -122,7 +122,8 @@ def test_a_record_is_kept_with_the_run(tmp_path):
     assert folder.read_record() is None
     parts = [{"path": "data", "weight": 1.0, "num_samples": 3}]
     folder.write_record({"seed": 1}, "some-id", parts)
-    assert folder.read_record() == {"mlflow_run_id": "some-id", "config": {"seed": 1}, "data": parts}
+    kept = {"mlflow_run_id": "some-id", "generation": 1, "config": {"seed": 1}, "data": parts}
+    assert folder.read_record() == kept
     assert [path.name for path in folder.path.iterdir()] == ["run.json"]
 
 

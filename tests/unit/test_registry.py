@@ -185,7 +185,7 @@ def test_what_is_not_registered_is_said_with_what_is(uri):
     assert message_of("models:/letters/9", uri).endswith("the last is 2")
 
 
-@pytest.mark.parametrize("name", ["models:/letters", "models:/letters@", "models:/a/b/c", "gs://b/c", ""])
+@pytest.mark.parametrize("name", ["models:/letters", "models:/letters@", "models:/a/b/c", "ftp://b/c", ""])
 def test_what_is_no_name_is_said_with_what_would_be(name):
     assert "names no model: a model is models:/NAME@ALIAS" in message_of(name, None)
 

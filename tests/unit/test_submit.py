@@ -62,9 +62,9 @@ def test_what_is_shipped_runs_by_itself(tmp_path):
     _, library, service = done.stdout.splitlines()
     assert library == str(tmp_path / "modules/rayclip/__init__.py")
     assert service == str(tmp_path / "modules/rayclip/serve/config.py")
-    command = [sys.executable, "-m", "rayclip", "train", "demo", "name=x", "--check"]
+    command = [sys.executable, "-m", "rayclip", "ingest", "ingest_glyphs", "output=x", "--check"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert json.loads(done.stdout)["config"]["name"] == "x", done.stderr
+    assert json.loads(done.stdout)["config"]["output"] == "x", done.stderr
 
 
 def test_the_job_finds_its_config(tmp_path, monkeypatch):

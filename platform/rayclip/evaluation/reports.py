@@ -97,7 +97,8 @@ def _read(file: StoragePath) -> EvaluationReport | None:
     if not isinstance(summary, dict) or not isinstance(summary.get("datasets"), dict) or "model_version" not in summary:
         return None
     for result in summary["datasets"].values():
-        result["metric"] = RENAMED_METRICS.get(result["metric"], result["metric"])
+        if "metric" in result:
+            result["metric"] = RENAMED_METRICS.get(result["metric"], result["metric"])
     return EvaluationReport(file.parent, summary)
 
 

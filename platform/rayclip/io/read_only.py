@@ -179,6 +179,8 @@ def _client(scheme: str, process: int) -> Any:
     options = dict(_STORES[scheme].options)
     if _STORES[scheme] is _GOOGLE and os.environ.get("STORAGE_EMULATOR_HOST"):
         options["token"] = "anon"  # else its library looks for a machine's role for minutes
+    if scheme == "hf":  # its library reads this once, as it is imported
+        options["endpoint"] = os.environ.get("HF_ENDPOINT")
     # A client that a process was forked with has the threads of another.
     return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
 
