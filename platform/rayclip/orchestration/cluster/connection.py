@@ -6,7 +6,7 @@ import signal
 import sysconfig
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import ray
@@ -50,7 +50,8 @@ class _Start(threading.Thread):
             self._error = error
         self._done.set()
         if self._error is None and _owned:
-            self._early = start_early(self._module)
+            with suppress(Exception):  # Ray may be ending, after a mistake; what is missing starts when it is asked for
+                self._early = start_early(self._module)
         threading.Event().wait()
 
     def is_done(self) -> bool:
