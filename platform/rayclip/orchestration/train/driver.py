@@ -81,7 +81,7 @@ def start_training(
     spec = plan_stream(config, may_lack_shards=folder.has_checkpoints())
     with hold(folder.path, f"run '{config.name}'", say=new_line(Stream(spec).num_remaining()).note) as lease:
         # Ray's processes start while torch, MLflow and Ray Train are imported: seconds each.
-        processes = config.cluster.max_workers + _PROCESSES_BESIDE_WORKERS
+        processes = config.cluster.min_workers + _PROCESSES_BESIDE_WORKERS  # more workers may never find room
         begin_connecting(local_cpus(config), processes, "rayclip.orchestration.train.segments")
         from rayclip.orchestration.train.fit import check_run, train
 
